@@ -2,11 +2,13 @@
 //
 // One contract serves four uses, told apart by strides alone:
 //   plain        H = 1
-//   residual     residual given: h = round(x + residual) is written to residual_out, then normalised
-//   per-head     x [T, H, D] inside a packed qkv row, weight [D]            (Qwen3 q_norm, k_norm)
-//   full-width   H = 1, C = heads * D, rows strided inside a packed qkv row (InternViT-6B q_norm)
+//   residual     residual given: h = round(x + residual) is written to residual_out, then
+//   normalised per-head     x [T, H, D] inside a packed qkv row, weight [D]            (Qwen3
+//   q_norm, k_norm) full-width   H = 1, C = heads * D, rows strided inside a packed qkv row
+//   (InternViT-6B q_norm)
 #pragma once
 
+#include "kernels/cpu/isa.h"
 #include "kernels/dtype.h"
 
 namespace ivr {
@@ -29,5 +31,8 @@ struct RmsNormParams {
   bool weight_in_fp32;
   DType dtype;  // f32 or bf16
 };
+
+// Rows [begin, end) of the T * H rows, row = t * H + h.
+IVR_CPU_KERNEL(rms_norm, const RmsNormParams& p, int64_t begin, int64_t end)
 
 }  // namespace ivr

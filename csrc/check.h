@@ -1,0 +1,54 @@
+// Named dimensions, checked in one statement.
+//
+//   Checker check("rms_norm");
+//   const int64_t T = check.dim("T"), ...
+//   check.tensor("x", x, {DType::f32, DType::bf16}, {"T", "C"});
+//   check.tensor("weight", weight, {x.dtype}, {"C"});
+//
+// The first tensor that carries a name binds it; later ones must agree, and a mismatch says where
+// the name was bound: "rms_norm: weight has shape [895], expected [C=896] (C from x [4, 896])".
+#pragma once
+
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "csrc/tensor.h"
+
+namespace ivr {
+
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  // dims are names, or decimal numbers for fixed sizes. The last dimension must be contiguous
+  // unless it has at most one element. All tensors of an op must be on one device.
+  void tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
+              std::initializer_list<const char*> dims);
+
+  // Gives a name a value that no tensor binds.
+  void bind(const char* dim, int64_t value, const char* origin);
+  int64_t operator[](const char* dim) const;
+
+  // Throws ValueError "op: <what>" unless the condition holds.
+  void require(bool condition, const std::string& what) const {
+    if (!condition) fail(what);
+  }
+  [[noreturn]] void fail(const std::string& what) const;
+
+ private:
+  struct Binding {
+    std::string name;
+    int64_t value;
+    std::string origin;
+  };
+  const Binding* find(const std::string& name) const;
+
+  const char* op_;
+  std::vector<Binding> bindings_;
+  bool has_device_ = false;
+  Device device_ = Device::cpu;
+  int32_t device_index_ = 0;
+};
+
+}  // namespace ivr

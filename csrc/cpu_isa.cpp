@@ -1,0 +1,125 @@
+#include "csrc/cpu_isa.h"
+
+#if defined(IVR_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <stdexcept>
+
+namespace ivr {
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"portable", "avx2", "avx512", "amx_emulated", "amx"};
+
+#if defined(IVR_X86)
+bool has_amx() {
+#if defined(IVR_AMX) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  // The tile registers are off until the process asks for them.
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+bool detect(Isa isa) {
+#if defined(IVR_X86)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  switch (isa) {
+    case Isa::portable:
+      return true;
+    case Isa::avx2:
+      return avx2;
+    case Isa::avx512:
+      return avx512;
+    case Isa::amx_emulated:
+#if defined(IVR_AMX)
+      return avx512;
+#else
+      return false;
+#endif
+    case Isa::amx:
+      return avx512 && has_amx();
+  }
+  return false;
+#else
+  return isa == Isa::portable;
+#endif
+}
+
+Isa best_isa() {
+  static const Isa best = [] {
+    // Software tiles exist for tests; they are never the best choice.
+    for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2}) {
+      if (is_supported(isa)) return isa;
+    }
+    return Isa::portable;
+  }();
+  return best;
+}
+
+std::atomic<int> forced{-1};
+
+std::vector<CpuKernelBase*>& kernels() {
+  static std::vector<CpuKernelBase*> list;
+  return list;
+}
+
+}  // namespace
+
+const char* name_of(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+bool is_supported(Isa isa) {
+  static const std::vector<bool> table = [] {
+    std::vector<bool> t;
+    for (int i = 0; i < kIsaCount; ++i) t.push_back(detect(static_cast<Isa>(i)));
+    return t;
+  }();
+  return table[static_cast<int>(isa)];
+}
+
+Isa current_isa() {
+  const int f = forced.load(std::memory_order_relaxed);
+  return f >= 0 ? static_cast<Isa>(f) : best_isa();
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (is_supported(static_cast<Isa>(i))) names.push_back(kNames[i]);
+  }
+  return names;
+}
+
+void force_isa(const std::string& name) {
+  if (name.empty()) {
+    forced = -1;
+    return;
+  }
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (name == kNames[i] && is_supported(static_cast<Isa>(i))) {
+      forced = i;
+      return;
+    }
+  }
+  std::string list;
+  for (const std::string& s : supported_isas()) list += (list.empty() ? "" : ", ") + s;
+  throw std::invalid_argument("instruction set '" + name + "' is not supported here: " + list);
+}
+
+CpuKernelBase::CpuKernelBase(const char* name) : name_(name) { kernels().push_back(this); }
+
+const std::vector<CpuKernelBase*>& CpuKernelBase::all() { return kernels(); }
+
+}  // namespace ivr

@@ -1,0 +1,37 @@
+// The instruction sets that CPU kernels are compiled for.
+//
+// Every kernels/cpu/<op>.cpp is compiled once per instruction set with IVR_ISA set to its name, and
+// defines its entry points in namespace ivr::IVR_ISA. Everything else in such a file has internal
+// linkage and no std templates are used: a weak symbol compiled for AVX-512 could be kept for the
+// whole program.
+#pragma once
+
+#include "kernels/dtype.h"
+
+namespace ivr {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx_emulated = 3, amx = 4 };
+constexpr int kIsaCount = 5;
+
+}  // namespace ivr
+
+// Declares an entry point in every instruction set's namespace.
+#define IVR_CPU_KERNEL(name, ...) \
+  namespace portable {            \
+  void name(__VA_ARGS__);         \
+  }                               \
+  namespace avx2 {                \
+  void name(__VA_ARGS__);         \
+  }                               \
+  namespace avx512 {              \
+  void name(__VA_ARGS__);         \
+  }
+
+// The same for kernels that exist on matrix tiles only (<op>_amx.cpp).
+#define IVR_AMX_KERNEL(name, ...) \
+  namespace amx_emulated {        \
+  void name(__VA_ARGS__);         \
+  }                               \
+  namespace amx {                 \
+  void name(__VA_ARGS__);         \
+  }

@@ -1,0 +1,258 @@
+// One small vector type per instruction set, so that a kernel is written once and compiled for
+// each.
+//
+// F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512). Everything is in
+// an anonymous namespace: see isa.h. Loads and stores take float or bf16 memory, unaligned; the _n
+// forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace ivr {
+namespace {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t u = static_cast<uint32_t>(x.bits) << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+// Round to nearest even; NaN stays NaN.
+inline bf16 to_bf16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((u >> 16) | 0x40)};
+  return {static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1)) >> 16)};
+}
+inline void put(float* p, float x) { *p = x; }
+inline void put(bf16* p, float x) { *p = to_bf16(x); }
+
+#if defined(__AVX512F__)
+
+constexpr int kLanes = 16;
+struct F {
+  __m512 v;
+};
+inline F set(float x) { return {_mm512_set1_ps(x)}; }
+inline __mmask16 lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F load(const bf16* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline F load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
+inline F load_n(const bf16* p, int64_t n) {
+  const __m256i h = _mm256_maskz_loadu_epi16(lanes(n), p);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline __m256i round_bf16(F a) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r =
+      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  r = _mm512_mask_or_epi32(r, nan, _mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  return _mm512_cvtepi32_epi16(r);
+}
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_bf16(a));
+}
+inline void store_n(float* p, F a, int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
+inline void store_n(bf16* p, F a, int64_t n) {
+  _mm256_mask_storeu_epi16(p, lanes(n), round_bf16(a));
+}
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// min and max return b where either is NaN, as the x86 instructions do.
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+// a < b ? x : y, lane by lane; y where a or b is NaN.
+inline F select_lt(F a, F b, F x, F y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+inline F round_even(F a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+// 2^n for integral n in [-126, 127].
+inline F exp2_int(F n) {
+  const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+}
+inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
+
+#elif defined(__AVX2__)
+
+constexpr int kLanes = 8;
+struct F {
+  __m256 v;
+};
+inline F set(float x) { return {_mm256_set1_ps(x)}; }
+inline __m256i lanes(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline F load(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+inline F load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lanes(n))}; }
+inline F load_n(const bf16* p, int64_t n) {
+  bf16 t[8] = {};
+  memcpy(t, p, static_cast<size_t>(n) * 2);
+  return load(t);
+}
+inline __m128i round_bf16(F a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i high = _mm256_srli_epi32(u, 16);
+  const __m256i lsb = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  __m256i r =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0x08);
+  return _mm256_castsi256_si128(packed);
+}
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline void store(bf16* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_bf16(a)); }
+inline void store_n(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, lanes(n), a.v); }
+inline void store_n(bf16* p, F a, int64_t n) {
+  bf16 t[8];
+  store(t, a);
+  memcpy(p, t, static_cast<size_t>(n) * 2);
+}
+inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F select_lt(F a, F b, F x, F y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline F round_even(F a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline F exp2_int(F n) {
+  const __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
+}
+inline float sum(F a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline float largest(F a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+#else
+
+constexpr int kLanes = 4;
+typedef float FloatVector __attribute__((vector_size(16)));
+typedef int32_t IntVector __attribute__((vector_size(16)));
+struct F {
+  FloatVector v;
+};
+inline F set(float x) { return {FloatVector{x, x, x, x}}; }
+inline F load(const float* p) {
+  F a;
+  memcpy(&a.v, p, 16);
+  return a;
+}
+inline F load(const bf16* p) {
+  return {FloatVector{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+}
+template <class T>
+inline F load_n(const T* p, int64_t n) {
+  F a = set(0.0f);
+  for (int64_t i = 0; i < n; ++i) a.v[i] = to_float(p[i]);
+  return a;
+}
+inline void store(float* p, F a) { memcpy(p, &a.v, 16); }
+inline void store(bf16* p, F a) {
+  for (int i = 0; i < 4; ++i) p[i] = to_bf16(a.v[i]);
+}
+template <class T>
+inline void store_n(T* p, F a, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) put(p + i, a.v[i]);
+}
+inline F operator+(F a, F b) { return {a.v + b.v}; }
+inline F operator-(F a, F b) { return {a.v - b.v}; }
+inline F operator*(F a, F b) { return {a.v * b.v}; }
+inline F operator/(F a, F b) { return {a.v / b.v}; }
+// No fused instruction on the baseline: two roundings, the same in every path of this build.
+inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
+inline F select_lt(F a, F b, F x, F y) { return {a.v < b.v ? x.v : y.v}; }
+inline F min(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
+inline F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
+inline F round_even(F a) {
+  // Adding and subtracting 1.5 * 2^23 rounds |a| < 2^22 to the nearest even integer.
+  const FloatVector magic = {12582912.0f, 12582912.0f, 12582912.0f, 12582912.0f};
+  return {(a.v + magic) - magic};
+}
+inline F exp2_int(F n) {
+  const IntVector e = (__builtin_convertvector(n.v, IntVector) + 127) << 23;
+  F r;
+  memcpy(&r.v, &e, 16);
+  return r;
+}
+inline float sum(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float largest(F a) {
+  const float x = a.v[0] > a.v[2] ? a.v[0] : a.v[2];
+  const float y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
+  return x > y ? x : y;
+}
+
+#endif
+
+// Fused where the instruction set has it: scalar tails round like the vector body.
+inline float fma1(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// e^x within 2 ulp: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial in r. Below -87.3 the result
+// is exactly 0 (no denormals), above 88.7 it is inf; NaN stays NaN.
+inline F exp(F x) {
+  const F n = round_even(max(set(-127.0f), min(set(128.0f), x * set(1.44269504088896341f))));
+  F r = fma(n, set(-0.693359375f), x);
+  r = fma(n, set(2.12194440e-4f), r);
+  F p = set(1.9875691500e-4f);
+  p = fma(p, r, set(1.3981999507e-3f));
+  p = fma(p, r, set(8.3334519073e-3f));
+  p = fma(p, r, set(4.1665795894e-2f));
+  p = fma(p, r, set(1.6666665459e-1f));
+  p = fma(p, r, set(5.0000001201e-1f));
+  p = fma(p, r * r, r + set(1.0f));
+  // Two factors: 2^n alone overflows the exponent field at n = 128.
+  const F half = round_even(n * set(0.5f));
+  const F y = p * exp2_int(half) * exp2_int(n - half);
+  return select_lt(x, set(-87.3365f), set(0.0f),
+                   select_lt(set(88.7228f), x, set(1e38f) * set(1e38f), y));
+}
+
+}  // namespace
+}  // namespace ivr

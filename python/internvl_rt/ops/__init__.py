@@ -1,0 +1,9 @@
+"""The ops: `internvl_rt.ops.<op>(inputs..., params..., out=None, backend=None)`.
+
+Each is declared once (schema, reference, cases, cost) in the module of its name.
+"""
+
+from internvl_rt.ops.registry import Op, OpSet, catalogue
+from internvl_rt.ops.rms_norm import rms_norm
+
+__all__ = ["Op", "OpSet", "catalogue", "rms_norm"]

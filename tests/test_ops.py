@@ -1,0 +1,52 @@
+"""Generated from the op catalogue: every op, case, dtype, backend and instruction set."""
+
+import pytest
+import torch
+
+from internvl_rt import _C, ops
+from internvl_rt.ops.registry import Op, all_cases, check
+
+ISAS = _C.supported_isas()
+
+
+def _id(value: object) -> str | None:
+    if isinstance(value, Op):
+        return value.name
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    return getattr(value, "name", None)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _C.force_isa(request.param)
+    _C.kernel_counts(reset=True)
+    yield request.param
+    _C.force_isa("")
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), all_cases(), ids=_id)
+def test_native(op, case, dtype, isa):
+    check(op, case, dtype, "native")
+    for name in _C.kernel_counts(reset=True):
+        ran = name.split("/")[1]
+        # An op without matrix tiles of its own runs its AVX-512 variant at the AMX levels.
+        assert ran == isa or (isa.startswith("amx") and ran == "avx512"), f"{name} ran, not {isa}"
+
+
+@pytest.mark.parametrize("op", ops.catalogue().values(), ids=_id)
+def test_every_op_covers_empty_odd_and_real_sizes(op):
+    names = [case.name for case in op.cases]
+    assert len(set(names)) == len(names)
+    for kind in ("empty", "odd"):
+        assert any(n.startswith(kind) for n in names), f"{op.name} has no case named {kind}*"
+    assert any(case.bench for case in op.cases), f"{op.name} has no real-model case"
+    assert "native" in op.backends
+
+
+@pytest.mark.parametrize("op", ops.catalogue().values(), ids=_id)
+def test_unknown_backend_is_refused(op):
+    case = op.cases[0]
+    arguments = case.arguments(op.name, case.dtypes[0])
+    with pytest.raises(ValueError, match=f"{op.name}: backend is 'cudnn', available: native"):
+        op.function(**arguments, backend="cudnn")
