@@ -177,10 +177,15 @@ class OpSet:
         unknown = sorted(set(overrides) - set(_catalogue))
         if unknown:
             raise ValueError(f"no op named {unknown[0]!r}; ops: {', '.join(sorted(_catalogue))}")
-        for name, op in _catalogue.items():
-            choice = overrides.get(name, self.backend)
+        self._choices = {name: overrides.get(name, self.backend) for name in _catalogue}
+        for name, choice in self._choices.items():
+            op = _catalogue[name]
             op.face(choice)
             setattr(self, name, functools.partial(op.function, backend=choice))
+
+    def choice(self, name: str) -> str:
+        """The backend that an op of this set runs on."""
+        return self._choices[name]
 
 
 # Checking: used by the generated tests and by bench.

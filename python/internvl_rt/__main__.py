@@ -1,0 +1,223 @@
+"""The command line: `internvl-rt chat|info|ops|bench`, also `python -m internvl_rt`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left: nothing more to say to it.
+        sys.stderr.close()
+        return 0
+    except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
+        print(f"internvl-rt: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="internvl-rt", description="Run InternVL vision-language models."
+    )
+    commands = parser.add_subparsers(required=True, metavar="chat|info|ops|bench")
+
+    chat = commands.add_parser("chat", help="ask about pictures or a video")
+    chat.add_argument("model", help="checkpoint folder or Hugging Face repo id")
+    chat.add_argument("question", nargs="?", help="without it: a conversation, one turn per line")
+    chat.add_argument("-i", "--image", action="append", default=[], help="may be repeated")
+    chat.add_argument("-v", "--video")
+    chat.add_argument("--num-frames", type=int, default=8)
+    chat.add_argument("--max-tiles", type=int, default=12)
+    chat.add_argument("--system", help="system message; '' for none")
+    chat.add_argument("--max-new-tokens", type=int, default=1024)
+    chat.add_argument("--temperature", type=float, default=0.0)
+    chat.add_argument("--top-k", type=int, default=0)
+    chat.add_argument("--top-p", type=float, default=1.0)
+    chat.add_argument("--min-p", type=float, default=0.0)
+    chat.add_argument("--repetition-penalty", type=float, default=1.0)
+    chat.add_argument("--seed", type=int)
+    chat.add_argument("--stop", action="append", help="string that ends the answer")
+    chat.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
+    chat.add_argument("--show-prompt", action="store_true", help="print the prompt, answer nothing")
+    _add_model_options(chat)
+    chat.set_defaults(run=_chat)
+
+    info = commands.add_parser("info", help="the machine, a checkpoint, or a memory plan")
+    info.add_argument("model", nargs="?", help="checkpoint folder or repo id")
+    info.add_argument("--plan", metavar="CONFIG", help="folder with a config.json: memory plan")
+    info.add_argument("--dtype", default="auto")
+    info.set_defaults(run=_info)
+
+    ops = commands.add_parser("ops", help="the op catalogue")
+    ops.add_argument("--markdown", action="store_true", help="the text of docs/ops.md")
+    ops.set_defaults(run=_ops)
+
+    bench = commands.add_parser("bench", help="time one op")
+    bench.add_argument("--op", required=True)
+    bench.add_argument("--shape", help="such as 4096x896; without it the op's real-model cases")
+    bench.add_argument("--dtype", default="bf16", help="bf16, f32, or both: bf16,f32")
+    bench.add_argument("--backend", default="cpu", help="of cpu, cuda, triton, reference")
+    bench.add_argument("--threads", type=int)
+    bench.add_argument("--json", metavar="FILE", help="write the rows there too")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, auto")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, auto")
+    parser.add_argument("--backend", choices=("native", "reference", "triton"))
+    parser.add_argument("--threads", type=int)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    import internvl_rt
+
+    model = internvl_rt.load(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        backend=options.backend,
+        threads=options.threads,
+    )
+    settings: dict[str, Any] = {
+        "system": options.system,
+        "max_tiles": options.max_tiles,
+        "num_frames": options.num_frames,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+        "seed": options.seed,
+        "stop": options.stop,
+    }
+    images = options.image or None
+    if options.question is not None:
+        if options.show_prompt:
+            print(model.show_prompt(options.question, images, options.video, **settings))
+            return 0
+        _answer(model, options, options.question, images, options.video, None, settings)
+        return 0
+    return _converse(model, options, images, settings)
+
+
+def _answer(
+    model: Any,
+    options: argparse.Namespace,
+    question: str,
+    images: Any,
+    video: Any,
+    history: Any,
+    settings: dict[str, Any],
+) -> str:
+    pieces = model.chat(question, images, video, history, stream=True, **settings)
+    answer = ""
+    for piece in pieces:
+        answer += piece
+        if not options.no_stream:
+            print(piece, end="", flush=True)
+    print(answer.strip() if options.no_stream else "", flush=True)
+    return answer.strip()
+
+
+def _converse(
+    model: Any, options: argparse.Namespace, images: Any, settings: dict[str, Any]
+) -> int:
+    """Turns from standard input. Ctrl-C ends an answer, a second one or end of input the talk."""
+    from internvl_rt.prompt import with_placeholders
+
+    if options.video is not None:
+        raise ValueError("a video needs a question on the command line")
+    history: list[tuple[str, str]] = []
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        if not line.strip():
+            continue
+        question = with_placeholders(line.rstrip("\n"), history, num_images=len(images or ()))
+        try:
+            answer = _answer(model, options, question, images, None, history, settings)
+        except KeyboardInterrupt:
+            print("\n[interrupted]", file=sys.stderr)
+            continue
+        history.append((question, answer))
+
+
+def _info(options: argparse.Namespace) -> int:
+    import platform
+
+    import torch
+
+    import internvl_rt
+    from internvl_rt import _C
+    from internvl_rt.config import load_config
+    from internvl_rt.engine import DEFAULT_PREFILL_CHUNK
+    from internvl_rt.model import dtype_from
+    from internvl_rt.runtime.plan import make_plan
+
+    if options.plan is not None or options.model is not None:
+        folder = Path(options.plan if options.plan is not None else options.model)
+        folder = folder.parent if folder.name == "config.json" else folder
+        config = load_config(folder)
+        dtype = dtype_from(options.dtype, config.torch_dtype)
+        text, vision = config.text, config.vision
+        print(
+            f"{config.layout} layout, {text.backbone}: {text.num_layers} layers, hidden "
+            f"{text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads} x {text.head_dim}; "
+            f"ViT: {vision.num_layers} layers, hidden {vision.hidden_size}; "
+            f"{config.tokens_per_tile} tokens a tile, template {config.template}"
+        )
+        tied = text.tie_word_embeddings
+        plan = make_plan(config, dtype, tied=tied, prefill_chunk=DEFAULT_PREFILL_CHUNK)
+        print(f"memory plan in {str(dtype).removeprefix('torch.')}:\n{plan.table()}")
+        return 0
+    print(f"internvl_rt {internvl_rt.__version__}, Python {platform.python_version()}")
+    print(f"torch {torch.__version__}")
+    print(f"CPU: {_C.isa()} (of {', '.join(_C.supported_isas())}), {_C.num_threads()} threads")
+    print(f"CUDA kernels: {'built in' if _C.has_cuda else 'not in this build'}")
+    return 0
+
+
+def _ops(options: argparse.Namespace) -> int:
+    from internvl_rt.ops.table import as_markdown, as_text
+
+    print(as_markdown() if options.markdown else as_text(), end="")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import internvl_rt
+    from internvl_rt.ops.bench import run, table
+
+    if options.threads is not None:
+        internvl_rt.set_num_threads(options.threads)
+    rows = run(
+        options.op, options.shape, options.dtype.split(","), options.backend.split(",")
+    )
+    print(table(rows))
+    if options.json:
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

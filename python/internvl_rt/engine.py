@@ -1,0 +1,260 @@
+"""The engine: admits requests, forms batches, runs the model, samples, hands out tokens.
+
+There is no background thread. Whoever waits for a request drives the engine; callers in several
+threads share its steps, so their requests run as one batch. A request's tokens depend on its own
+prompt, parameters and seed alone, and so does its failure.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from internvl_rt.models.internvl import InternVL
+from internvl_rt.runtime.batch import Chunk, make_batch
+from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
+from internvl_rt.runtime.request import Request
+
+logger = logging.getLogger("internvl_rt")
+
+DEFAULT_PREFILL_CHUNK = 512
+MAX_BATCH = 64
+
+
+class Engine:
+    """Continuous batching over a paged KV cache.
+
+    A step runs every decoding request for one token and up to prefill_chunk prompt tokens of
+    those that are not there yet. A request is admitted when the pages for its prompt and its
+    longest answer are free, so that an admitted one always finishes.
+    """
+
+    def __init__(
+        self, model: InternVL, *, kv_tokens: int, prefill_chunk: int = DEFAULT_PREFILL_CHUNK
+    ) -> None:
+        text = model.config.text
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self.cache = KvCache(
+            text.num_layers,
+            KvCache.pages_for(kv_tokens),
+            text.num_kv_heads,
+            text.head_dim,
+            model.dtype,
+        )
+        # Longest prompt and answer together.
+        self.context = min(
+            text.max_position_embeddings, self.cache.allocator.capacity * PAGE_SIZE
+        )
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._turn = threading.Condition()
+        self._stepping = False
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; ValueError if its prompt can never fit."""
+        if not len(request.prompt):
+            raise ValueError("the prompt is empty")
+        if len(request.prompt) >= self.context:
+            raise ValueError(
+                f"the prompt has {len(request.prompt)} tokens, the context {self.context} "
+                "including the answer"
+            )
+        with self._turn:
+            self._waiting.append(request)
+
+    def cancel(self, request: Request) -> None:
+        """Ends a request at the next step; its pages are free from then on."""
+        with self._turn:
+            request.cancelled = True
+            if not self._stepping:
+                self._drop_cancelled()
+            self._turn.notify_all()
+
+    def stream(self, request: Request) -> Iterator[int]:
+        """The request's new tokens as they come; raises the request's error.
+
+        Closing the iterator early cancels the request.
+        """
+        try:
+            while True:
+                self._wait(request)
+                while request.events:
+                    yield request.events.popleft()
+                if request.finished and not request.events:
+                    break
+        finally:
+            if not request.finished:
+                self.cancel(request)
+        if request.error:
+            raise request.error
+
+    def run(self, requests: Sequence[Request]) -> None:
+        """Drives all requests to their ends. Errors stay with the requests."""
+        try:
+            for request in requests:
+                for _ in self._drain(request):
+                    pass
+        finally:
+            for request in requests:
+                if not request.finished:
+                    self.cancel(request)
+
+    def _drain(self, request: Request) -> Iterator[None]:
+        while not request.finished:
+            self._wait(request)
+            request.events.clear()
+            yield
+
+    def _wait(self, request: Request) -> None:
+        """Returns when the request has events or is finished, stepping if nobody else does."""
+        with self._turn:
+            while not request.events and not request.finished:
+                if self._stepping:
+                    self._turn.wait()
+                    continue
+                self._stepping = True
+                self._turn.release()
+                try:
+                    self._step()
+                finally:
+                    self._turn.acquire()
+                    self._stepping = False
+                    self._turn.notify_all()
+
+    # A step. Only one thread is in here at a time.
+
+    def _step(self) -> None:
+        with self._turn:
+            self._drop_cancelled()
+            self._admit()
+        for request in [r for r in self._running if r.pixels is not None]:
+            self._encode(request)
+        batch = self._schedule()
+        if not batch:
+            return
+        chunks = [c for _, c in batch]
+        try:
+            logits = self.model.decoder(make_batch(chunks, PAGE_SIZE), self.cache)
+            sampling = [r for r, c in batch if c.logits == "last"]
+            ids = self._sample(sampling, logits) if logits is not None else []
+        except Exception as error:
+            logger.exception("a step failed")
+            for request, _ in batch:
+                self._fail(request, error)
+            return
+        # From here on nothing can fail: the step is committed as a whole.
+        for request, chunk in batch:
+            request.done += len(chunk.ids)
+            if request.done == len(request.prompt):
+                request.image = None
+        for request, token in zip(sampling, ids, strict=True):
+            self._accept(request, token)
+
+    def _drop_cancelled(self) -> None:
+        for request in [r for r in (*self._running, *self._waiting) if r.cancelled]:
+            self._finish(request, "cancelled")
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._running) < MAX_BATCH:
+            request = self._waiting[0]
+            longest = min(len(request.prompt) + request.params.max_new_tokens, self.context)
+            pages = KvCache.pages_for(longest)
+            if pages > self.cache.allocator.available:
+                break
+            request.pages = self.cache.allocator.take(pages)
+            self._waiting.popleft()
+            self._running.append(request)
+
+    def _encode(self, request: Request) -> None:
+        try:
+            image = self.model.encode_images(request.pixels).flatten(0, 1)  # [N, hidden]
+            if not bool(torch.isfinite(image).all()):
+                raise ValueError("the pictures gave NaN or infinite features")
+            request.image, request.pixels = image, None
+        except Exception as error:
+            self._fail(request, error)
+
+    def _schedule(self) -> list[tuple[Request, Chunk]]:
+        batch = []
+        budget = self.prefill_chunk
+        for request in self._running:
+            start, prompt = request.done, request.prompt
+            if start >= len(prompt):
+                ids = torch.tensor(request.tokens[-1:])
+                batch.append((request, Chunk(ids, start, request.pages, "last")))
+            elif budget > 0:
+                n = min(budget, len(prompt) - start)
+                budget -= n
+                row = None if request.image_row is None else request.image_row[start : start + n]
+                last = "last" if start + n == len(prompt) else "none"
+                ids = prompt[start : start + n]
+                batch.append((request, Chunk(ids, start, request.pages, last, request.image, row)))
+        return batch
+
+    def _sample(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
+        params = [r.params for r in requests]
+        for row, request in enumerate(requests):
+            if len(request.tokens) < request.params.min_new_tokens:
+                logits[row, sorted(request.params.stop_ids)] = -torch.inf
+
+        def column(name: str, dtype: torch.dtype) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=dtype)
+
+        options = {}
+        if any(p.temperature > 0 for p in params):
+            options = {
+                "temperature": column("temperature", torch.float32),
+                "top_k": column("top_k", torch.int32),
+                "top_p": column("top_p", torch.float32),
+                "min_p": column("min_p", torch.float32),
+                "seed": column("seed", torch.int64),
+                "index": torch.tensor([len(r.tokens) for r in requests]),
+            }
+        if any(p.repetition_penalty != 1 for p in params):
+            # Prompt and answer are penalised, as is usual.
+            seen = [torch.cat((r.prompt, torch.tensor(r.tokens).long())) for r in requests]
+            options["repetition_penalty"] = column("repetition_penalty", torch.float32)
+            options["history"] = torch.cat(seen)
+            options["cu_history"] = torch.tensor([0, *map(len, seen)]).cumsum(0).int()
+        return self.model.ops.sample(logits, **options).tolist()
+
+    def _accept(self, request: Request, token: int) -> None:
+        if token < 0:
+            self._fail(request, ValueError("the model gave NaN or infinite logits"))
+            return
+        request.tokens.append(token)
+        stop = token in request.params.stop_ids
+        try:
+            if not stop and request.on_token is not None:
+                stop = request.on_token(token)
+        except Exception as error:
+            self._fail(request, error)
+            return
+        request.events.append(token)
+        if stop:
+            self._finish(request, "stop")
+        elif len(request.tokens) >= request.params.max_new_tokens or (
+            request.length >= self.context
+        ):
+            self._finish(request, "length")
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.error = error
+        self._finish(request, "error")
+
+    def _finish(self, request: Request, reason: str) -> None:
+        request.finish_reason = reason
+        request.image = request.pixels = None
+        if request.pages is not None:
+            self.cache.allocator.give_back(request.pages)
+            request.pages = None
+        for queue in (self._running, self._waiting):
+            if request in queue:
+                queue.remove(request)
+

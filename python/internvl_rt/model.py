@@ -1,0 +1,714 @@
+"""The public face: `load` a checkpoint, `chat` with it, or drive it with tensors."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt import image as pictures
+from internvl_rt import video as videos
+from internvl_rt._C import set_num_threads
+from internvl_rt.config import ModelConfig, VisionConfig, load_config, load_vision_config
+from internvl_rt.engine import DEFAULT_PREFILL_CHUNK, Engine
+from internvl_rt.hub import resolve_path
+from internvl_rt.models.internvl import InternVL
+from internvl_rt.models.vision import VisionTower
+from internvl_rt.ops import OpSet
+from internvl_rt.parameters import Parameters
+from internvl_rt.prompt import (
+    IMG_CONTEXT,
+    Prompt,
+    StopMatcher,
+    TextStream,
+    build_prompt,
+    get_template,
+    parse_messages,
+    with_placeholders,
+)
+from internvl_rt.runtime.batch import Chunk, make_batch
+from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
+from internvl_rt.runtime.plan import make_plan
+from internvl_rt.runtime.request import Request, SamplingParams
+from internvl_rt.tokenizer import Tokenizer, load_tokenizer
+from internvl_rt.weights import Checkpoint, dtype_of, is_tied
+
+MAX_TILES = 40
+History = list[tuple[str, str]]
+
+
+def load(
+    path_or_repo_id: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    backend: str | None = None,
+    image_token_id: int | None = None,
+    prefill_chunk: int | None = None,
+    threads: int | None = None,
+) -> Model:
+    """Loads a chat checkpoint: a folder, or a repo id of the Hugging Face hub (extra `hub`).
+
+    device: "cpu", "cuda", "cuda:1", or "auto".
+    dtype: "float32", "bfloat16", the torch dtypes, or "auto": what the checkpoint is stored in.
+    backend: "native" (None) runs our kernels, "reference" plain torch, "triton" Triton's.
+    image_token_id: for checkpoints without tokenizer files that take pictures in `generate`.
+    prefill_chunk: prompt tokens that run at a time; answers do not depend on it.
+    threads: CPU threads of the whole process, as `set_num_threads`.
+    Raises OSError for what cannot be read and ValueError for what cannot be run, in one line.
+    """
+    _check_device(device)
+    if threads is not None:
+        set_num_threads(threads)
+    opset = OpSet(backend)
+    folder = resolve_path(path_or_repo_id)
+    config = load_config(folder)
+    kind = _dtype(dtype, config.torch_dtype)
+    checkpoint = Checkpoint(folder)
+    parameters = Parameters.of_model(checkpoint, config)
+    chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
+    _check_integer("prefill_chunk", chunk, 1, 1 << 20)
+    plan = make_plan(config, kind, tied=is_tied(checkpoint, config), prefill_chunk=chunk)
+    plan.require_fit()
+    core = InternVL(config, parameters, opset, kind)
+    parameters.finish()
+    engine = Engine(core, kv_tokens=plan.kv_tokens, prefill_chunk=chunk)
+    return Model(folder, config, core, engine, image_token_id)
+
+
+def load_vision(
+    path_or_repo_id: str | os.PathLike[str],
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    backend: str | None = None,
+) -> VisionModel:
+    """Loads the vision tower alone: of a standalone InternViT checkpoint or of a chat checkpoint."""
+    _check_device(device)
+    opset = OpSet(backend)
+    folder = resolve_path(path_or_repo_id)
+    config = load_vision_config(folder)
+    checkpoint = Checkpoint(folder)
+    kind = _dtype(dtype, dtype_of(checkpoint))
+    parameters = Parameters.of_vision(checkpoint, config)
+    tower = VisionTower(config, parameters, config.num_layers, opset, kind)
+    parameters.finish()
+    return VisionModel(config, tower)
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """last_hidden_state [t, 1+n, C], pooler_output [t, C] (its CLS token), hidden_states or None.
+
+    hidden_states holds the embeddings and the output of every layer.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+
+
+class VisionModel:
+    """InternViT as a function of pixels."""
+
+    def __init__(self, config: VisionConfig, tower: VisionTower) -> None:
+        self.config, self._tower = config, tower
+
+    def __call__(self, pixel_values: Tensor, output_hidden_states: bool = False) -> VisionOutput:
+        """pixel_values: float [t, 3, height, width], normalised, sides multiples of the patch."""
+        _check_pixels("pixel_values", pixel_values, self.config.patch_size, square=False)
+        states: list[Tensor] = []
+        each = (lambda x: states.append(x.clone())) if output_hidden_states else None
+        x = self._tower(pixel_values, each)
+        return VisionOutput(x, x[:, 0], tuple(states) if output_hidden_states else None)
+
+
+class Model:
+    """A loaded checkpoint. Its methods may be called from several threads at a time."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        core: InternVL,
+        engine: Engine,
+        image_token_id: int | None,
+    ) -> None:
+        self.folder, self.config, self.engine = folder, config, engine
+        self.template = get_template(config.template)
+        self.system_message = config.system_message
+        self._core = core
+        self._image_token_id = image_token_id
+        self._tokenizer: Tokenizer | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._core.dtype
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Read when it is first needed; FileNotFoundError where the checkpoint has none."""
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = load_tokenizer(self.folder)
+            return self._tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        """The id whose embeddings the picture features replace."""
+        given = self._image_token_id
+        if given is None:
+            given = self.config.image_token_id
+        if given is None:
+            try:
+                given = self.tokenizer.special_id(IMG_CONTEXT)
+            except FileNotFoundError as error:
+                raise ValueError(f"image_token_id is not known: {error}") from None
+        if given is None or not 0 <= given < self.config.text.vocab_size:
+            raise ValueError(
+                f"image_token_id is {given}, expected 0 to {self.config.text.vocab_size - 1}"
+            )
+        return given
+
+    # Text in, text out.
+
+    def chat(
+        self,
+        question: str | Sequence[Mapping[str, Any]],
+        images: Any = None,
+        video: Any = None,
+        history: Sequence[tuple[str, str]] | None = None,
+        system: str | None = None,
+        stream: bool = False,
+        return_history: bool = False,
+        max_tiles: int = 12,
+        *,
+        num_frames: int = 8,
+        video_bound: tuple[float, float] | None = None,
+        max_new_tokens: int = 1024,
+        min_new_tokens: int = 0,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        num_beams: int = 1,
+    ) -> Any:
+        """Answers a question, about pictures or a video if there are any.
+
+        question: text, or OpenAI-style messages, which then carry history and pictures too.
+            `<image>` marks the place of a picture; without one, pictures come first.
+        images: one picture or a list: path, bytes, PIL image, or uint8 array [H, W, 3]. With a
+            history: the pictures of all turns, in the order of their places.
+        video: path, bytes, or a list of frames; num_frames of it are taken, evenly spaced within
+            video_bound (seconds). A frame is one tile.
+        system: the system message; None for the checkpoint's, "" for none.
+        max_tiles: tiles per picture, thumbnail not counted, 1 to 40.
+        temperature 0 is greedy. seed: None draws one; the same seed repeats an answer.
+        stop: strings that end the answer and are not part of it.
+        Returns the answer; with stream an iterator of its pieces (closing it cancels); with
+        return_history (answer, history + this turn).
+        Raises ValueError, TypeError or OSError in one line that names what is wrong.
+        """
+        if stream and return_history:
+            raise ValueError("return_history cannot be combined with stream")
+        turn = self._turn(
+            question,
+            images,
+            video,
+            history,
+            system,
+            max_tiles,
+            num_frames,
+            video_bound,
+            stop,
+            seed,
+            num_beams,
+            {
+                "max_new_tokens": max_new_tokens,
+                "min_new_tokens": min_new_tokens,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+            },
+        )
+        if stream:
+            return turn.pieces(self.engine)
+        answer = "".join(turn.pieces(self.engine)).strip()
+        return (answer, [*turn.history, (turn.question, answer)]) if return_history else answer
+
+    def batch_chat(
+        self,
+        requests: Sequence[str | Mapping[str, Any] | Sequence[Mapping[str, Any]]],
+        *,
+        return_exceptions: bool = False,
+        **common: Any,
+    ) -> list[Any]:
+        """Answers several requests as one batch; each answer is what `chat` alone would give.
+
+        requests: questions, lists of messages, or dicts of `chat`'s arguments; common holds
+        arguments for all of them. With return_exceptions a request that fails has its exception
+        in the place of its answer, and the others run; otherwise the first error is raised
+        before anything runs, or after everything else has.
+        """
+        turns: list[_Turn | Exception] = []
+        for i, entry in enumerate(requests):
+            arguments = dict(entry) if isinstance(entry, Mapping) else {"question": entry}
+            try:
+                turns.append(self._turn_of({**common, **arguments}))
+            except (ValueError, TypeError, OSError) as error:
+                if not return_exceptions:
+                    raise type(error)(f"requests[{i}]: {error}") from None
+                turns.append(error)
+        live = [t for t in turns if isinstance(t, _Turn)]
+        for turn in live:
+            self.engine.submit(turn.request)
+        self.engine.run([t.request for t in live])
+        answers = [t if isinstance(t, Exception) else t.answer() for t in turns]
+        if not return_exceptions:
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+        return answers
+
+    def _turn_of(self, arguments: dict[str, Any]) -> _Turn:
+        """`_turn` from keyword arguments of `chat`."""
+        names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
+        names = (*names, "repetition_penalty")
+        params = {k: arguments.pop(k) for k in names if k in arguments}
+        defaults = {
+            "images": None,
+            "video": None,
+            "history": None,
+            "system": None,
+            "max_tiles": 12,
+            "num_frames": 8,
+            "video_bound": None,
+            "stop": None,
+            "seed": None,
+            "num_beams": 1,
+        }
+        unknown = sorted(set(arguments) - set(defaults) - {"question"})
+        if unknown:
+            allowed = ", ".join(("question", *defaults, *names))
+            raise TypeError(f"unknown argument {unknown[0]!r}, allowed: {allowed}")
+        if "question" not in arguments:
+            raise TypeError("a request has no question")
+        return self._turn(**defaults | arguments, params=params)
+
+    def _turn(
+        self,
+        question: Any,
+        images: Any,
+        video: Any,
+        history: Sequence[tuple[str, str]] | None,
+        system: str | None,
+        max_tiles: int,
+        num_frames: int,
+        video_bound: tuple[float, float] | None,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
+        num_beams: int,
+        params: dict[str, Any],
+    ) -> _Turn:
+        _check_integer("max_tiles", max_tiles, 1, MAX_TILES)
+        _check_integer("num_beams", num_beams, 1, 1, "beam search is not implemented")
+        stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if seed is None:
+            seed = secrets.randbits(63)
+        sampling = SamplingParams(seed=seed, stop_ids=self._stop_ids(), **params)
+        StopMatcher(stops)  # refuses what is no stop string before any work
+
+        media: list[tuple[str, Any]] = []
+        if not isinstance(question, str):
+            if images is not None or video is not None or history is not None:
+                raise ValueError("messages carry their own images, video and history")
+            conversation = parse_messages(question)
+            if conversation.system is not None:
+                if system is not None:
+                    raise ValueError("system is given twice: as an argument and as a message")
+                system = conversation.system
+            loaded = [(m.kind, m.source) for m in conversation.media]
+            loaded = [
+                (kind, videos.load_video(s, num_frames, video_bound) if kind == "video" else s)
+                for kind, s in loaded
+            ]
+            conversation = conversation.with_frames([len(s) for k, s in loaded if k == "video"])
+            question, history = conversation.question, conversation.history
+            for kind, source in loaded:
+                media += [("frame", f) for f in source] if kind == "video" else [(kind, source)]
+        else:
+            listed = _listed(images)
+            frames = None if video is None else self._frames(video, num_frames, video_bound)
+            question = with_placeholders(
+                question,
+                history,
+                num_images=len(listed),
+                num_frames=None if frames is None else len(frames),
+            )
+            media = [("image", s) for s in listed] + [("frame", f) for f in frames or ()]
+
+        if system is None:
+            system = self.system_message
+        tiles = self._tiles(media, max_tiles)
+        prompt = build_prompt(
+            self.tokenizer,
+            question,
+            template=self.config.template,
+            history=history,
+            system=system,
+            num_tiles=[grid.tiles for grid in tiles],
+            tokens_per_tile=self.config.tokens_per_tile,
+        )
+        self._check_length(prompt, len(tiles))
+        pixels = None
+        if tiles:
+            pixels = torch.cat([grid.pixels() for grid in tiles])
+        text = _Text(self.tokenizer, [*stops, *self.template.stop_strings])
+        positions = [p for s in prompt.image_spans for p in range(s.start, s.start + s.length)]
+        request = Request(
+            prompt.token_ids,
+            sampling,
+            pixels=pixels,
+            image_positions=positions,
+            on_token=text.push,
+        )
+        return _Turn(request, text, question, list(history or ()))
+
+    def _frames(
+        self, video: Any, num_frames: int, bound: tuple[float, float] | None
+    ) -> Sequence[Any]:
+        if isinstance(video, (list, tuple)):
+            if not video:
+                raise ValueError("video has no frames")
+            return video
+        return videos.load_video(video, num_frames, bound)
+
+    def _tiles(self, media: Sequence[tuple[str, Any]], max_tiles: int) -> list[_Tiles]:
+        """Decodes the pictures, so that their tiles can be counted before anything is computed."""
+        out = []
+        config = self.config
+        limit = max_tiles if config.dynamic_image_size else 1
+        for kind, source in media:
+            picture = pictures.load_image(source)
+            height, width = picture.shape[:2]
+            columns, rows = pictures.tile_grid(
+                width, height, 1 if kind == "frame" else limit, config.image_size
+            )
+            count = columns * rows
+            if config.use_thumbnail and count > 1:
+                count += 1
+            most = 1 if kind == "frame" else limit
+
+            def pixels(picture: Any = picture, most: int = most) -> Tensor:
+                return pictures.preprocess(
+                    picture, most, config.image_size, use_thumbnail=config.use_thumbnail
+                )
+
+            out.append(_Tiles(count, pixels))
+        return out
+
+    def _check_length(self, prompt: Prompt, n_pictures: int) -> None:
+        total, context = len(prompt.token_ids), self.engine.context
+        if total >= context:
+            spent = sum(s.length for s in prompt.image_spans)
+            hint = "; lower max_tiles or num_frames" if spent else ""
+            raise ValueError(
+                f"the prompt has {total} tokens ({spent} of them for {n_pictures} pictures), "
+                f"the context {context} including the answer{hint}"
+            )
+
+    def _stop_ids(self) -> frozenset[int]:
+        """The config's end tokens and the template's: configs often name another one."""
+        ids = set(self.config.eos_token_ids)
+        found = self.tokenizer.special_id(self.template.stop_token)
+        if found is not None:
+            ids.add(found)
+        return frozenset(i for i in ids if i < self.config.text.vocab_size)
+
+    # Tensors in, tensors out.
+
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """Projected picture features: float [t, 3, S, S] -> [t, n, hidden].
+
+        S is a multiple of 28 (patch size times unshuffle ratio); n = (S / 28)^2. Where S is not the
+        size that the tower was trained for, its position embedding is resized.
+        """
+        unit = self.config.vision.patch_size * self.config.unshuffle
+        _check_pixels("pixel_values", pixel_values, unit, square=True)
+        return self._core.encode_images(pixel_values)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_flags: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every position: int64 [B, T] -> float32 [B, T, V].
+
+        pixel_values: [t, 3, S, S], its features fill the image tokens of all rows in order.
+        image_flags: [t] or [t, 1], 0 drops a tile's features; None uses all.
+        attention_mask: [B, T] of 0 and 1, left padded. Logits at masked places are zeros.
+        """
+        rows = self._rows(input_ids, attention_mask)
+        images = self._row_images(rows, pixel_values, image_flags)
+        out = torch.zeros(*input_ids.shape, self.config.text.vocab_size)
+        text = self.config.text
+        pages = sum(KvCache.pages_for(len(r)) for r in rows)
+        cache = KvCache(text.num_layers, pages, text.num_kv_heads, text.head_dim, self.dtype)
+        chunks = [
+            Chunk(r, 0, cache.allocator.take(KvCache.pages_for(len(r))), "all", image, image_row)
+            for r, (image, image_row) in zip(rows, images, strict=True)
+        ]
+        logits = self._core.decoder(make_batch(chunks, PAGE_SIZE), cache)
+        for b, part in enumerate(logits.split([len(r) for r in rows])):
+            out[b, out.shape[1] - len(part) :] = part
+        return out
+
+    __call__ = forward
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        image_flags: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 1024,
+        min_new_tokens: int = 0,
+        temperature: float = 0,
+        seed: int | None = None,
+        num_beams: int = 1,
+        eos_token_id: int | Sequence[int] | None = None,
+        *,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> list[list[int]]:
+        """New token ids of each row, the end token included if there was one.
+
+        Tensors as in `forward`. eos_token_id: None for the checkpoint's, -1 never to stop, or ids.
+        Row b of a sampled batch uses seed + b.
+        """
+        _check_integer("num_beams", num_beams, 1, 1, "beam search is not implemented")
+        if seed is None:
+            seed = secrets.randbits(62)
+        stops = self._eos(eos_token_id)
+        rows = self._rows(input_ids, attention_mask)
+        requests = []
+        for b, row in enumerate(rows):
+            params = SamplingParams(
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed + b,
+                stop_ids=stops,
+            )
+            requests.append(Request(row.tolist(), params))
+        images = self._row_images(rows, pixel_values, image_flags)
+        for request, (image, image_row) in zip(requests, images, strict=True):
+            request.image, request.image_row = image, image_row
+        for request in requests:
+            self.engine.submit(request)
+        self.engine.run(requests)
+        for request in requests:
+            if request.error:
+                raise request.error
+        return [r.tokens for r in requests]
+
+    def _eos(self, eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+        if eos_token_id is None:
+            try:
+                return self._stop_ids()
+            except FileNotFoundError:
+                # Without a tokenizer the template's end token has no id.
+                return frozenset(self.config.eos_token_ids)
+        ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        if ids == [-1]:
+            return frozenset()
+        for i in ids:
+            _check_integer("eos_token_id", i, 0, self.config.text.vocab_size - 1)
+        return frozenset(ids)
+
+    def _rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
+        """The unpadded rows, int64 each."""
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            raise ValueError(f"input_ids is {_describe(input_ids)}, expected a tensor [B, T]")
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise TypeError(f"input_ids is {input_ids.dtype}, expected integers")
+        if not input_ids.numel():
+            raise ValueError(f"input_ids is empty: {list(input_ids.shape)}")
+        V = self.config.text.vocab_size
+        low, high = int(input_ids.min()), int(input_ids.max())
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask is {_describe(mask)}, expected {list(input_ids.shape)}"
+            )
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError("attention_mask has values other than 0 and 1")
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError("attention_mask has a 0 after a 1, expected left padding")
+        rows = [i[m.bool()].long() for i, m in zip(input_ids, mask, strict=True)]
+        for b, row in enumerate(rows):
+            if not len(row):
+                raise ValueError(f"attention_mask: row {b} is all padding")
+            if len(row) > self.engine.context:
+                raise ValueError(
+                    f"row {b} has {len(row)} tokens, the context {self.engine.context}"
+                )
+        if any(bool(((r < 0) | (r >= V)).any()) for r in rows):
+            raise ValueError(f"input_ids has ids from {low} to {high}, expected 0 to {V - 1}")
+        return rows
+
+    def _row_images(
+        self, rows: Sequence[Tensor], pixel_values: Tensor | None, image_flags: Tensor | None
+    ) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Features [N, hidden] and their places (as in Batch.image_row) for each row."""
+        if pixel_values is None:
+            if image_flags is not None:
+                raise ValueError("image_flags is given without pixel_values")
+            return [(None, None)] * len(rows)
+        unit = self.config.vision.patch_size * self.config.unshuffle
+        _check_pixels("pixel_values", pixel_values, unit, square=True)
+        t = len(pixel_values)
+        if image_flags is not None:
+            flags = image_flags.flatten()
+            if flags.shape != (t,) or not bool(((flags == 0) | (flags == 1)).all()):
+                raise ValueError(f"image_flags must be {t} values of 0 or 1, one per tile")
+            pixel_values = pixel_values[flags.bool()]
+        token = self.image_token_id
+        counts = [int((r == token).sum()) for r in rows]
+        each = (pixel_values.shape[-1] // unit) ** 2
+        if sum(counts) != each * len(pixel_values):
+            raise ValueError(
+                f"input_ids has {sum(counts)} image tokens, the {len(pixel_values)} tiles used "
+                f"have {each * len(pixel_values)}"
+            )
+        features = self._core.encode_images(pixel_values).flatten(0, 1)
+        out: list[tuple[Tensor | None, Tensor | None]] = []
+        for row, part in zip(rows, features.split(counts), strict=True):
+            here = row == token
+            out.append((part, torch.where(here, here.cumsum(0) - 1, -1)))
+        return out
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """A decoded picture: how many tiles it gives, and the tiles."""
+
+    tiles: int
+    pixels: Callable[[], Tensor]
+
+
+class _Text:
+    """The answer's text as its tokens come in."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._stream = TextStream(tokenizer)
+        self._matcher = StopMatcher(stops)
+        self._ready: list[str] = []
+
+    def push(self, token: int) -> bool:
+        """True where a stop string is complete."""
+        self._ready.append(self._matcher.push(self._stream.push(token)))
+        return self._matcher.stopped
+
+    def take(self) -> str:
+        """The text that has become certain since the last call."""
+        ready, self._ready = self._ready, []
+        return "".join(ready)
+
+    def finish(self) -> str:
+        rest = self._matcher.push(self._stream.finish())
+        return self.take() + rest + self._matcher.finish()
+
+
+@dataclass(frozen=True)
+class _Turn:
+    request: Request
+    text: _Text
+    question: str
+    history: History
+
+    def pieces(self, engine: Engine) -> Iterator[str]:
+        # Queued by the first step of the iterator: one that is never used costs nothing.
+        engine.submit(self.request)
+        for _ in engine.stream(self.request):
+            piece = self.text.take()
+            if piece:
+                yield piece
+        rest = self.text.finish()
+        if rest:
+            yield rest
+
+    def answer(self) -> str | BaseException:
+        if self.request.error:
+            return self.request.error
+        return self.text.finish().strip()
+
+
+def _listed(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
+def _check_integer(name: str, value: Any, low: int, high: int, why: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {type(value).__name__}, expected an integer")
+    if not low <= value <= high:
+        allowed = str(low) if low == high else f"{low} to {high}"
+        raise ValueError(f"{name} is {value}, allowed: {allowed}" + (f" ({why})" if why else ""))
+
+
+def _check_pixels(name: str, pixels: Any, unit: int, *, square: bool) -> None:
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+        raise TypeError(f"{name} is {_describe(pixels)}, expected a float tensor [t, 3, S, S]")
+    if pixels.dim() != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"{name} is {_describe(pixels)}, expected [t, 3, S, S]")
+    height, width = pixels.shape[2:]
+    if (square and height != width) or height % unit or width % unit or not height or not width:
+        what = "S" if square else "height and width"
+        raise ValueError(f"{name} is {_describe(pixels)}, expected {what} a multiple of {unit}")
+
+
+def _check_device(device: str) -> None:
+    if not isinstance(device, str):
+        raise TypeError(f"device is {type(device).__name__}, expected 'cpu', 'cuda' or 'auto'")
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        raise ValueError(f"device is {device!r}: models run on the CPU only in this version")
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"device is {device!r}, allowed: cpu, cuda, cuda:N, auto")
+
+
+def _dtype(dtype: str | torch.dtype, stored: str | None) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return torch.bfloat16 if stored == "bfloat16" else torch.float32
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in allowed:
+        raise ValueError(f"dtype is {name!r}, allowed: float32, bfloat16, auto")
+    return allowed[name]

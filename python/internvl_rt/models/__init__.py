@@ -1,0 +1,1 @@
+"""InternViT, the projector, the decoder and the model that joins them."""

@@ -1,0 +1,103 @@
+"""InternViT: patches to features (Chen et al., 2024, "InternVL")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt.config import VisionConfig
+from internvl_rt.layers import LayerNorm, Linear
+from internvl_rt.ops import OpSet
+from internvl_rt.parameters import Parameters
+
+
+class VisionLayer:
+    """x += ls1 * attention(norm1(x)); x += ls2 * mlp(norm2(x))."""
+
+    def __init__(
+        self, config: VisionConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+    ) -> None:
+        self.ops, self.heads, self.head_dim = opset, config.num_heads, config.head_dim
+        name, eps = f"vit.{i}", config.layer_norm_eps
+        self.norm1 = LayerNorm(opset, *w.pair(f"{name}.norm1"), eps, dtype)
+        self.norm2 = LayerNorm(opset, *w.pair(f"{name}.norm2"), eps, dtype)
+        self.qkv = Linear(opset, *w.linear(f"{name}.qkv"), dtype)
+        self.proj = Linear(opset, *w.linear(f"{name}.proj"), dtype)
+        self.fc1 = Linear(opset, *w.linear(f"{name}.fc1"), dtype)
+        self.fc2 = Linear(opset, *w.linear(f"{name}.fc2"), dtype)
+        self.ls1 = w[f"{name}.ls1"].to(dtype)
+        self.ls2 = w[f"{name}.ls2"].to(dtype)
+
+    def __call__(self, x: Tensor, cu: Tensor) -> None:
+        """Updates x [T, C] in place; tile b owns the tokens cu[b] : cu[b+1]."""
+        H, D = self.heads, self.head_dim
+        q, k, v = self.qkv(self.norm1(x)).view(-1, 3, H, D).unbind(1)  # [T, H, D] each
+        a = self.ops.flash_attention(q, k, v, cu, cu, scale=D**-0.5, causal=False)
+        self.proj(a.view(-1, H * D), scale=self.ls1, residual=x, out=x)
+        f = self.fc1(self.norm2(x), activation="gelu")
+        self.fc2(f, scale=self.ls2, residual=x, out=x)
+
+
+class VisionTower:
+    """InternViT up to the layer whose output is asked for; no norm after the last layer."""
+
+    # Tiles that run together: enough rows for the matrix products, and a peak that does not grow
+    # with the number of tiles in a request.
+    MICRO_BATCH = 4
+
+    def __init__(
+        self, config: VisionConfig, w: Parameters, layers: int, opset: OpSet, dtype: torch.dtype
+    ) -> None:
+        self.config, self.dtype = config, dtype
+        C, P = config.hidden_size, config.patch_size
+        (patch,), bias = w.linear("vit.patch")
+        self.patch = Linear(opset, [patch.reshape(C, 3 * P * P)], bias, dtype)
+        self.cls = w["vit.cls"].reshape(C).to(dtype)
+        # float32: a resized position embedding is rounded once, after the interpolation.
+        self.position = w["vit.pos"].reshape(-1, C).float()  # [1 + grid^2, C]
+        self.layers = [VisionLayer(config, w, i, opset, dtype) for i in range(layers)]
+        self._positions: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(
+        self, pixels: Tensor, each: Callable[[Tensor], None] | None = None
+    ) -> Tensor:
+        """pixels [t, 3, height, width] -> features [t, 1 + n, C], the CLS token first.
+
+        height and width are multiples of the patch size. each is called with the embeddings and
+        with the output of every layer, [t, 1 + n, C]; the buffer is reused after it returns.
+        """
+        t, _, height, width = pixels.shape
+        P, C = self.config.patch_size, self.config.hidden_size
+        rows, columns = height // P, width // P
+        n = rows * columns
+        patches = pixels.to(self.dtype).reshape(t, 3, rows, P, columns, P)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(t * n, 3 * P * P)
+        position = self.position_embedding(rows, columns)
+        x = torch.empty(t, 1 + n, C, dtype=self.dtype)
+        x[:, 0] = self.cls + position[0]
+        torch.add(self.patch(patches).view(t, n, C), position[1:], out=x[:, 1:])
+        cu = torch.arange(t + 1, dtype=torch.int32) * (1 + n)
+        if each:
+            each(x)
+        for layer in self.layers:
+            layer(x.view(-1, C), cu)
+            if each:
+                each(x)
+        return x
+
+    def position_embedding(self, rows: int, columns: int) -> Tensor:
+        """[1 + rows*columns, C]: the trained grid, resized (bicubic, a = -0.75) where it differs."""
+        found = self._positions.get((rows, columns))
+        if found is None:
+            g, C = self.config.grid, self.config.hidden_size
+            found = self.position
+            if (rows, columns) != (g, g):
+                grid = self.position[1:].reshape(1, g, g, C).permute(0, 3, 1, 2)
+                grid = F.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
+                grid = grid.permute(0, 2, 3, 1).reshape(rows * columns, C)
+                found = torch.cat((self.position[:1], grid))
+            found = self._positions[rows, columns] = found.to(self.dtype)
+        return found

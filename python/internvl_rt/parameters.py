@@ -1,0 +1,92 @@
+"""A model's tensors by internal name, straight from the mapped checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from internvl_rt.config import ModelConfig, VisionConfig
+from internvl_rt.weights import Checkpoint, Source, resolve, resolve_vision
+
+
+class Parameters:
+    """Hands tensors out for packing. The file's pages of a tensor are let go when the next one is
+    asked for, so loading peaks at one layer above the packed model."""
+
+    def __init__(self, checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
+        self._checkpoint, self._sources = checkpoint, sources
+        self._held: list[Source] = []
+        self._done = 0
+        self._progress = Progress(len(sources))
+
+    @classmethod
+    def of_model(cls, checkpoint: Checkpoint, config: ModelConfig) -> Parameters:
+        return cls(checkpoint, resolve(checkpoint, config))
+
+    @classmethod
+    def of_vision(cls, checkpoint: Checkpoint, config: VisionConfig) -> Parameters:
+        return cls(checkpoint, resolve_vision(checkpoint, config))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A small tensor, copied: it stays in use while the file may go away."""
+        self._begin([name])
+        return self._checkpoint.load(self._sources[name]).clone()
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self[f"{name}.weight"], self[f"{name}.bias"]
+
+    def table(self, name: str) -> Tensor:
+        """A large tensor that is read row by row: a view of the mapped file."""
+        self._begin([name])
+        self._held.clear()
+        return self._checkpoint.load(self._sources[name])
+
+    def linear(self, *names: str) -> tuple[list[Tensor], list[Tensor] | None]:
+        """(weights, biases) of layers that are stacked along their rows; biases None without any.
+
+        Views of the file, good until the next call.
+        """
+        weights = [f"{n}.weight" for n in names]
+        biases = [f"{n}.bias" for n in names if f"{n}.bias" in self._sources]
+        self._begin([*weights, *biases])
+        return self._parts(weights), self._parts(biases) or None
+
+    def finish(self) -> None:
+        self._begin([])
+        self._progress.close()
+
+    def _parts(self, names: Sequence[str]) -> list[Tensor]:
+        return [self._checkpoint[stored] for n in names for stored in self._sources[n].names]
+
+    def _begin(self, names: Sequence[str]) -> None:
+        for source in self._held:
+            self._checkpoint.release(source)
+        self._held = [self._sources[n] for n in names]
+        self._done += len(names)
+        self._progress.show(self._done)
+
+
+class Progress:
+    """One line on a terminal, nothing anywhere else."""
+
+    WIDTH = 30
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._shown = -1
+        self._on = sys.stderr is not None and sys.stderr.isatty()
+
+    def show(self, done: int) -> None:
+        filled = done * self.WIDTH // max(self._total, 1)
+        if self._on and filled != self._shown:
+            self._shown = filled
+            bar = "#" * filled + "." * (self.WIDTH - filled)
+            sys.stderr.write(f"\rloading weights [{bar}]")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._on and self._shown >= 0:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""What serves requests: batches, the paged KV cache, the scheduler, the memory plan."""

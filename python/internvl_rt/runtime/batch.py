@@ -1,0 +1,96 @@
+"""What a step of the decoder is told about its tokens. Metadata is an argument, never a global."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence: a part of its prompt, or the token sampled last."""
+
+    ids: Tensor  # int64 [n]
+    start: int  # position of ids[0]
+    pages: Tensor  # int64: the sequence's pages, in order
+    logits: str  # rows of logits wanted: "none" | "last" | "all"
+    image: Tensor | None = None  # [N, hidden]: features of the sequence's pictures
+    image_row: Tensor | None = None  # int64 [n]: row of `image`, -1 for text
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens of B sequences, back to back."""
+
+    ids: Tensor  # int64 [T]
+    image: Tensor | None  # [N, hidden]
+    image_row: Tensor | None  # int64 [T]
+    positions: Tensor  # float32 [T]
+    sequence: Tensor  # int32 [T], the sequence of a token
+    slots: Tensor  # int64 [T], where its key and value go: page * P + offset
+    cu_q: Tensor  # int32 [B+1]
+    kv_lens: Tensor  # int32 [B], keys that the last token of a sequence sees
+    page_table: Tensor  # int32 [B, pages of the longest]
+    logits_rows: Tensor | None  # int64 [R], None: all rows
+
+
+def make_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
+    """Lays chunks of different sequences back to back."""
+    lengths = [len(c.ids) for c in chunks]
+    positions = [torch.arange(c.start, c.start + n) for c, n in zip(chunks, lengths, strict=True)]
+    slots = [
+        c.pages[p // page_size] * page_size + p % page_size
+        for c, p in zip(chunks, positions, strict=True)
+    ]
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    table = torch.zeros(len(chunks), max(len(c.pages) for c in chunks), dtype=torch.int32)
+    for b, c in enumerate(chunks):
+        table[b, : len(c.pages)] = c.pages
+    image, image_row = _join_images(chunks, lengths)
+    return Batch(
+        ids=torch.cat([c.ids for c in chunks]),
+        image=image,
+        image_row=image_row,
+        positions=torch.cat(positions).float(),
+        sequence=torch.repeat_interleave(
+            torch.arange(len(chunks), dtype=torch.int32), torch.tensor(lengths)
+        ),
+        slots=torch.cat(slots),
+        cu_q=cu.int(),
+        kv_lens=torch.tensor(
+            [c.start + n for c, n in zip(chunks, lengths, strict=True)], dtype=torch.int32
+        ),
+        page_table=table,
+        logits_rows=_logits_rows(chunks, cu.tolist()),
+    )
+
+
+def _join_images(
+    chunks: Sequence[Chunk], lengths: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    parts, rows, offset = [], [], 0
+    for c, n in zip(chunks, lengths, strict=True):
+        if c.image is None or c.image_row is None:
+            rows.append(torch.full((n,), -1))
+            continue
+        rows.append(torch.where(c.image_row >= 0, c.image_row + offset, c.image_row))
+        parts.append(c.image)
+        offset += len(c.image)
+    if not parts:
+        return None, None
+    return parts[0] if len(parts) == 1 else torch.cat(parts), torch.cat(rows)
+
+
+def _logits_rows(chunks: Sequence[Chunk], cu: Sequence[int]) -> Tensor | None:
+    if all(c.logits == "all" for c in chunks):
+        return None
+    rows: list[int] = []
+    for b, c in enumerate(chunks):
+        if c.logits == "last":
+            rows.append(cu[b + 1] - 1)
+        elif c.logits == "all":
+            rows.extend(range(cu[b], cu[b + 1]))
+    return torch.tensor(rows, dtype=torch.int64)

@@ -1,0 +1,119 @@
+"""The memory plan: what a model will need, computed before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from internvl_rt.config import ModelConfig
+from internvl_rt.models.vision import VisionTower
+from internvl_rt.runtime.kv_cache import PAGE_SIZE
+from internvl_rt.weights import tensor_shapes
+
+# Requests of full context that the KV cache is reserved for. On the CPU reserved memory is not used
+# memory: a page costs something when a token is first written to it.
+CONTEXTS = 8
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes, but for kv_tokens."""
+
+    weights: int  # packed, in memory
+    mapped: int  # the embedding table: read from the file row by row
+    kv_per_token: int
+    kv_tokens: int  # capacity of the cache
+    activations: int  # peak of the vision tower and of a prefill chunk
+    available: int
+
+    @property
+    def needed(self) -> int:
+        """Without the cache, which is taken from what is left."""
+        return self.weights + self.activations
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_tokens >= PAGE_SIZE
+
+    def require_fit(self) -> None:
+        if not self.fits:
+            raise MemoryError(
+                f"the model needs {self.needed / GIB:.2f} GiB (weights "
+                f"{self.weights / GIB:.2f}, activations {self.activations / GIB:.2f}) and a KV "
+                f"cache, {self.available / GIB:.2f} GiB are available"
+            )
+
+    def table(self) -> str:
+        rows = (
+            ("weights, packed", f"{self.weights / GIB:8.3f} GiB"),
+            ("embedding, mapped from the file", f"{self.mapped / GIB:8.3f} GiB"),
+            ("activations, peak", f"{self.activations / GIB:8.3f} GiB"),
+            ("KV cache per token", f"{self.kv_per_token / 1024:8.1f} KiB"),
+            ("KV cache per 1000 tokens", f"{self.kv_per_token * 1000 / GIB:8.3f} GiB"),
+            ("KV cache capacity", f"{self.kv_tokens:8d} tokens"),
+            ("memory available", f"{self.available / GIB:8.3f} GiB"),
+            ("fits", "yes" if self.fits else "no"),
+        )
+        return "\n".join(f"{name:<33}{value}" for name, value in rows)
+
+
+def make_plan(
+    config: ModelConfig, dtype: torch.dtype, *, tied: bool, prefill_chunk: int
+) -> MemoryPlan:
+    """The plan for a model in dtype on this machine.
+
+    tied: the head shares the embedding's tensor in the file; packed, it is memory of its own.
+    """
+    size = dtype.itemsize
+    shapes = dict(tensor_shapes(config))
+    embed = math.prod(shapes.pop("llm.embed.weight")) * size
+    if tied:
+        shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
+    weights = sum(math.prod(s) for s in shapes.values()) * size
+    text = config.text
+    kv_per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size
+    activations = max(_vision_peak(config), _text_peak(config, prefill_chunk)) * size
+    available = available_memory()
+    # Half of the rest: what else the process does needs memory too.
+    spare = max(0, available - weights - activations) // 2
+    capacity = min(spare // kv_per_token, CONTEXTS * text.max_position_embeddings)
+    return MemoryPlan(
+        weights=weights,
+        mapped=embed,
+        kv_per_token=kv_per_token,
+        kv_tokens=capacity // PAGE_SIZE * PAGE_SIZE,
+        activations=activations,
+        available=available,
+    )
+
+
+def _vision_peak(config: ModelConfig) -> int:
+    """Elements alive at the widest place of a layer: x, its norm, fc1's output and scratch."""
+    v = config.vision
+    tokens = VisionTower.MICRO_BATCH * (1 + (config.image_size // v.patch_size) ** 2)
+    return tokens * (2 * v.hidden_size + 2 * max(3 * v.hidden_size, v.intermediate_size))
+
+
+def _text_peak(config: ModelConfig, chunk: int) -> int:
+    t = config.text
+    heads = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
+    return chunk * (2 * t.hidden_size + 2 * max(heads, 3 * t.intermediate_size)) + 2 * t.vocab_size
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's, or less under a cgroup's limit."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
+    # Elsewhere than on Linux nothing is known: plan for a small machine.
+    return min(found, default=4 * GIB)
