@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
 from internvl_rt.runtime.plan import make_plan
 from internvl_rt.runtime.request import Request, SamplingParams
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import Checkpoint, dtype_of, is_tied
+from internvl_rt.weights import Checkpoint
 
 MAX_TILES = 40
 History = list[tuple[str, str]]
@@ -69,12 +70,12 @@ def load(
     opset = OpSet(backend)
     folder = resolve_path(path_or_repo_id)
     config = load_config(folder)
-    kind = _dtype(dtype, config.torch_dtype)
+    kind = dtype_from(dtype, config.torch_dtype)
     checkpoint = Checkpoint(folder)
     parameters = Parameters.of_model(checkpoint, config)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
-    plan = make_plan(config, kind, tied=is_tied(checkpoint, config), prefill_chunk=chunk)
+    plan = make_plan(config, kind, tied=parameters.tied, prefill_chunk=chunk)
     plan.require_fit()
     core = InternVL(config, parameters, opset, kind)
     parameters.finish()
@@ -94,7 +95,7 @@ def load_vision(
     folder = resolve_path(path_or_repo_id)
     config = load_vision_config(folder)
     checkpoint = Checkpoint(folder)
-    kind = _dtype(dtype, dtype_of(checkpoint))
+    kind = dtype_from(dtype, str(checkpoint.dtype).removeprefix("torch."))
     parameters = Parameters.of_vision(checkpoint, config)
     tower = VisionTower(config, parameters, config.num_layers, opset, kind)
     parameters.finish()
@@ -280,6 +281,16 @@ class Model:
                 if isinstance(answer, BaseException):
                     raise answer
         return answers
+
+    def show_prompt(self, *arguments: Any, **options: Any) -> str:
+        """The prompt that `chat` would run for these arguments; runs of image tokens as a count."""
+        names = ("question", "images", "video", "history", "system")
+        given = dict(zip(names, arguments, strict=False)) | options
+        ids = self._turn_of(given).request.prompt.tolist()
+        text = self.tokenizer.decode(ids, skip_special=False)
+        return re.sub(
+            f"(?:{IMG_CONTEXT})+", lambda m: f"{IMG_CONTEXT}*{m[0].count(IMG_CONTEXT)}", text
+        )
 
     def _turn_of(self, arguments: dict[str, Any]) -> _Turn:
         """`_turn` from keyword arguments of `chat`."""
@@ -704,7 +715,8 @@ def _check_device(device: str) -> None:
         raise ValueError(f"device is {device!r}, allowed: cpu, cuda, cuda:N, auto")
 
 
-def _dtype(dtype: str | torch.dtype, stored: str | None) -> torch.dtype:
+def dtype_from(dtype: str | torch.dtype, stored: str | None) -> torch.dtype:
+    """The dtype to compute in, from what the caller asked for and what the checkpoint holds."""
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
         return torch.bfloat16 if stored == "bfloat16" else torch.float32

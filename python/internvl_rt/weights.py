@@ -256,6 +256,11 @@ class Checkpoint:
         """Dtype, shape and place of a tensor, without touching its payload."""
         return self._shard(name).tensors[name]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the first tensor is stored in; the weights of a checkpoint share their dtype."""
+        return self.info(self.names[0]).dtype
+
     def __getitem__(self, name: str) -> torch.Tensor:
         """The tensor, a view of the mapped file. Do not write to it."""
         shard = self._shard(name)
@@ -309,6 +314,16 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     found = _match(checkpoint, rows, ignored=())
     found.setdefault(head.name, found["llm.embed.weight"])
     return found
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that `resolve` finds, by internal name; the head as if it were tied."""
+    rows = [
+        *_vision_rows(config.vision, _ORIGINAL, config.vision_layers_used),
+        *_projector_rows(config, _ORIGINAL),
+        *_text_rows(config.text, _ORIGINAL),
+    ]
+    return {row.name: row.shape for row in rows if row.used}
 
 
 def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, Source]:
@@ -379,6 +394,11 @@ class _Row:
     name: str
     sources: tuple[tuple[str, tuple[int, ...]], ...]
     used: bool = True  # False: known and checked where present, not loaded
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [shape for _, shape in self.sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _linear(
@@ -510,9 +530,7 @@ def _match(
         if len(dtypes) > 1:
             both = " and ".join(sorted(map(_dtype_name, dtypes)))
             mistyped.append(f"{row.sources[0][0]} and the tensors joined to it are {both}")
-        shapes = [shape for _, shape in row.sources]
-        whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        result[row.name] = Source(tuple(name for name, _ in row.sources), whole)
+        result[row.name] = Source(tuple(name for name, _ in row.sources), row.shape)
     extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored)]
     where = checkpoint.folder
     if missing:
