@@ -3,7 +3,8 @@
 Each is declared once (schema, reference, cases, cost) in the module of its name.
 """
 
+from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
 
-__all__ = ["Op", "OpSet", "catalogue", "rms_norm"]
+__all__ = ["Op", "OpSet", "PackedWeight", "catalogue", "linear", "pack", "rms_norm", "unpack"]
