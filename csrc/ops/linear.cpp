@@ -1,0 +1,182 @@
+#include "kernels/linear.h"
+
+#include <cstdlib>
+#include <memory>
+
+#include "csrc/bind.h"
+
+namespace ivr {
+namespace {
+
+IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
+IVR_CPU_KERNEL_OBJECT_AMX(kernel_bf16, "linear_bf16", linear, linear_amx);
+IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
+
+// x is prepared for at most this many bytes at a time, so that a call's memory does not grow with M.
+constexpr int64_t kWorkspaceBytes = 24 << 20;
+// Below this much work per product a second thread does not pay.
+constexpr int64_t kSerialFlops = 1 << 17;
+constexpr int64_t kPrepareElements = 16384;
+
+// Memory that a thread keeps between calls and frees when it ends.
+class Buffer {
+ public:
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+      memory_.reset(std::aligned_alloc(64, rounded));
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  int64_t size_ = 0;
+};
+
+const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
+  return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
+              : nullptr;
+}
+
+void run(const LinearParams& whole, LinearSteps steps) {
+  thread_local Buffer workspace;
+  const int64_t row_bytes = std::max<int64_t>(whole.K * 4, 1);
+  const int64_t passes = (whole.M * row_bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
+  // A multiple of every instruction set's row group.
+  constexpr int64_t kRowMultiple = 96;
+  const int64_t rows = (whole.M + passes - 1) / std::max<int64_t>(passes, 1);
+  const int64_t step = (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
+  const bool serial = 2 * whole.M * whole.N * whole.K < kSerialFlops;
+  for (int64_t m = 0; m < whole.M; m += step) {
+    LinearParams p = whole;
+    p.M = std::min(step, whole.M - m);
+    p.x = at_row(whole.x, m, whole.x_m, whole.dtype);
+    p.residual = at_row(whole.residual, m, whole.residual_m, whole.out_dtype);
+    p.out = const_cast<void*>(at_row(whole.out, m, whole.out_m, whole.out_dtype));
+    steps.plan(p, serial ? 1 : num_threads());
+    p.workspace = workspace.reserve(p.workspace_size);
+    if (p.items > 0) {
+      const int64_t grain = kPrepareElements * p.items / std::max<int64_t>(p.M * p.K, 1) + 1;
+      parallel_for(p.items, grain,
+                   [&](int64_t begin, int64_t end) { steps.prepare(p, begin, end); });
+    }
+    const int64_t chunks = p.row_blocks * p.panel_blocks;
+    parallel_for(chunks, serial ? chunks : 1, [&](int64_t begin, int64_t end) {
+      thread_local Buffer scratch;
+      steps.compute(p, begin, end, scratch.reserve(p.scratch_size));
+    });
+  }
+}
+
+void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
+            std::optional<Tensor> bias, Activation activation, std::optional<Tensor> residual,
+            std::optional<Tensor> scale, Tensor out) {
+  Checker check("linear");
+  check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
+  check.require(check["K"] == K, "x has shape " + x.shape_text() + ", expected [M, K=" +
+                                     std::to_string(K) + "] (K from weight [" + std::to_string(N) +
+                                     ", " + std::to_string(K) + "])");
+  check.require(N >= 0, "weight has N=" + std::to_string(N) + ", expected N >= 0");
+  check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
+                "weight format is not implemented, available: f32, bf16");
+  check.require(activation != Activation::swiglu,
+                "activation 'swiglu' is not implemented, available: none, gelu, silu");
+  const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
+  check.require(x.dtype == dtype, std::string("x is ") + name_of(x.dtype) +
+                                      ", expected the weight's " + name_of(dtype));
+  check.bind("P", panel_count(N) * panel_size(format, K), "packed size");
+  check.bind("N", N, "weight");
+  check.tensor("weight", weight, {dtype}, {"P"});
+  if (x.dtype == DType::bf16) {
+    check.tensor("out", out, {DType::bf16, DType::f32}, {"M", "N"});
+  } else {
+    check.tensor("out", out, {DType::f32}, {"M", "N"});
+  }
+  if (bias) check.tensor("bias", *bias, {x.dtype}, {"N"});
+  if (scale) check.tensor("scale", *scale, {x.dtype}, {"N"});
+  if (residual) check.tensor("residual", *residual, {out.dtype}, {"M", "N"});
+  LinearParams p{};
+  p.x = x.data;
+  p.weight = weight.data;
+  p.bias = bias ? bias->data : nullptr;
+  p.residual = residual ? residual->data : nullptr;
+  p.scale = scale ? scale->data : nullptr;
+  p.out = out.data;
+  p.M = check["M"];
+  p.N = N;
+  p.K = K;
+  p.x_m = x.stride(0);
+  p.residual_m = residual ? residual->stride(0) : 0;
+  p.out_m = out.stride(0);
+  p.activation = activation;
+  p.dtype = x.dtype;
+  p.out_dtype = out.dtype;
+  if (p.M * p.N == 0) return;
+  check.require(x.device == Device::cpu, "no CUDA kernel in this build");
+  LinearSteps steps;
+  (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
+  run(p, steps);
+}
+
+// The rows of several weights one after the other, packed into data.
+void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
+  Checker check("pack");
+  check.require(!weights.empty(), "got no weight, expected at least one");
+  check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
+                "weight format is not implemented, available: f32, bf16");
+  const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
+  std::vector<const void*> rows;
+  int64_t i = 0;
+  for (const Tensor& w : weights) {
+    const std::string n = "N" + std::to_string(i++);
+    check.tensor("weight", w, {dtype}, {n.c_str(), "K"});
+    for (int64_t r = 0; r < w.size(0); ++r) rows.push_back(at_row(w.data, r, w.stride(0), dtype));
+  }
+  const int64_t K = check["K"], N = static_cast<int64_t>(rows.size());
+  const int64_t panels = panel_count(N), size = panel_size(format, K);
+  check.bind("P", panels * size, "packed size");
+  check.tensor("data", data, {dtype}, {"P"});
+  if (panels * size == 0) return;
+  check.require(data.device == Device::cpu, "no CUDA kernel in this build");
+  rows.resize(panels * kPanelColumns, nullptr);
+  const auto run_panel = pack_kernel.pick();
+  parallel_for(panels, kPrepareElements / size + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      run_panel(rows.data() + j * kPanelColumns, K, format,
+                const_cast<void*>(at_row(data.data, j, size, dtype)));
+    }
+  });
+}
+
+}  // namespace
+
+IVR_BIND(linear) {
+  py::enum_<WeightFormat>(m, "WeightFormat")
+      .value("f32", WeightFormat::f32)
+      .value("bf16", WeightFormat::bf16)
+      .value("int8", WeightFormat::int8)
+      .value("int4", WeightFormat::int4)
+      .value("fp8", WeightFormat::fp8);
+  py::enum_<Activation>(m, "Activation")
+      .value("none", Activation::none)
+      .value("gelu", Activation::gelu)
+      .value("silu", Activation::silu)
+      .value("swiglu", Activation::swiglu);
+  m.def("linear", &linear, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
+        py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
+        py::arg("residual"), py::arg("scale"), py::arg("out"));
+  m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("data"));
+  m.def("packed_size", [](int64_t N, int64_t K, WeightFormat format) {
+    return panel_count(N) * panel_size(format, K);
+  });
+}
+
+}  // namespace ivr

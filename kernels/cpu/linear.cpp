@@ -1,0 +1,352 @@
+// linear on the CPU with fused multiply-adds (portable, AVX2, AVX-512).
+//
+// A group of up to kGroup rows times two vectors of columns is held in registers (12 x 32 on
+// AVX-512, 6 x 16 on AVX2) while K goes by. x is widened to fp32 and interleaved once per call into
+// the shared workspace ([groups][K][rows of the group]), so that the inner loop broadcasts from
+// consecutive memory. K is walked in pieces of kDepth, whose sums are added in order: so a chunk's
+// rows of x stay in L2 and a piece of a panel in L1 or L2. Up to kStreamRows rows, a step walks several panels at once: weights come from DRAM
+// then, and more streams with prefetch read them faster than one (30 % measured).
+#include "kernels/linear.h"
+
+#include "kernels/cpu/linear_epilogue.h"
+#include "kernels/cpu/simd.h"
+
+namespace ivr {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kGroup = 12;
+constexpr int kStreamVectors = 8;
+constexpr int kStreamRows = 3;
+#else
+constexpr int kGroup = 6;
+constexpr int kStreamVectors = 8;
+constexpr int kStreamRows = 1;
+#endif
+constexpr int kPanelVectors = kPanelColumns / kLanes;
+// Part of the result's definition: the same for every M and instruction set. 12 rows of x are 18 KB,
+// a piece of a panel 48 KB.
+constexpr int64_t kDepth = 384;
+constexpr int64_t kRowStep = 120;    // 184 KB of x
+constexpr int64_t kPanelStep = 8;    // 123 KB of partial sums
+constexpr int64_t kWidenRows = 36;   // from here on bf16 weights are widened once per chunk
+constexpr int kPrefetchBytes = 512;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// x's depth in the workspace: pairs are whole.
+inline int64_t even_depth(const LinearParams& p) {
+  return p.dtype == DType::bf16 ? (p.K + 1) / 2 * 2 : p.K;
+}
+
+// c[Rows][Vectors * kLanes] (+)= a[K][Rows]^T * w[K][...]. The vectors lie next to each other in
+// the panel at w, then in the panels that follow it.
+template <int Rows, int Vectors>
+void multiply(const float* a, const float* w, int64_t panel_size, int64_t K, float* c, int64_t c_m,
+              bool resume, bool stream) {
+  F acc[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = set(0.0f);
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    F b[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const float* at = w + (v / kPanelVectors) * panel_size + (v % kPanelVectors) * kLanes;
+      if (stream) __builtin_prefetch(at + kPrefetchBytes / 4);
+      b[v] = load(at);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const F x = set(a[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(x, b[v], acc[r][v]);
+    }
+    a += Rows;
+    w += kPanelColumns;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = c + r * c_m + v * kLanes;
+      store(to, resume ? load(to) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <int Rows, int Vectors>
+void multiply(const float* a, const bf16* w, int64_t panel_size, int64_t K, float* c, int64_t c_m,
+              bool resume, bool stream) {
+  F acc[Rows][Vectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = set(0.0f);
+  }
+  for (int64_t k = 0; k < K; k += 2) {
+    F even[Vectors], odd[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const bf16* at = w + (v / kPanelVectors) * panel_size + (v % kPanelVectors) * kLanes * 2;
+      if (stream) __builtin_prefetch(at + kPrefetchBytes / 2);
+      load_pairs(at, even[v], odd[v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const F x = set(a[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(x, even[v], acc[r][v]);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const F x = set(a[Rows + r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(x, odd[v], acc[r][v]);
+    }
+    a += 2 * Rows;
+    w += 2 * kPanelColumns;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = c + r * c_m + v * kLanes;
+      store(to, resume ? load(to) + acc[r][v] : acc[r][v]);
+    }
+  }
+}
+
+template <class W, int Vectors>
+using Multiply = void (*)(const float*, const W*, int64_t, int64_t, float*, int64_t, bool, bool);
+
+// The product of `rows` rows (1 to kGroup) and Vectors vectors of columns.
+template <class W, int Vectors>
+Multiply<W, Vectors> multiply_for(int64_t rows) {
+  if (rows == 1) return multiply<1, Vectors>;
+  if constexpr (Vectors == 2 || kStreamRows == 3) {
+    if (rows == 2) return multiply<2, Vectors>;
+    if (rows == 3) return multiply<3, Vectors>;
+  }
+  if constexpr (Vectors == 2) {
+    switch (rows) {
+      case 4:
+        return multiply<4, 2>;
+      case 5:
+        return multiply<5, 2>;
+      case 6:
+        return multiply<6, 2>;
+    }
+    if constexpr (kGroup == 12) {
+      switch (rows) {
+        case 7:
+          return multiply<7, 2>;
+        case 8:
+          return multiply<8, 2>;
+        case 9:
+          return multiply<9, 2>;
+        case 10:
+          return multiply<10, 2>;
+        case 11:
+          return multiply<11, 2>;
+        default:
+          return multiply<12, 2>;
+      }
+    }
+  }
+  return nullptr;
+}
+
+// One row of fp32 can be read where it is.
+inline bool reads_x(const LinearParams& p) { return p.M == 1 && p.dtype == DType::f32; }
+
+void plan(LinearParams& p, int threads) {
+  const int64_t panels = panel_count(p.N);
+  if (p.M <= kStreamRows) {
+    p.row_step = p.M;
+    p.row_blocks = 1;
+    // Whole steps of kStreamVectors, and enough pieces for every thread where there are that many.
+    const int64_t step = kStreamVectors / kPanelVectors > 0 ? kStreamVectors / kPanelVectors : 1;
+    p.panel_step = panels >= 8 * step * threads ? step : 1;
+  } else {
+    // Even blocks, whole groups.
+    const int64_t blocks = ceil_div(p.M, kRowStep);
+    p.row_step = ceil_div(ceil_div(p.M, blocks), kGroup) * kGroup;
+    p.row_blocks = ceil_div(p.M, p.row_step);
+    p.panel_step = kPanelStep;
+    while (p.panel_step > 1 && p.row_blocks * ceil_div(panels, p.panel_step) < 6 * threads) {
+      p.panel_step /= 2;
+    }
+  }
+  p.panel_blocks = ceil_div(panels, p.panel_step);
+  p.items = reads_x(p) ? 0 : ceil_div(p.M, kGroup);
+  p.workspace_size = reads_x(p) ? 0 : p.M * even_depth(p) * 4;
+  const int64_t sums = p.M <= kStreamRows ? kGroup * kStreamVectors * kLanes
+                                          : p.row_step * p.panel_step * kPanelColumns;
+  p.scratch_size = (sums + kDepth * kPanelColumns) * 4;
+}
+
+template <class T>
+void interleave(const LinearParams& p, int64_t begin, int64_t end) {
+  const int64_t depth = even_depth(p);
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t m0 = g * kGroup, rows = least(p.M - m0, kGroup);
+    float* to = static_cast<float*>(p.workspace) + m0 * depth;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = static_cast<const T*>(p.x) + (m0 + r) * p.x_m;
+      for (int64_t k = 0; k < p.K; ++k) to[k * rows + r] = to_float(from[k]);
+      if (depth > p.K) to[p.K * rows + r] = 0.0f;
+    }
+  }
+}
+
+void prepare(const LinearParams& p, int64_t begin, int64_t end) {
+  if (p.dtype == DType::bf16) {
+    interleave<bf16>(p, begin, end);
+  } else {
+    interleave<float>(p, begin, end);
+  }
+}
+
+// One piece of a panel in fp32, [K][32].
+inline void widen(const bf16* w, int64_t K, float* to) {
+  for (int64_t k = 0; k < K; k += 2) {
+    for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
+      F even, odd;
+      load_pairs(w + k * kPanelColumns + 2 * j, even, odd);
+      store(to + k * kPanelColumns + j, even);
+      store(to + (k + 1) * kPanelColumns + j, odd);
+    }
+  }
+}
+inline void widen(const float*, int64_t, float*) {}
+
+template <class W>
+void stream(const LinearParams& p, int64_t begin, int64_t end, float* sums) {
+  const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
+  const int64_t depth = even_depth(p), panels = panel_count(p.N);
+  const float* a = static_cast<const float*>(reads_x(p) ? p.x : p.workspace);
+  const W* weight = static_cast<const W*>(p.weight);
+  const auto wide = multiply_for<W, kStreamVectors>(p.M);
+  const auto narrow = multiply_for<W, 2>(p.M);
+  constexpr int64_t kStride = kStreamVectors * kLanes;
+  constexpr int64_t kWidePanels = kStreamVectors / kPanelVectors;
+  int64_t panel = begin * p.panel_step;
+  const int64_t stop = least(end * p.panel_step, panels);
+  while (panel < stop) {
+    const int64_t done = stop - panel >= kWidePanels ? kWidePanels : 1;
+    for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
+      const int64_t K = least(kDepth, depth - k0);
+      const W* w = weight + panel * size + k0 * kPanelColumns;
+      if (done == kWidePanels) {
+        wide(a + k0 * p.M, w, size, K, sums, kStride, k0 > 0, true);
+        continue;
+      }
+      for (int v = 0; v < kPanelVectors; v += 2) {
+        narrow(a + k0 * p.M, w + v * kLanes * (sizeof(W) == 2 ? 2 : 1), size, K, sums + v * kLanes,
+               kStride, k0 > 0, true);
+      }
+    }
+    for (int64_t i = 0; i < done; ++i, ++panel) {
+      finish(p, sums + i * kPanelColumns, kStride, 0, p.M, panel * kPanelColumns);
+    }
+  }
+}
+
+template <class W>
+void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
+                   float* scratch) {
+  const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
+  const int64_t depth = even_depth(p);
+  const float* x = static_cast<const float*>(p.workspace);
+  const W* weight = static_cast<const W*>(p.weight);
+  float* wide = scratch;
+  float* sums = scratch + kDepth * kPanelColumns;
+  const bool once = kDepth >= depth;  // no partial sums to keep: one tile's worth is enough
+  const bool widened = sizeof(W) == 2 && m1 - m0 >= kWidenRows;
+  // At least one step: the epilogue of a product over nothing.
+  for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
+    const int64_t K = least(kDepth, depth - k0);
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      const W* w = weight + panel * size + k0 * kPanelColumns;
+      if (widened) widen(w, K, wide);
+      for (int64_t m = m0; m < m1; m += kGroup) {
+        const int64_t rows = least(p.M - m, kGroup);
+        const float* a = x + m * depth + k0 * rows;
+        float* c = once ? sums
+                        : sums + ((panel - panel0) * p.row_step + (m - m0)) * kPanelColumns;
+        for (int v = 0; v < kPanelVectors; v += 2) {
+          const int64_t j = v * kLanes;
+          if (widened) {
+            multiply_for<float, 2>(rows)(a, wide + j, 0, K, c + j, kPanelColumns, k0 > 0, false);
+          } else {
+            multiply_for<W, 2>(rows)(a, w + j * (sizeof(W) == 2 ? 2 : 1), 0, K, c + j,
+                                     kPanelColumns, k0 > 0, true);
+          }
+        }
+        if (k0 + K >= depth) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
+      }
+    }
+  }
+}
+
+template <class W>
+void run(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
+  if (p.M <= kStreamRows) return stream<W>(p, begin, end, scratch);
+  const int64_t panels = panel_count(p.N);
+  for (int64_t i = begin; i < end; ++i) {
+    // Rows go first, so that neighbours in time share weights.
+    const int64_t m = i % p.row_blocks * p.row_step, panel = i / p.row_blocks * p.panel_step;
+    compute_chunk<W>(p, m, least(m + p.row_step, p.M), panel, least(panel + p.panel_step, panels),
+                     scratch);
+  }
+}
+
+void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+  if (p.dtype == DType::bf16) {
+    run<bf16>(p, begin, end, static_cast<float*>(scratch));
+  } else {
+    run<float>(p, begin, end, static_cast<float*>(scratch));
+  }
+}
+
+// [32 rows][words] -> [words][32]: a word is one float or a pair of bf16.
+void transpose(const void* const* rows, int64_t words, uint32_t* to) {
+  constexpr int64_t kBlock = 16;  // one cache line of each row at a time
+  for (int64_t k0 = 0; k0 < words; k0 += kBlock) {
+    const int64_t n = least(kBlock, words - k0);
+    for (int64_t r = 0; r < kPanelColumns; ++r) {
+      if (!rows[r]) {
+        for (int64_t k = 0; k < n; ++k) to[(k0 + k) * kPanelColumns + r] = 0;
+        continue;
+      }
+      const char* from = static_cast<const char*>(rows[r]) + k0 * 4;
+      for (int64_t k = 0; k < n; ++k) memcpy(&to[(k0 + k) * kPanelColumns + r], from + 4 * k, 4);
+    }
+  }
+}
+
+}  // namespace
+
+namespace IVR_ISA {
+
+void linear(LinearSteps& steps) { steps = {plan, prepare, compute}; }
+
+void pack_panel(const void* const* rows, int64_t K, WeightFormat format, void* panel) {
+  uint32_t* to = static_cast<uint32_t*>(panel);
+  if (format == WeightFormat::f32) return transpose(rows, K, to);
+  transpose(rows, K / 2, to);
+  bf16* tail = reinterpret_cast<bf16*>(to + K / 2 * kPanelColumns);
+  memset(tail, 0, static_cast<size_t>(panel_size(format, K) - K / 2 * 2 * kPanelColumns) * 2);
+  if (K % 2) {
+    for (int64_t r = 0; r < kPanelColumns; ++r) {
+      if (rows[r]) tail[2 * r] = static_cast<const bf16*>(rows[r])[K - 1];
+    }
+  }
+}
+
+}  // namespace IVR_ISA
+}  // namespace ivr

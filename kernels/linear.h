@@ -1,0 +1,71 @@
+// linear: out = residual + scale * act(x W^T + bias), computed in fp32 and rounded once.
+//
+// Weights are packed once, in one layout for every instruction set and every M: panels of 32
+// columns, zero-padded.
+//   f32    [ceil(N/32)][K][32]
+//   bf16   [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32: a pair of k stands together. 16 pairs
+//          of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one
+//          512-bit load, whose low halves are the even and whose high halves are the odd k.
+//
+// Every element of the product is a sum over k in one order, the same for every M: chains of
+// multiply-adds from zero over pieces of fixed length, the pieces added in order (on matrix tiles
+// one chain of pairs, where denormals count as zero). So a row's bits depend neither on the other
+// rows nor on how the work is cut.
+#pragma once
+
+#include "kernels/cpu/isa.h"
+#include "kernels/dtype.h"
+
+namespace ivr {
+
+enum class WeightFormat : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fp8 = 4 };
+enum class Activation : int32_t { none = 0, gelu = 1, silu = 2, swiglu = 3 };
+
+constexpr int64_t kPanelColumns = 32;
+constexpr int64_t kTileDepth = 32;  // k per bf16 matrix tile
+
+constexpr int64_t panel_count(int64_t N) { return (N + kPanelColumns - 1) / kPanelColumns; }
+// Elements of one panel.
+constexpr int64_t panel_size(WeightFormat format, int64_t K) {
+  const int64_t depth =
+      format == WeightFormat::bf16 ? (K + kTileDepth - 1) / kTileDepth * kTileDepth : K;
+  return depth * kPanelColumns;
+}
+
+struct LinearParams {
+  const void* x;         // [M, K]
+  const void* weight;    // packed
+  const void* bias;      // [N] or null
+  const void* residual;  // [M, N] or null; may be out
+  const void* scale;     // [N] or null
+  void* out;             // [M, N]
+  int64_t M, N, K;
+  int64_t x_m, residual_m, out_m;  // row strides in elements
+  Activation activation;           // none, gelu (exact) or silu
+  DType dtype;                     // f32 or bf16: of x, weight, bias and scale
+  DType out_dtype;                 // of out and residual: dtype, or f32
+
+  // Filled in by `plan`. Work is cut into chunks of row_step rows by panel_step panels.
+  int64_t row_step, panel_step;
+  int64_t row_blocks, panel_blocks;
+  int64_t items;           // pieces of `prepare`, 0 if there is nothing to prepare
+  int64_t workspace_size;  // bytes, shared by all threads: x as the kernel wants to read it
+  int64_t scratch_size;    // bytes, one per thread
+  void* workspace;         // 64-byte aligned
+};
+
+// The steps of one product, all of the same instruction set: plan, then prepare over [0, items),
+// then compute over [0, row_blocks * panel_blocks).
+struct LinearSteps {
+  void (*plan)(LinearParams& p, int threads);
+  void (*prepare)(const LinearParams& p, int64_t begin, int64_t end);
+  void (*compute)(const LinearParams& p, int64_t begin, int64_t end, void* scratch);
+};
+
+IVR_CPU_KERNEL(linear, LinearSteps& steps)
+IVR_AMX_KERNEL(linear_amx, LinearSteps& steps)
+
+// Packs one panel. rows: 32 pointers to K elements, null for columns beyond N.
+IVR_CPU_KERNEL(pack_panel, const void* const* rows, int64_t K, WeightFormat format, void* panel)
+
+}  // namespace ivr

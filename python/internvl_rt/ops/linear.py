@@ -1,0 +1,251 @@
+"""Matrix product with packed weights and a fused epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt import _C
+from internvl_rt._C import WeightFormat
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+
+PANEL = 32  # columns of a packed panel
+
+_FORMATS = {torch.float32: WeightFormat.f32, torch.bfloat16: WeightFormat.bf16}
+_ACTIVATIONS = dict(_C.Activation.__members__)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [n, k] in the layout that the kernels read (kernels/linear.h).
+
+    data: one flat tensor; n, k: the weight's shape; format: what its elements are.
+    """
+
+    data: Tensor
+    n: int
+    k: int
+    format: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.k
+
+
+def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> PackedWeight:
+    """Packs a weight [N, K], or several with one K, whose outputs then stand side by side.
+
+    weight: float32 or bfloat16 on the CPU, contiguous in K; memory-mapped rows are read once.
+    out: flat memory of `packed_size(N, K, dtype)` elements, else it is allocated.
+    Raises ValueError for shapes or dtypes that do not fit.
+    """
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not weights:
+        raise ValueError("pack: got no weight, expected at least one")
+    first = weights[0]
+    for w in weights:
+        if w.dim() != 2 or w.shape[1] != first.shape[-1]:
+            raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
+    n, k = sum(w.shape[0] for w in weights), first.shape[1]
+    size = packed_size(n, k, first.dtype)
+    if out is None:
+        out = torch.empty(size, dtype=first.dtype)
+    _C.pack(weights, _FORMATS[first.dtype], out)
+    return PackedWeight(out, n, k, _FORMATS[first.dtype])
+
+
+def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
+    """Elements of a packed weight [n, k]: n is padded to 32, and k too in bfloat16."""
+    if dtype not in _FORMATS:
+        raise ValueError(f"pack: weight is {dtype}, expected torch.float32 or torch.bfloat16")
+    return _C.packed_size(n, k, _FORMATS[dtype])
+
+
+def unpack(weight: PackedWeight) -> Tensor:
+    """The weight [n, k] again."""
+    columns = -(-weight.n // PANEL) * PANEL
+    depth = weight.data.numel() // max(columns, 1)
+    pair = 2 if weight.format == WeightFormat.bf16 else 1
+    w = weight.data.view(columns // PANEL, depth // pair, PANEL, pair)
+    return w.transpose(1, 2).reshape(columns, depth)[: weight.n, : weight.k]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + scale * activation(x @ weight.T + bias), computed in float32 and rounded once.
+
+    x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others.
+    weight: [N, K] of x's dtype, from `pack`; a plain tensor is packed in every call, which costs
+        more than the product itself where M is small.
+    bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
+    activation: "none", "gelu" (exact), "silu"; "swiglu" is not implemented.
+    residual: [M, N], dtype of the result.
+    out_dtype: x's dtype (default), or float32 for bfloat16 inputs (logits).
+    out: [M, N], rows may be strided; may be residual, must not overlap x.
+    Returns [M, N]. Raises ValueError for shapes, dtypes or options that do not fit.
+    """
+    run = _op.face(backend)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"linear: activation is {activation!r}, allowed: none, gelu, silu")
+    if out_dtype not in (None, x.dtype, torch.float32):
+        raise ValueError(f"linear: out_dtype is {out_dtype}, allowed: {x.dtype}, torch.float32")
+    if run is None:
+        result = reference(
+            x,
+            weight,
+            bias=bias,
+            activation=activation,
+            residual=residual,
+            scale=scale,
+            out_dtype=out_dtype,
+        )
+        return give("linear", result, out)
+    if isinstance(weight, Tensor):
+        weight = pack(weight)
+    if out is None:
+        out = torch.empty(
+            (x.shape[0] if x.dim() == 2 else 0, weight.n), dtype=out_dtype or x.dtype, device=x.device
+        )
+    elif out_dtype is not None and out.dtype != out_dtype:
+        raise ValueError(f"linear: out is {out.dtype}, expected out_dtype {out_dtype}")
+    run(
+        x,
+        weight.data,
+        weight.n,
+        weight.k,
+        weight.format,
+        bias,
+        _ACTIVATIONS[activation],
+        residual,
+        scale,
+        out,
+    )
+    return out
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    *,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    w = unpack(weight) if isinstance(weight, PackedWeight) else weight
+    w = w.to(x.dtype)
+    if out_dtype is not None and x.dtype != torch.float64 and out_dtype != x.dtype:
+        x, w = x.to(out_dtype), w.to(out_dtype)
+        bias, scale = (None if v is None else v.to(out_dtype) for v in (bias, scale))
+    y = F.linear(x, w, bias)
+    if activation == "gelu":
+        y = F.gelu(y)
+    elif activation == "silu":
+        y = F.silu(y)
+    elif activation != "none":
+        raise ValueError(f"linear: activation {activation!r} is not implemented")
+    if scale is not None:
+        y = y * scale
+    return y if residual is None else residual + y
+
+
+def cost(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    **_: Any,
+) -> Cost:
+    (M, K), N = x.shape, weight.shape[0]
+    size = x.element_size()
+    out_size = (out_dtype or x.dtype).itemsize
+    moved = (M * K + N * K) * size + M * N * out_size * (1 if residual is None else 2)
+    return Cost(moved, 2 * M * N * K)
+
+
+def _case(name: str, M: int, N: int, K: int, **options: Any) -> Case:
+    flags = {k: options.pop(k) for k in ("bench", "slow", "dtypes") if k in options}
+
+    def build(make: Inputs) -> dict[str, Any]:
+        std = K**-0.5 if K else 1.0
+        weight = make.normal(N, K, std=std)
+        arguments: dict[str, Any] = {
+            "x": make.normal(M, K),
+            "weight": pack(weight) if options.get("packed") else weight,
+        }
+        for option in ("activation", "out_dtype"):
+            if option in options:
+                arguments[option] = options[option]
+        if options.get("bias"):
+            arguments["bias"] = make.normal(N)
+        if options.get("scale"):
+            arguments["scale"] = make.normal(N, std=0.5)
+        if options.get("residual"):
+            arguments["residual"] = make.normal(M, N, dtype=options.get("out_dtype"))
+        return arguments
+
+    return Case(name, build, **flags)
+
+
+def _strided(make: Inputs) -> dict[str, Any]:
+    x, residual = make.normal(9, 200), make.normal(9, 130)
+    return {"x": x[:, 50:127], "weight": make.normal(45, 77), "residual": residual[:, 3:48]}
+
+
+def _real(name: str, M: int, N: int, K: int, **options: Any) -> Case:
+    return _case(name, M, N, K, packed=True, bench=True, slow=M * N * K > 1 << 24, **options)
+
+
+_BF16 = (torch.bfloat16,)
+
+_op = register(
+    Op(
+        name="linear",
+        function=linear,
+        reference=reference,
+        faces={"native": _C.linear},
+        cost=cost,
+        dims="M rows, N outputs, K inputs",
+        cases=(
+            _case("empty", 0, 64, 32),
+            _case("empty_columns", 3, 0, 32),
+            _case("empty_depth", 3, 5, 0, bias=True),
+            _case("one", 1, 1, 1),
+            _case("odd", 5, 31, 33),
+            _case("odd_pairs", 2, 33, 31, bias=True),
+            _case("tail_stream", 1, 4 * 32 * 17 + 5, 70, bias=True),
+            _case("tail_3", 3, 200, 127, bias=True, activation="silu"),
+            _case("tail_13", 13, 97, 129, bias=True, activation="gelu", packed=True),
+            _case("tail_50", 50, 65, 450, bias=True, scale=True, residual=True, packed=True),
+            _case("tail_250", 250, 300, 800, scale=True, residual=True, packed=True, slow=True),
+            _case("all", 37, 64, 64, bias=True, activation="gelu", scale=True, residual=True),
+            Case("strided", _strided),
+            _case("logits", 4, 100, 64, out_dtype=torch.float32, residual=True),
+            _real("internvit_300m_fc1", 1025, 4096, 1024, bias=True, activation="gelu", dtypes=_BF16),
+            _real("internvit_300m_fc2", 1025, 1024, 4096, bias=True, scale=True, residual=True),
+            _real("qwen2_0.5b_qkv", 320, 1152, 896, bias=True),
+            _real("qwen2_0.5b_down", 320, 896, 4864, residual=True),
+            _real("qwen2_0.5b_up_decode", 1, 9728, 896),
+            _real("qwen2_0.5b_up_decode_8", 8, 9728, 896),
+            # An eighth of the vocabulary: more than a cache holds, less than a test should build.
+            _real("qwen2_0.5b_logits", 1, 18960, 896, out_dtype=torch.float32, dtypes=_BF16),
+        ),
+    )
+)
