@@ -36,8 +36,9 @@ inline Vec multiply_add(Vec sum, Vec a, Vec b) {
   return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 }
 inline Vec round_shift(Vec hi, Vec lo) {
-  return _mm512_srai_epi32(_mm512_add_epi32(_mm512_slli_epi32(hi, kResampleDigitBits), lo),
-                           kResampleBits);
+  // Vector operators: gcc 12 warns about its own AVX-512 shift intrinsics.
+  const __v16si sum = ((__v16si)hi << kResampleDigitBits) + (__v16si)lo;
+  return (Vec)(sum >> kResampleBits);
 }
 inline Vec narrow(Vec a, Vec b, Vec c, Vec d) {
   return _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
@@ -185,25 +186,21 @@ inline int32_t weight_pair(const int16_t* w) {
   return pair;
 }
 
-// out[0, kVec) = the weighted sum of `count` lines, `pitch` bytes apart.
-inline void resample_vector(const uint8_t* line, int64_t pitch, const int16_t* hi,
-                            const int16_t* lo, int64_t count, uint8_t* out) {
-  const Vec half = broadcast(1 << (kResampleBits - 1));
-  const Vec none = zero();
-  Vec hi0 = none, hi1 = none, hi2 = none, hi3 = none;
-  Vec lo0 = half, lo1 = half, lo2 = half, lo3 = half;
-  for (int64_t i = 0; i < count; i += 2) {
-    const Vec a = load(line);
-    const Vec b = load(i + 1 < count ? line + pitch : line);  // an odd count ends in a zero weight
-    line += 2 * pitch;
+// Exact 32-bit sums of kVec bytes, by weight digit.
+struct Sums {
+  Vec hi0, hi1, hi2, hi3;
+  Vec lo0, lo1, lo2, lo3;
+
+  // Two taps: lines a and b, whose weights are a pair at hi and one at lo.
+  void add(Vec a, Vec b, const int16_t* hi, const int16_t* lo) {
     const Vec low = low_bytes(a, b);
     const Vec high = high_bytes(a, b);
-    const Vec ab0 = low_bytes(low, none);
-    const Vec ab1 = high_bytes(low, none);
-    const Vec ab2 = low_bytes(high, none);
-    const Vec ab3 = high_bytes(high, none);
-    const Vec w_hi = broadcast(weight_pair(hi + i));
-    const Vec w_lo = broadcast(weight_pair(lo + i));
+    const Vec ab0 = low_bytes(low, zero());
+    const Vec ab1 = high_bytes(low, zero());
+    const Vec ab2 = low_bytes(high, zero());
+    const Vec ab3 = high_bytes(high, zero());
+    const Vec w_hi = broadcast(weight_pair(hi));
+    const Vec w_lo = broadcast(weight_pair(lo));
     hi0 = multiply_add(hi0, ab0, w_hi);
     hi1 = multiply_add(hi1, ab1, w_hi);
     hi2 = multiply_add(hi2, ab2, w_hi);
@@ -213,8 +210,26 @@ inline void resample_vector(const uint8_t* line, int64_t pitch, const int16_t* h
     lo2 = multiply_add(lo2, ab2, w_lo);
     lo3 = multiply_add(lo3, ab3, w_lo);
   }
-  store(out, narrow(round_shift(hi0, lo0), round_shift(hi1, lo1), round_shift(hi2, lo2),
-                    round_shift(hi3, lo3)));
+};
+
+// out[0, kVec) = the weighted sum of `count` lines, `pitch` bytes apart.
+inline void resample_vector(const uint8_t* line, int64_t pitch, const int16_t* hi,
+                            const int16_t* lo, int64_t count, uint8_t* out) {
+  const Vec none = zero();
+  const Vec half = broadcast(1 << (kResampleBits - 1));
+  Sums sums{none, none, none, none, half, half, half, half};
+  for (int64_t pairs = count / 2; pairs > 0; --pairs) {
+    sums.add(load(line), load(line + pitch), hi, lo);
+    line += 2 * pitch;
+    hi += 2;
+    lo += 2;
+  }
+  if (count % 2 != 0) {  // paired with a weight of zero
+    const Vec last = load(line);
+    sums.add(last, last, hi, lo);
+  }
+  store(out, narrow(round_shift(sums.hi0, sums.lo0), round_shift(sums.hi1, sums.lo1),
+                    round_shift(sums.hi2, sums.lo2), round_shift(sums.hi3, sums.lo3)));
 }
 
 // Transposes the 16 x 16 bytes in each 128-bit lane. A round interleaves registers i and i + 8,
