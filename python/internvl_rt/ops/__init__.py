@@ -4,8 +4,9 @@ Each is declared once (schema, reference, cases, cost) in the module of its name
 """
 
 from internvl_rt.ops.embed_scatter import embed_scatter
+from internvl_rt.ops.preprocess import preprocess
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
 from internvl_rt.ops.sample import sample
 
-__all__ = ["Op", "OpSet", "catalogue", "embed_scatter", "rms_norm", "sample"]
+__all__ = ["Op", "OpSet", "catalogue", "embed_scatter", "preprocess", "rms_norm", "sample"]
