@@ -5,6 +5,7 @@ Each is declared once (schema, reference, cases, cost) in the module of its name
 
 from internvl_rt.ops.embed_scatter import embed_scatter
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.preprocess import preprocess
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
 from internvl_rt.ops.sample import sample
@@ -17,6 +18,7 @@ __all__ = [
     "embed_scatter",
     "linear",
     "pack",
+    "preprocess",
     "rms_norm",
     "sample",
     "unpack",
