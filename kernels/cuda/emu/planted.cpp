@@ -31,9 +31,7 @@ float block_sum(float v, cuda::Shared<float> scratch) {
       scratch[warp] = v;
     }
   }
-  if constexpr (kCase == Planted::divergent_barrier) {
-    if (warp == 0) __syncthreads();
-  } else if constexpr (kCase == Planted::two_barriers) {
+  if constexpr (kCase == Planted::two_barriers) {
     if (warp == 0) {
       __syncthreads();
     } else {
@@ -79,6 +77,9 @@ void sum_kernel(const PlantedParams& p) {
   if constexpr (kCase == Planted::reused_scratch) sum += block_sum<kCase>(v, scratch);
   const int write_end = kCase == Planted::write_past_row ? columns + 1 : columns;
   for (int i = column; i < write_end; i += kThreads) store_float(y + i, sum);
+  if constexpr (kCase == Planted::divergent_barrier) {
+    if (column < 32) __syncthreads();
+  }
 }
 
 // y[row, i], i < 32: what lane i got from the collective that the row names.
@@ -113,8 +114,10 @@ void collectives_kernel(const PlantedParams& p) {
                                  2 * __any_sync(0xffff0000u, lane == 3));
       }
       break;
-    default:
+    default:  // the upper half arrives at the second shuffle while the lower is in the first
       got = v;
+      if (lane < 16) got = __shfl_sync(0x0000ffffu, v, 2);
+      got = __shfl_sync(kFullMask, got, lane ^ 16);
   }
   store_float(p.y + blockIdx.x * p.columns + lane, got);
 }

@@ -24,7 +24,7 @@ enum class Planted {
   wrong_lane,         // a shuffle from a lane outside the mask
 };
 
-inline constexpr Op kPlanted[] = {
+constexpr Op kPlanted[] = {
 #define IVR_PLANTED(name) \
   {"planted/" #name, sizeof(PlantedParams), run_planted<static_cast<int>(Planted::name)>}
     IVR_PLANTED(row_sum),          IVR_PLANTED(collectives),       IVR_PLANTED(dynamic_shared),

@@ -443,6 +443,9 @@ void Machine::State::finish_collective(int warp) {
     const Fibre& other = fibres[first + i];
     if (other.wait != Wait::warp) return;
     if (other.kind != me.kind || other.mask != me.mask) {
+      // Lanes of a divergent branch may finish a collective of their own first, unless that one
+      // waits for this lane.
+      if ((other.mask >> (self() % kWarp) & 1u) == 0) return;
       fail("lane %d calls %s with mask %08x while lane %d of its warp calls %s with mask %08x",
            self() % kWarp, name_of(me.kind), me.mask, i, name_of(other.kind), other.mask);
     }
