@@ -177,7 +177,7 @@ using Shared = T*;
 #define IVR_SHARED(T, name, n)            \
   __shared__ alignas(16) T name##_mem[n]; \
   const ::ivr::cuda::Shared<T> name = name##_mem
-#define IVR_DYNAMIC_SHARED(T, name)                                      \
+#define IVR_DYNAMIC_SHARED(T, name)                                    \
   extern __shared__ __align__(128) unsigned char ivr_dynamic_shared[]; \
   const ::ivr::cuda::Shared<T> name = reinterpret_cast<T*>(ivr_dynamic_shared)
 
@@ -186,10 +186,10 @@ using Shared = T*;
 template <typename T>
 using Shared = emu::SharedPointer<T>;
 // The lambda's static gives each declaration, in each template instantiation, an identity.
-#define IVR_SHARED(T, name, n)                                                   \
+#define IVR_SHARED(T, name, n)                                            \
   const ::ivr::cuda::Shared<T> name = ::ivr::emu::shared_array<T>(n, [] { \
-    static char site;                                                            \
-    return &site;                                                                \
+    static char site;                                                     \
+    return &site;                                                         \
   }())
 #define IVR_DYNAMIC_SHARED(T, name) \
   const ::ivr::cuda::Shared<T> name = ::ivr::emu::dynamic_shared<T>()

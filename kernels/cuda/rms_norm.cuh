@@ -194,8 +194,7 @@ IVR_DEVICE void rms_norm_row(const RmsNormParams& p, unsigned row, int member, i
 
   const T* x = static_cast<const T*>(p.x) + t * p.x_t + h * p.x_h;
   const T* residual = static_cast<const T*>(p.residual) + t * p.residual_t + h * p.residual_h;
-  T* residual_out =
-      static_cast<T*>(p.residual_out) + t * p.residual_out_t + h * p.residual_out_h;
+  T* residual_out = static_cast<T*>(p.residual_out) + t * p.residual_out_t + h * p.residual_out_h;
   T* y = static_cast<T*>(p.y) + t * p.y_t + h * p.y_h;
   const T* weight = static_cast<const T*>(p.weight);
   const bool has_residual = p.residual != nullptr;

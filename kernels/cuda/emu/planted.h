@@ -27,11 +27,11 @@ enum class Planted {
 constexpr Op kPlanted[] = {
 #define IVR_PLANTED(name) \
   {"planted/" #name, sizeof(PlantedParams), run_planted<static_cast<int>(Planted::name)>}
-    IVR_PLANTED(row_sum),          IVR_PLANTED(collectives),       IVR_PLANTED(dynamic_shared),
-    IVR_PLANTED(missing_barrier),  IVR_PLANTED(reused_scratch),    IVR_PLANTED(unwritten_shared),
-    IVR_PLANTED(shared_overrun),   IVR_PLANTED(read_past_row),     IVR_PLANTED(write_past_row),
-    IVR_PLANTED(misaligned),       IVR_PLANTED(divergent_barrier), IVR_PLANTED(two_barriers),
-    IVR_PLANTED(wrong_mask),       IVR_PLANTED(missing_lane),      IVR_PLANTED(exited_lane),
+    IVR_PLANTED(row_sum),         IVR_PLANTED(collectives),       IVR_PLANTED(dynamic_shared),
+    IVR_PLANTED(missing_barrier), IVR_PLANTED(reused_scratch),    IVR_PLANTED(unwritten_shared),
+    IVR_PLANTED(shared_overrun),  IVR_PLANTED(read_past_row),     IVR_PLANTED(write_past_row),
+    IVR_PLANTED(misaligned),      IVR_PLANTED(divergent_barrier), IVR_PLANTED(two_barriers),
+    IVR_PLANTED(wrong_mask),      IVR_PLANTED(missing_lane),      IVR_PLANTED(exited_lane),
     IVR_PLANTED(wrong_lane),
 #undef IVR_PLANTED
 };

@@ -6,8 +6,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
-#include <random>
-#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__) || defined(IVR_EMU_UCONTEXT)
@@ -134,13 +133,25 @@ struct Ranges {
 struct Allocation {
   size_t begin;
   size_t end;
+  const void* site;
+};
+
+// SplitMix64 (Steele, Lea, Flood, 2014): the same order from the same seed with every library.
+struct Random {
+  uint64_t state;
+  size_t below(size_t n) {
+    uint64_t z = state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return (z ^ (z >> 31)) % n;
+  }
 };
 
 // Who touched a byte of shared memory last, and when. Stamps count synchronisations of the launch.
 struct Shadow {
   static constexpr int kSeveral = -2, kNobody = -1;
   int writer = kNobody;
-  int reader = kNobody;  // kSeveral: more than one since the last write
+  int reader = kNobody;       // kSeveral: more than one since the last write
   int reader_warp = kNobody;  // kSeveral likewise
   uint64_t written = 0;
   uint64_t read = 0;
@@ -167,7 +178,7 @@ const char* name_of(Collective kind) {
 }  // namespace
 
 struct Machine::State {
-  std::mt19937_64 random;
+  Random random{};
   Ranges readable, writable;
   std::string report;
 
@@ -175,7 +186,8 @@ struct Machine::State {
   Context scheduler;
   std::vector<Fibre> fibres;
   Fibre* current = nullptr;
-  const std::function<void()>* body = nullptr;
+  void (*body)(const void*) = nullptr;
+  const void* argument = nullptr;
   std::vector<int> ready;
   bool failed = false;
 
@@ -183,7 +195,6 @@ struct Machine::State {
   std::vector<char> shared;
   std::vector<Shadow> shadow;
   std::vector<Allocation> allocations;
-  std::unordered_map<const void*, size_t> sites;
   size_t static_end = 0, dynamic_begin = 0;
 
   uint64_t clock = 1;        // counts completed synchronisations
@@ -214,7 +225,7 @@ namespace {
 thread_local Machine::State* running = nullptr;
 
 void fibre_entry() {
-  (*running->body)();
+  running->body(running->argument);
   running->current->wait = Wait::done;
   running->yield();
   __builtin_unreachable();
@@ -303,7 +314,7 @@ bool Machine::State::run_block() {
   block_start = last_block_sync = ++clock;
   for (;;) {
     while (!ready.empty()) {
-      std::swap(ready[random() % ready.size()], ready.back());
+      std::swap(ready[random.below(ready.size())], ready.back());
       current = &fibres[ready.back()];
       ready.pop_back();
       switch_context(scheduler, current->context);
@@ -320,7 +331,7 @@ bool Machine::State::run_block() {
   }
 }
 
-Machine::Machine(uint64_t seed) : state_(std::make_unique<State>()) { state_->random.seed(seed); }
+Machine::Machine(uint64_t seed) : state_(std::make_unique<State>()) { state_->random.state = seed; }
 
 Machine::~Machine() {
   if (state_->stacks != nullptr) munmap(state_->stacks, Limits::kThreads * kStackBytes);
@@ -338,8 +349,8 @@ void Machine::allow_write(const void* begin, int64_t bytes, const char* name, in
   state_->writable.list.push_back({b, b + static_cast<uintptr_t>(bytes), name, row});
 }
 
-bool Machine::launch(Dim3 grid, Dim3 block, size_t dynamic_shared,
-                     const std::function<void()>& body) {
+bool Machine::launch_threads(Dim3 grid, Dim3 block, size_t dynamic_shared,
+                             void (*body)(const void*), const void* argument) {
   State& s = *state_;
   s.failed = false;
   s.report.clear();
@@ -360,11 +371,11 @@ bool Machine::launch(Dim3 grid, Dim3 block, size_t dynamic_shared,
   }
   s.readable.prepare();
   s.writable.prepare();
-  s.body = &body;
+  s.body = body;
+  s.argument = argument;
   s.dynamic_begin = Limits::kStaticShared;
   s.static_end = 0;
-  s.sites.clear();
-  s.allocations.assign(1, {s.dynamic_begin, s.dynamic_begin + dynamic_shared});
+  s.allocations.assign(1, {s.dynamic_begin, s.dynamic_begin + dynamic_shared, nullptr});
   s.shared.resize(s.dynamic_begin + dynamic_shared + 16);
   s.shadow.assign(s.shared.size(), Shadow{});
 
@@ -383,7 +394,7 @@ bool Machine::launch(Dim3 grid, Dim3 block, size_t dynamic_shared,
 
   std::vector<unsigned> order(grid.count());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
-  std::shuffle(order.begin(), order.end(), s.random);
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[s.random.below(i)]);
 
   State* const outer = running;
   running = &s;
@@ -521,16 +532,16 @@ void check_write(const void* p, size_t bytes, size_t alignment) {
 
 void* shared_bytes(size_t bytes, const void* site) {
   Machine::State& s = *running;
-  const auto found = s.sites.find(site);
-  if (found != s.sites.end()) return s.shared.data() + found->second;
+  for (const Allocation& a : s.allocations) {
+    if (a.site == site) return s.shared.data() + a.begin;
+  }
   // The gap keeps an overrun of one array out of the next.
   const size_t begin = s.static_end;
   s.static_end = (begin + bytes + 63) / 64 * 64 + 64;
   if (begin + bytes > Limits::kStaticShared) {
     s.fail("static shared memory exceeds %zu bytes", Limits::kStaticShared);
   }
-  s.sites[site] = begin;
-  s.allocations.push_back({begin, begin + bytes});
+  s.allocations.push_back({begin, begin + bytes, site});
   return s.shared.data() + begin;
 }
 

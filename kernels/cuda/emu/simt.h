@@ -18,7 +18,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -55,13 +54,20 @@ class Machine {
   void allow_read(const void* begin, int64_t bytes, const char* name, int64_t row = -1);
   void allow_write(const void* begin, int64_t bytes, const char* name, int64_t row = -1);
 
-  // Runs body once per thread of the grid. False: report() says what was found.
-  bool launch(Dim3 grid, Dim3 block, size_t dynamic_shared, const std::function<void()>& body);
+  // Runs body() once per thread of the grid. False: report() says what was found.
+  template <typename F>
+  bool launch(Dim3 grid, Dim3 block, size_t dynamic_shared, const F& body) {
+    const auto call = [](const void* f) { (*static_cast<const F*>(f))(); };
+    return launch_threads(grid, block, dynamic_shared, call, &body);
+  }
   const std::string& report() const;
 
   struct State;
 
  private:
+  bool launch_threads(Dim3 grid, Dim3 block, size_t dynamic_shared, void (*body)(const void*),
+                      const void* argument);
+
   std::unique_ptr<State> state_;
 };
 
@@ -175,8 +181,8 @@ T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
   return ::ivr::emu::shuffle_value(::ivr::emu::Collective::shuffle_xor, mask, value, bits, width);
 }
 inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
-  return static_cast<uint32_t>(::ivr::emu::warp_collective(::ivr::emu::Collective::ballot, mask,
-                                                           predicate != 0, 0, 32));
+  return static_cast<uint32_t>(
+      ::ivr::emu::warp_collective(::ivr::emu::Collective::ballot, mask, predicate != 0, 0, 32));
 }
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(uint32_t mask, int predicate) {
