@@ -6,8 +6,9 @@
 //            a warp (head dims 64, 128); up to 128 vectors one warp, no barrier; above, one block.
 // Memory     x and residual are read once and stay packed in registers between the two passes;
 //            rows beyond 4096 vectors (32768 bf16, 16384 f32) are streamed twice.
-// Alignment  decides only how a vector is fetched (16 bytes at once, or element by element), never
-//            which thread adds what: a row's bits depend on C and the dtype alone.
+// Alignment  decides only how a vector is fetched (16 bytes at once where every vector is whole and
+//            aligned, else element by element), never which thread adds what: a row's bits depend
+//            on C and the dtype alone.
 // Bytes      T * H * C * size * (2, or 4 with a residual) + C * size.
 #pragma once
 
@@ -26,7 +27,7 @@ struct RmsNormConfig {
   int threads_per_row;  // a power of two; above 32 the whole block
   int rows_per_block;
   int vectors;   // held by each thread between the passes; 0: the row is streamed twice
-  bool aligned;  // every row of every operand starts on 16 bytes
+  bool aligned;  // every row of every operand is whole vectors and starts on 16 bytes
   unsigned blocks;
 };
 
@@ -51,8 +52,8 @@ inline bool rms_norm_aligned(const RmsNormParams& p) {
     return t && h && reinterpret_cast<uintptr_t>(base) % 16 == 0;
   };
   // A null residual pair counts as aligned.
-  return rows_aligned(p.x, p.x_t, p.x_h) && rows_aligned(p.y, p.y_t, p.y_h) &&
-         rows_aligned(p.residual, p.residual_t, p.residual_h) &&
+  return p.C * size % 16 == 0 && rows_aligned(p.x, p.x_t, p.x_h) &&
+         rows_aligned(p.y, p.y_t, p.y_h) && rows_aligned(p.residual, p.residual_t, p.residual_h) &&
          rows_aligned(p.residual_out, p.residual_out_t, p.residual_out_h) &&
          reinterpret_cast<uintptr_t>(p.weight) % 16 == 0;
 }
@@ -116,17 +117,23 @@ void with_rms_norm_kernel(DType dtype, const RmsNormConfig& c, F&& f) {
 
 // ---- device -------------------------------------------------------------------------------------
 
-// The vector that starts at p, of whose elements n belong to the row (n <= 0: none).
+// The vector that starts at p, of whose elements n belong to the row (n <= 0: none); the others are
+// zero.
 template <bool kAligned, typename T>
 IVR_DEVICE Vec<T> read_vector(const T* p, int n) {
-  if (kAligned && n >= Vec<T>::kSize) return load16(p);
-  return load_elements(p, n);
+  if constexpr (!kAligned) return load_elements(p, n);
+  Vec<T> v{};
+  if (n > 0) v = load16(p);
+  return v;
 }
 
 template <bool kAligned, typename T>
 IVR_DEVICE void write_vector(T* p, const Vec<T>& v, int n) {
-  if (kAligned && n >= Vec<T>::kSize) return store16(p, v);
-  store_elements(p, v, n);
+  if constexpr (!kAligned) {
+    store_elements(p, v, n);
+  } else if (n > 0) {
+    store16(p, v);
+  }
 }
 
 // x + residual, rounded to the dtype.
