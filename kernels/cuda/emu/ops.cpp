@@ -1,0 +1,67 @@
+// The emulator as a shared library: ops by name, params structs by pointer.
+#include "kernels/cuda/emu/ops.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <iterator>
+
+#include "kernels/cuda/emu/planted.h"
+#include "kernels/rms_norm.h"
+
+namespace ivr::emu {
+
+void allow_rows(Machine& machine, Access access, const char* name, const void* base, int64_t rows,
+                int64_t heads, int64_t bytes, int64_t row_stride, int64_t head_stride) {
+  if (base == nullptr) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t h = 0; h < heads; ++h) {
+      const char* begin = static_cast<const char*>(base) + r * row_stride + h * head_stride;
+      access == Access::read ? machine.allow_read(begin, bytes, name, r * heads + h)
+                             : machine.allow_write(begin, bytes, name, r * heads + h);
+    }
+  }
+}
+
+namespace {
+
+constexpr Op kOps[] = {
+    {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
+};
+
+const Op* find(const char* name) {
+  const auto named = [name](const Op& op) { return std::strcmp(op.name, name) == 0; };
+  const auto op = std::find_if(std::begin(kOps), std::end(kOps), named);
+  if (op != std::end(kOps)) return op;
+  const auto planted = std::find_if(std::begin(kPlanted), std::end(kPlanted), named);
+  return planted != std::end(kPlanted) ? planted : nullptr;
+}
+
+}  // namespace
+}  // namespace ivr::emu
+
+extern "C" {
+
+// The i-th op's name; null behind the last.
+const char* ivr_emu_op(size_t i) {
+  return i < std::size(ivr::emu::kOps) ? ivr::emu::kOps[i].name : nullptr;
+}
+
+// sizeof the op's params struct, so that a caller's copy of it can be checked; 0: no such op.
+size_t ivr_emu_params_size(const char* name) {
+  const ivr::emu::Op* op = ivr::emu::find(name);
+  return op != nullptr ? op->params_size : 0;
+}
+
+// 0: ran clean, `report` holds the launch configuration. 1: `report` holds the finding.
+// 2: no such op.
+int ivr_emu_run(const char* name, const void* params, uint64_t seed, char* report, size_t size) {
+  const ivr::emu::Op* op = ivr::emu::find(name);
+  if (op == nullptr) return 2;
+  ivr::emu::Machine machine(seed);
+  std::string config;
+  const bool clean = op->run(machine, params, config);
+  std::snprintf(report, size, "%s", (clean ? config : machine.report()).c_str());
+  return clean ? 0 : 1;
+}
+}

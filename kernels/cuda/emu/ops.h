@@ -1,0 +1,38 @@
+// The ops that can be emulated: a row each in ops.cpp, the code in <op>.cpp beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "kernels/cuda/emu/simt.h"
+
+namespace ivr::emu {
+
+struct Op {
+  const char* name;
+  size_t params_size;
+  // Registers the memory that params describe, launches as the op's .cu would, and writes the
+  // launch configuration in words. False: machine.report() has the finding.
+  bool (*run)(Machine& machine, const void* params, std::string& config);
+};
+
+enum class Access { read, write };
+
+// Registers `rows` x `heads` rows of `bytes` each, one range per row; null base: nothing.
+// Strides in bytes.
+void allow_rows(Machine& machine, Access access, const char* name, const void* base, int64_t rows,
+                int64_t heads, int64_t bytes, int64_t row_stride, int64_t head_stride);
+
+bool run_rms_norm(Machine& machine, const void* params, std::string& config);
+
+// Kernels with a known bug each, and correct ones beside them: the test of the emulator itself.
+struct PlantedParams {
+  const float* x;  // [rows, columns] contiguous
+  float* y;        // [rows, columns] contiguous
+  int64_t rows, columns;
+};
+template <int kCase>
+bool run_planted(Machine& machine, const void* params, std::string& config);
+
+}  // namespace ivr::emu

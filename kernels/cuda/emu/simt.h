@@ -1,0 +1,202 @@
+// A CUDA block on one CPU thread: each CUDA thread is a fibre that runs until it meets a barrier or
+// a warp collective. Kernel sources see CUDA's own vocabulary (threadIdx, __syncthreads, ...) and
+// prim.cuh; what is checked here is what a device would get wrong in silence:
+//
+//   order       fibres and blocks run in an order drawn from the seed
+//   barriers    divergence, threads that never arrive, lanes missing from a mask: an error report
+//   shared      starts as NaN and as "never written"; every access is checked for bounds, for
+//               reading the unwritten, and for a race (no barrier between accesses of two threads)
+//   global      every access lies within one registered range and is aligned
+//
+// The first finding ends the launch and is reported with thread and block. Rules are stricter than
+// the device's: a mask may name only lanes that take part, and a __syncthreads is met by the whole
+// block at one place.
+//
+// Not modelled: memory order between blocks, asynchronous copies, tensor cores.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <type_traits>
+
+namespace ivr::emu {
+
+struct Dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  unsigned count() const { return x * y * z; }
+};
+
+// What the running fibre reads as threadIdx and so on.
+struct Coordinates {
+  Dim3 thread, block, block_dim, grid_dim;
+};
+const Coordinates& coordinates();
+
+struct Limits {
+  static constexpr unsigned kThreads = 1024;
+  static constexpr size_t kStaticShared = 48 * 1024;
+  static constexpr size_t kDynamicShared = 227 * 1024;
+};
+
+class Machine {
+ public:
+  explicit Machine(uint64_t seed);
+  ~Machine();
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+
+  // Global memory that kernels may touch. An access has to lie within one range, so that ranges
+  // registered row by row catch a read behind a row even where the next one follows. `name` is a
+  // literal; row < 0: none. Without any range global memory is unchecked.
+  void allow_read(const void* begin, int64_t bytes, const char* name, int64_t row = -1);
+  void allow_write(const void* begin, int64_t bytes, const char* name, int64_t row = -1);
+
+  // Runs body() once per thread of the grid. False: report() says what was found.
+  template <typename F>
+  bool launch(Dim3 grid, Dim3 block, size_t dynamic_shared, const F& body) {
+    const auto call = [](const void* f) { (*static_cast<const F*>(f))(); };
+    return launch_threads(grid, block, dynamic_shared, call, &body);
+  }
+  const std::string& report() const;
+
+  struct State;
+
+ private:
+  bool launch_threads(Dim3 grid, Dim3 block, size_t dynamic_shared, void (*body)(const void*),
+                      const void* argument);
+
+  std::unique_ptr<State> state_;
+};
+
+// ---- what prim.cuh and kernels call, from inside a fibre ----------------------------------------
+
+void check_read(const void* p, size_t bytes, size_t alignment);
+void check_write(const void* p, size_t bytes, size_t alignment);
+
+void sync_threads(const char* file, int line);
+
+enum class Collective { sync_warp, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot };
+// Rendezvous of the lanes in mask. Shuffles return the value of the lane that `lane` and `width`
+// name, ballot the mask of lanes with a nonzero value.
+uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int lane, int width);
+
+void* shared_bytes(size_t bytes, const void* site);
+void* dynamic_shared_bytes();
+void shared_access(const void* p, size_t bytes, bool write);
+
+// Shared memory element: reads and writes go through the checks.
+template <typename T>
+class SharedReference {
+ public:
+  explicit SharedReference(T* p) : p_(p) {}
+  operator T() const {  // NOLINT: stands for a T&
+    shared_access(p_, sizeof(T), false);
+    return *p_;
+  }
+  SharedReference& operator=(T value) {
+    shared_access(p_, sizeof(T), true);
+    *p_ = value;
+    return *this;
+  }
+  SharedReference& operator=(const SharedReference& other) { return *this = static_cast<T>(other); }
+  SharedReference& operator+=(T value) { return *this = static_cast<T>(*this) + value; }
+
+ private:
+  T* p_;
+};
+
+template <typename T>
+class SharedPointer {
+ public:
+  explicit SharedPointer(T* p) : p_(p) {}
+  SharedReference<T> operator[](int64_t i) const { return SharedReference<T>(p_ + i); }
+  SharedReference<T> operator*() const { return SharedReference<T>(p_); }
+  SharedPointer operator+(int64_t n) const { return SharedPointer(p_ + n); }
+
+ private:
+  T* p_;
+};
+
+template <typename T>
+SharedPointer<T> shared_array(size_t n, const void* site) {
+  return SharedPointer<T>(static_cast<T*>(shared_bytes(n * sizeof(T), site)));
+}
+
+template <typename T>
+SharedPointer<T> dynamic_shared() {
+  return SharedPointer<T>(static_cast<T*>(dynamic_shared_bytes()));
+}
+
+template <typename T>
+T shuffle_value(Collective kind, uint32_t mask, T value, int lane, int width) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = warp_collective(kind, mask, bits, lane, width);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+// Round to nearest even; every NaN becomes the device's.
+inline uint16_t bf16_bits(float f) {
+  if (std::isnan(f)) return 0x7fff;
+  uint32_t u;
+  std::memcpy(&u, &f, sizeof(u));
+  return static_cast<uint16_t>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+}  // namespace ivr::emu
+
+// ---- CUDA's vocabulary --------------------------------------------------------------------------
+
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define threadIdx (::ivr::emu::coordinates().thread)
+#define blockIdx (::ivr::emu::coordinates().block)
+#define blockDim (::ivr::emu::coordinates().block_dim)
+#define gridDim (::ivr::emu::coordinates().grid_dim)
+#define __syncthreads() ::ivr::emu::sync_threads(__FILE__, __LINE__)
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  ::ivr::emu::warp_collective(::ivr::emu::Collective::sync_warp, mask, 0, 0, 32);
+}
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int lane, int width = 32) {
+  return ::ivr::emu::shuffle_value(::ivr::emu::Collective::shuffle, mask, value, lane, width);
+}
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, int delta, int width = 32) {
+  return ::ivr::emu::shuffle_value(::ivr::emu::Collective::shuffle_up, mask, value, delta, width);
+}
+template <typename T>
+T __shfl_down_sync(uint32_t mask, T value, int delta, int width = 32) {
+  return ::ivr::emu::shuffle_value(::ivr::emu::Collective::shuffle_down, mask, value, delta, width);
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = 32) {
+  return ::ivr::emu::shuffle_value(::ivr::emu::Collective::shuffle_xor, mask, value, bits, width);
+}
+inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+  return static_cast<uint32_t>(
+      ::ivr::emu::warp_collective(::ivr::emu::Collective::ballot, mask, predicate != 0, 0, 32));
+}
+inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(uint32_t mask, int predicate) {
+  return __ballot_sync(mask, predicate) == mask;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, sizeof(f));
+  return f;
+}
+inline uint32_t __float_as_uint(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof(bits));
+  return bits;
+}
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

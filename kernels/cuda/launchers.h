@@ -1,0 +1,14 @@
+// The CUDA face of every op, as the host sees it. Launchers run on the current device, on the
+// stream given, asynchronously; they neither allocate nor synchronise, and may be captured in a
+// graph. Shapes are trusted; what a kernel cannot index returns cudaErrorInvalidValue.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "kernels/rms_norm.h"
+
+namespace ivr::cuda {
+
+cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
+
+}  // namespace ivr::cuda

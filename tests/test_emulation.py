@@ -1,0 +1,353 @@
+"""The CUDA sources, compiled by a C++ compiler and run thread by thread: kernels/cuda/emu.
+
+The emulator checks order, barriers, shared and global memory; its own tests are kernels with one
+planted bug each.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from internvl_rt import ops
+from internvl_rt.ops.registry import Case, Inputs, all_cases, check
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "kernels" / "cuda"
+# Punning through pointers is how kernels are written; unknown pragmas are nvcc's.
+FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS += ["-fno-strict-aliasing", "-ffp-contract=off", f"-I{ROOT}"]
+SEEDS = (0, 1, 2)
+
+
+# ---- the library -------------------------------------------------------------------------------
+
+
+class Finding(Exception):  # noqa: N818
+    """What the emulator reports."""
+
+
+class Emulator:
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self._library.ivr_emu_op.restype = ctypes.c_char_p
+        self._library.ivr_emu_op.argtypes = [ctypes.c_size_t]
+        self._library.ivr_emu_params_size.restype = ctypes.c_size_t
+        self._run = self._library.ivr_emu_run
+        self._run.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_void_p,
+            ctypes.c_uint64,
+            ctypes.c_char_p,
+            ctypes.c_size_t,
+        ]
+
+    def ops(self) -> list[str]:
+        names = (self._library.ivr_emu_op(i) for i in itertools.count())
+        return [name.decode() for name in itertools.takewhile(bool, names)]
+
+    def run(self, op: str, params: ctypes.Structure, seed: int = 0) -> str:
+        """Runs an op and returns its launch configuration; Finding if something is wrong."""
+        size = self._library.ivr_emu_params_size(op.encode())
+        assert size == ctypes.sizeof(params), f"{op}: params differ from kernels/{op}.h"
+        report = ctypes.create_string_buffer(1024)
+        status = self._run(op.encode(), ctypes.byref(params), seed, report, len(report))
+        assert status in (0, 1), f"no emulated op {op}"
+        if status == 1:
+            raise Finding(f"{op}: {report.value.decode()}")
+        return report.value.decode()
+
+
+UNITS = sorted((SOURCES / "emu").glob("*.cpp"))
+
+
+def _compile(units: list[Path], folder: Path, *flags: str) -> list[Path]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++ to compile the emulator with")
+    objects = [folder / f"{unit.stem}.o" for unit in units]
+
+    def compile_unit(unit: Path, target: Path) -> subprocess.CompletedProcess[str]:
+        command = [compiler, *FLAGS, *flags, "-c", str(unit), "-o", str(target)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(compile_unit, units, objects):
+            assert done.returncode == 0, done.stderr
+    return objects
+
+
+def _link(objects: list[Path], library: Path) -> Emulator:
+    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
+    return Emulator(library)
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    return _compile(UNITS, tmp_path_factory.mktemp("emulator"))
+
+
+@pytest.fixture(scope="session")
+def emulator(objects):
+    return _link(objects, objects[0].parent / "emulator.so")
+
+
+# ---- ops: the native face's arguments as a params struct ---------------------------------------
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int32: 3, torch.int64: 4}
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _strides(x: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+
+class RmsNormParams(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("x", "residual", "weight", "y", "residual_out")),
+        *((n, ctypes.c_int64) for n in ("T", "H", "C")),
+        *((n, ctypes.c_int64) for n in ("x_t", "x_h", "residual_t", "residual_h")),
+        *((n, ctypes.c_int64) for n in ("y_t", "y_h", "residual_out_t", "residual_out_h")),
+        ("eps", ctypes.c_float),
+        ("weight_in_fp32", ctypes.c_bool),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+def rms_norm_params(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    y: Tensor,
+    residual_out: Tensor | None,
+    eps: float,
+    weight_in_fp32: bool,
+) -> RmsNormParams:
+    pointers = map(_pointer, (x, residual, weight, y, residual_out))
+    strides = sum(map(_strides, (x, residual, y, residual_out)), ())
+    return RmsNormParams(*pointers, *x.shape, *strides, eps, weight_in_fp32, DTYPES[x.dtype])
+
+
+# A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
+PARAMS = {"rms_norm": rms_norm_params}
+
+
+@pytest.fixture
+def emulate(emulator, monkeypatch):
+    """check(op, case, dtype) on the emulator under one seed; returns the launch configuration."""
+
+    def run(op: Any, case: Case, dtype: torch.dtype, seed: int) -> str:
+        configs: list[str] = []
+
+        def face(*arguments: Any) -> None:
+            configs.append(emulator.run(op.name, PARAMS[op.name](*arguments), seed))
+
+        monkeypatch.setitem(op.faces, "emulated", face)
+        check(op, case, dtype, "emulated")
+        return configs[0]
+
+    return run
+
+
+def _id(value: object) -> str:
+    return getattr(value, "name", str(value).removeprefix("torch."))
+
+
+CATALOGUE = [(o, c, d) for o, c, d in all_cases() if o.name in PARAMS]
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
+def test_catalogue(op, case, dtype, emulate):
+    for seed in SEEDS[: 1 if case.slow else None]:
+        emulate(op, case, dtype, seed)
+
+
+def test_every_cuda_source_is_emulated(emulator):
+    sources = {path.stem for path in SOURCES.glob("*.cu")}
+    assert sources == set(emulator.ops()) == set(PARAMS)
+    assert sources <= set(ops.catalogue())
+
+
+# ---- rms_norm: what the catalogue's shapes leave out -------------------------------------------
+
+
+def _rms_norm_case(T: int, C: int, offset: int = 0, residual: bool = False) -> Case:
+    """Rows that start `offset` elements behind an aligned address."""
+
+    def build(make: Inputs) -> dict[str, Any]:
+        x, h = make.normal(T, C + 8), make.normal(T, C + 8)
+        arguments = {"x": x[:, offset : offset + C], "weight": make.normal(C), "eps": 1e-5}
+        return arguments | ({"residual": h[:, offset : offset + C]} if residual else {})
+
+    return Case(f"{T}x{C}+{offset}{'r' * residual}", build)
+
+
+# (case, dtype, expected configuration): every kernel of the table, at the edges of its range.
+RMS_NORM = [
+    (_rms_norm_case(5, 256), torch.bfloat16, "vectors=1 aligned=1 block=32x4 grid=2"),
+    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(70, 8), torch.bfloat16, "vectors=1 aligned=1 block=1x128 grid=1"),
+    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 264), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=2"),
+    (_rms_norm_case(3, 1024), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=1"),
+    (_rms_norm_case(3, 1032, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=64x1 grid=3"),
+    (_rms_norm_case(2, 4096, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=128x1 grid=2"),
+    (_rms_norm_case(2, 4096), torch.float32, "vectors=4 aligned=1 block=256x1 grid=2"),
+    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=4 aligned=0 block=512x1 grid=2"),
+    (_rms_norm_case(1, 32768), torch.bfloat16, "vectors=4 aligned=1 block=1024x1 grid=1"),
+    (_rms_norm_case(1, 32776, 0, True), torch.bfloat16, "vectors=0 aligned=1 block=1024x1 grid=1"),
+    (_rms_norm_case(1, 16391, 1, True), torch.float32, "vectors=0 aligned=0 block=1024x1 grid=1"),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "config"), RMS_NORM, ids=_id)
+def test_rms_norm_configurations(case, dtype, config, emulate):
+    # The outputs are contiguous: with an odd C they are misaligned from the second row on.
+    assert emulate(ops.catalogue()["rms_norm"], case, dtype, seed=3) == config
+
+
+def _rms_norm(emulator: Emulator, x: Tensor, weight: Tensor, y: Tensor, **options: Any) -> str:
+    residual, residual_out = options.get("residual"), options.get("residual_out")
+    return emulator.run(
+        "rms_norm",
+        rms_norm_params(
+            x.unsqueeze(1),
+            weight,
+            None if residual is None else residual.unsqueeze(1),
+            y.unsqueeze(1),
+            None if residual_out is None else residual_out.unsqueeze(1),
+            1e-6,
+            False,
+        ),
+    )
+
+
+@pytest.mark.parametrize("C", [64, 895, 896, 2048, 33000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_rms_norm_in_place(emulator, C, dtype):
+    make = Inputs(f"in_place/{C}", dtype)
+    x, h, weight = make.normal(2, C), make.normal(2, C), make.normal(C)
+    y, h_out = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    _rms_norm(emulator, x, weight, y, residual=h, residual_out=h_out)
+    assert torch.equal(h_out, x + h)
+    _rms_norm(emulator, x, weight, x, residual=h, residual_out=h)
+    assert torch.equal(x, y)
+    assert torch.equal(h, h_out)
+
+
+@pytest.mark.parametrize("C", [64, 895, 2048, 33000])
+def test_rms_norm_bits_depend_on_the_row_alone(emulator, C):
+    make = Inputs(f"bits/{C}", torch.bfloat16)
+    packed, weight = make.normal(7, C + 9), make.normal(C)
+    x = packed[:, 1 : C + 1]
+    y = torch.full((7, C), float("nan"), dtype=x.dtype)
+    assert "aligned=0" in _rms_norm(emulator, x, weight, y)
+    for i in range(7):
+        alone = torch.full((1, C), float("nan"), dtype=x.dtype)
+        config = _rms_norm(emulator, x[i : i + 1].clone(), weight, alone)
+        assert f"aligned={int(C % 8 == 0)}" in config
+        assert torch.equal(alone[0], y[i])
+
+
+# ---- the emulator itself -----------------------------------------------------------------------
+
+
+class PlantedParams(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+    )
+
+
+def _planted(emulator: Emulator, name: str, x: Tensor, seed: int = 0) -> Tensor:
+    y = torch.full_like(x, float("nan"))
+    params = PlantedParams(x.data_ptr(), y.data_ptr(), *x.shape)
+    emulator.run(f"planted/{name}", params, seed)
+    return y
+
+
+FINDINGS = {
+    "missing_barrier": r"race: thread \d+ reads shared memory that thread \d+ wrote"
+    r"|read of shared memory that no thread has written",
+    "reused_scratch": r"race: thread \d+ writes shared memory that another thread reads"
+    r"|race: thread \d+ reads shared memory that thread \d+ wrote",
+    "unwritten_shared": r"read of shared memory that no thread has written",
+    "shared_overrun": r"out-of-bounds write of 4 bytes of shared memory: offset 16 of an array of "
+    r"16 bytes",
+    "read_past_row": r"out-of-bounds read of 4 bytes at 0x\w+: x\[\d\] \+ 400, which has 400",
+    "write_past_row": r"out-of-bounds write of 4 bytes at 0x\w+: y\[\d\] \+ 400, which has 400",
+    "misaligned": r"misaligned read of 16 bytes at 0x",
+    "divergent_barrier": r"deadlock in block \(\d, 0, 0\): 32 threads at __syncthreads, 0 in a warp"
+    r" collective, 96 exited",
+    "two_barriers": r"divergent barrier: thread 0 waits at planted.cpp:\d+, thread 32 at planted",
+    "wrong_mask": r"__shfl_xor_sync: mask 0000ffff leaves out the calling lane \d+",
+    "missing_lane": r"lane \d+ calls __shfl_xor_sync with mask|deadlock in block",
+    "exited_lane": r"__shfl_xor_sync: mask ffffffff names lane \d+, which has exited",
+    "wrong_lane": r"__shfl_xor_sync: lane \d+ reads lane \d+, which mask 0000ffff leaves out",
+}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", FINDINGS)
+def test_planted_bug_is_found(emulator, name, seed):
+    with pytest.raises(Finding) as finding:
+        _planted(emulator, name, torch.ones(3, 100), seed)
+    assert re.search(FINDINGS[name], str(finding.value)), finding.value
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_correct_sum_is_accepted(emulator, seed):
+    x = Inputs("sum", torch.float32).integers(-50, 50, 3, 300).float()
+    assert torch.equal(
+        _planted(emulator, "row_sum", x, seed), x.sum(1, keepdim=True).expand(3, 300)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_dynamic_shared_memory(emulator, seed):
+    x = Inputs("reverse", torch.float32).normal(4, 126)
+    swapped = x.flip(1).unflatten(1, (63, 2)).flip(2).flatten(1)
+    assert torch.equal(_planted(emulator, "dynamic_shared", x, seed), swapped)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_collectives(emulator, seed):
+    x = Inputs("collectives", torch.float32).normal(8, 32)
+    y = _planted(emulator, "collectives", x, seed)
+    lane = torch.arange(32)
+    segment = lane // 8 * 8
+    assert torch.equal(y[0], x[0, 5].expand(32))
+    assert torch.equal(y[1], x[1, segment + (lane + 1) % 8])
+    assert torch.equal(y[2], x[2, torch.where(lane < 3, lane, lane - 3)])
+    assert torch.equal(y[3], x[3, torch.where(lane % 16 < 14, lane + 2, lane)])
+    assert torch.equal(y[4], x[4, lane ^ 9])
+    ballot = sum(1 << i for i in range(0, 32, 3))
+    assert y[5].tolist() == [ballot >> s & 255 for s in segment.tolist()]
+    assert torch.equal(y[6], torch.where(lane < 16, x[6, lane ^ 1], torch.tensor(1.0)))
+    assert torch.equal(y[7], torch.where(lane < 16, x[7, lane ^ 16], x[7, 2]))
+
+
+def test_portable_switch(objects, tmp_path):
+    # What machines other than x86-64 use to change stacks.
+    runtime = _compile([SOURCES / "emu" / "simt.cpp"], tmp_path, "-DIVR_EMU_UCONTEXT")
+    rest = [o for o in objects if o.stem != "simt"]
+    emulator = _link(runtime + rest, tmp_path / "portable.so")
+    x = torch.arange(600.0).view(2, 300)
+    assert torch.equal(_planted(emulator, "row_sum", x), x.sum(1, keepdim=True).expand(2, 300))
+    with pytest.raises(Finding, match="deadlock"):
+        _planted(emulator, "divergent_barrier", x)

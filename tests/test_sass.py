@@ -1,0 +1,83 @@
+"""What nvcc made of the kernels: instructions, registers and spills, read from the SASS.
+
+Needs nvcc and cuobjdump (the triton wheel brings one), no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sass import LOAD, NARROW, STORE, output, read_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
+ARCHS = ("80", "90a")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What must hold for the kernels of one source whose mangled name matches a pattern."""
+
+    kernel: str
+    registers: int
+    needs: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+
+
+# Every kernel has to match a row; all matching rows hold.
+BUDGETS = {
+    "rms_norm": (
+        # 1024 threads of 64 registers fill an SM's register file.
+        Budget(r"rms_norm_kernel", registers=64),
+        Budget(r"rms_norm_kernelI.*Lb1E", registers=64, needs=(LOAD, STORE), lacks=(NARROW,)),
+        # One vector a thread: full occupancy, 2048 threads an SM.
+        Budget(r"rms_norm_kernelI.*Li1ELb1E", registers=32),
+    ),
+}
+
+
+@pytest.fixture(scope="session", params=SOURCES, ids=lambda s: s.stem)
+def compiled(request, tmp_path_factory):
+    """(op, {arch: kernels}) of one source, built for every architecture of a release."""
+    nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source = request.param
+    folder = tmp_path_factory.mktemp("sass")
+    found = {}
+    for arch in ARCHS:
+        cubin = folder / f"{source.stem}.{arch}.cubin"
+        output(
+            *(nvcc, "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", f"-I{ROOT}"),
+            *(source, "-o", cubin),
+        )
+        found[arch] = read_kernels(cubin)
+    return source.stem, found
+
+
+def test_every_source_has_a_budget():
+    assert {source.stem for source in SOURCES} == set(BUDGETS)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels(compiled, arch):
+    op, found = compiled
+    kernels = found[arch]
+    assert kernels, f"{op}: no kernel for sm_{arch}"
+    for name, kernel in kernels.items():
+        kernel.check_local_memory(name)
+        assert any(re.search(b.kernel, name) for b in BUDGETS[op]), f"{name}: no budget"
+    for budget in BUDGETS[op]:
+        matching = {n: k for n, k in kernels.items() if re.search(budget.kernel, n)}
+        assert matching, f"{op}: no kernel matches {budget.kernel}"
+        for name, kernel in matching.items():
+            assert kernel.registers <= budget.registers, f"{name}: {kernel.registers} registers"
+            for instruction in budget.needs:
+                assert kernel.count(instruction) > 0, f"{name}: no {instruction}"
+            for instruction in budget.lacks:
+                assert kernel.count(instruction) == 0, f"{name}: has {instruction}"

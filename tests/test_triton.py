@@ -1,0 +1,245 @@
+"""The Triton kernels without a GPU: interpreted, and compiled ahead of time for two of them.
+
+The interpreter has to be chosen before triton is imported, so it lives in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import subprocess
+import sys
+import types
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from internvl_rt import ops
+from internvl_rt.ops.registry import Case, Inputs, all_cases, check
+from sass import LOAD, NARROW, STORE, read_kernels
+
+pytest.importorskip("triton")
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "triton"
+OPS = [op for op in ops.catalogue().values() if "triton" in op.faces]
+
+
+def _checkout() -> types.ModuleType:
+    """The package internvl_rt._triton from the sources of this checkout, whatever is installed."""
+    package = types.ModuleType("internvl_rt._triton")
+    package.__path__ = [str(KERNELS)]
+    return package
+
+
+# ---- the interpreter's process -----------------------------------------------------------------
+
+
+def _start_interpreter() -> None:
+    torch.set_num_threads(1)
+    sys.modules["internvl_rt._triton"] = _checkout()
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    convert = interpreter._convert_float
+
+    # Triton's own conversion truncates and drops the carry of a rounded-up mantissa.
+    def rounding(x: np.ndarray, source: Any, target: Any, mode: Any) -> np.ndarray:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.astype(np.uint32) << 16
+        if (source, target) == (tl.float32, tl.bfloat16):
+            wide = torch.from_numpy(np.ascontiguousarray(x.view(np.float32)))
+            return wide.to(torch.bfloat16).view(torch.uint16).numpy()
+        return convert(x, source, target, mode)
+
+    interpreter._convert_float = rounding
+
+
+def _interpret(op: str, case: str, dtype: torch.dtype) -> None:
+    o = ops.catalogue()[op]
+    check(o, next(c for c in o.cases if c.name == case), dtype, "triton")
+
+
+def _call(op: str, arguments: dict[str, Any]) -> None:
+    ops.catalogue()[op].function(**arguments, backend="triton")
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """run(f, *arguments) in a process where kernels are interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_interpreter) as pool:
+            # The process starts with the first task.
+            pool.submit(os.getpid).result()
+            patch.undo()
+            yield lambda f, *arguments: pool.submit(f, *arguments).result()
+
+
+def _id(value: object) -> str:
+    return getattr(value, "name", str(value).removeprefix("torch."))
+
+
+CATALOGUE = [(o, c, d) for o, c, d in all_cases() if o in OPS and not c.slow]
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
+def test_catalogue(op, case, dtype, interpreter):
+    interpreter(_interpret, op.name, case.name, dtype)
+
+
+def test_every_triton_source_is_an_op():
+    modules = {path.stem for path in KERNELS.glob("*.py")} - {"__init__", "check"}
+    assert modules == {op.name for op in OPS}
+
+
+def test_importing_the_library_leaves_triton_out():
+    code = "import sys, internvl_rt, internvl_rt.ops; sys.exit('triton' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+# ---- rms_norm: what the catalogue leaves out ---------------------------------------------------
+
+
+def _rms_norm_in_place(C: int, dtype: torch.dtype) -> None:
+    make = Inputs(f"triton_in_place/{C}", dtype)
+    x, h, weight = make.normal(2, C), make.normal(2, C), make.normal(C)
+    arguments = {"weight": weight, "eps": 1e-6, "backend": "triton"}
+    y, h_out = ops.rms_norm(x, residual=h, **arguments)
+    assert torch.equal(h_out, x + h)
+    ops.rms_norm(x, residual=h, out=(x, h), **arguments)
+    assert torch.equal(x, y)
+    assert torch.equal(h, h_out)
+
+
+@pytest.mark.parametrize("C", [64, 895, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_rms_norm_in_place(C, dtype, interpreter):
+    interpreter(_rms_norm_in_place, C, dtype)
+
+
+def _rms_norm_streamed(dtype: torch.dtype) -> None:
+    def build(make: Inputs) -> dict[str, Any]:
+        x = make.normal(2, 20003)[:, 1:20001]
+        return {"x": x, "weight": make.normal(20000), "residual": make.normal(2, 20000), "eps": 0.1}
+
+    check(ops.catalogue()["rms_norm"], Case("streamed", build), dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_rms_norm_streamed(dtype, interpreter):
+    interpreter(_rms_norm_streamed, dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.ones(7)}, r"weight has shape \[7\], expected \[C=8\] \(C from x \["),
+        ({"weight": torch.ones(8).half()}, "weight is float16, expected float32"),
+        ({"x": torch.ones(2, 8).double()}, "x is float64, expected float32 or bfloat16"),
+        ({"x": torch.ones(8, 2).T}, r"x must be contiguous in its last dimension \(stride 2\)"),
+        ({"eps": float("nan")}, "eps is negative or NaN"),
+        ({"residual": torch.ones(3, 8)}, r"residual has shape \[3, 1, 8\], expected \[T=2, H=1"),
+    ],
+)
+def test_rms_norm_refuses(change, message, interpreter):
+    arguments = {"x": torch.ones(2, 8), "weight": torch.ones(8), "eps": 1e-6} | change
+    with pytest.raises(ValueError, match=f"^rms_norm: {message}"):
+        interpreter(_call, "rms_norm", arguments)
+
+
+# ---- ahead of time -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Build:
+    """A kernel as the launcher would specialise it for aligned operands."""
+
+    kernel: str
+    types: dict[str, str]  # of runtime arguments; *T and the names in `divisible` by 16
+    constants: dict[str, Any]
+    num_warps: int
+    registers: int
+    narrow: int  # accesses of less than 16 bytes
+    divisible: tuple[str, ...]
+
+
+def _rms_norm_build(
+    module: types.ModuleType, C: int, dtype: str, registers: int, narrow: int
+) -> Build:
+    c = module.config(C)
+    pointers = ("x", "weight", "residual", "y", "residual_out")
+    strides = tuple(f"{n}_{d}" for n in ("x", "residual", "y", "residual_out") for d in "th")
+    return Build(
+        "_rms_norm",
+        dict.fromkeys(pointers, f"*{dtype}")
+        | dict.fromkeys(("T", "H", "C", *strides), "i32")
+        | {"eps": "fp32"},
+        {
+            "HAS_RESIDUAL": True,
+            "WEIGHT_IN_FP32": False,
+            "ROWS": c.ROWS,
+            "BLOCK": c.BLOCK,
+            "STREAM": c.STREAM,
+        },
+        c.num_warps,
+        registers,
+        narrow,
+        (*pointers, "C", *strides),
+    )
+
+
+# C, dtype, registers, narrow: head dim (one weight element a thread), hidden sizes, streamed.
+BUILDS = [
+    pytest.param("rms_norm", _rms_norm_build, arguments, id=f"rms_norm-{arguments[0]}")
+    for arguments in (
+        (128, "bf16", 48, 1),
+        (3200, "bf16", 96, 0),
+        (3584, "fp32", 96, 0),
+        (32768, "bf16", 128, 0),
+    )
+]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("op", "build", "arguments"), BUILDS)
+def test_ahead_of_time(op, build, arguments, arch, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(sys.modules, "internvl_rt._triton", _checkout())
+    for name in [n for n in sys.modules if n.startswith("internvl_rt._triton.")]:
+        monkeypatch.delitem(sys.modules, name)
+    module = importlib.import_module(f"internvl_rt._triton.{op}")
+    b = build(module, *arguments)
+    kernel = getattr(module, b.kernel)
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={n: b.types.get(n, "constexpr") for n in names},
+        constexprs={(names.index(n),): value for n, value in b.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in b.divisible},
+    )
+    target = GPUTarget("cuda", arch, 32)
+    options = {"num_warps": b.num_warps, "enable_fp_fusion": True}
+    built = triton.compile(source, target=target, options=options)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    (name, found), *others = read_kernels(cubin).items()
+    assert not others
+    found.check_local_memory(name)
+    assert found.registers <= b.registers, f"{name}: {found.registers} registers"
+    assert found.count(LOAD) > 0, f"{name}: no 16-byte load"
+    assert found.count(STORE) > 0, f"{name}: no 16-byte store"
+    assert found.count(NARROW) == b.narrow, f"{name}: {found.count(NARROW)} narrow accesses"
