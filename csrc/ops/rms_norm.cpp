@@ -1,6 +1,7 @@
 #include "kernels/rms_norm.h"
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -50,7 +51,13 @@ void rms_norm(Tensor x, Tensor weight, std::optional<Tensor> residual, Tensor y,
     p.residual_out_h = residual_out->stride(1);
   }
   if (p.T * p.H * p.C == 0) return;
-  check.require(x.device == Device::cpu, "no CUDA kernel in this build");
+  if (x.device == Device::cuda) {
+#if defined(IVR_CUDA)
+    return launch_cuda(check, cuda::rms_norm, p, x);
+#else
+    no_cuda_kernel(check);
+#endif
+  }
   const auto run = kernel.pick();
   parallel_for(p.T * p.H, kGrainElements / p.C,
                [&](int64_t begin, int64_t end) { run(p, begin, end); });

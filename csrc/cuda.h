@@ -1,0 +1,35 @@
+// The host side of CUDA kernels: device checks and launches on torch's current stream.
+#pragma once
+
+#include "csrc/check.h"
+
+#if defined(IVR_CUDA)
+#include "kernels/cuda/launchers.h"
+#endif
+
+namespace ivr {
+
+// Refuses tensors on a device that the op has no kernel for in this build.
+[[noreturn]] inline void no_cuda_kernel(const Checker& check) {
+#if defined(IVR_CUDA)
+  check.fail("tensors are on a CUDA device, and this op has no CUDA kernel");
+#else
+  check.fail("tensors are on a CUDA device, and this build has no CUDA kernels");
+#endif
+}
+
+#if defined(IVR_CUDA)
+// Calls launch(params, stream) for tensors on t's device. Throws where the launch was refused.
+template <class Launch, class Params>
+void launch_cuda(const Checker& check, Launch launch, const Params& params, const Tensor& t) {
+  const auto stream = static_cast<cudaStream_t>(current_stream(t.device_index));
+  int device = t.device_index;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess && device != t.device_index) error = cudaSetDevice(t.device_index);
+  if (error == cudaSuccess) error = launch(params, stream);
+  if (device != t.device_index) cudaSetDevice(device);
+  if (error != cudaSuccess) check.fail(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+#endif
+
+}  // namespace ivr
