@@ -1,0 +1,113 @@
+"""The command line, in a process of its own as a user runs it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import internvl_rt as ivr
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "internvl_rt", *map(str, arguments)]
+
+
+def run(*arguments, text=None):
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, input=text, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "photo.png"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def test_chat_equals_the_library(chat_folder, photo):
+    done = run("chat", chat_folder, "-i", photo, "Hello world", "--max-new-tokens", 12)
+    assert done.returncode == 0, done.stderr
+    expected = ivr.load(chat_folder).chat("Hello world", images=photo, max_new_tokens=12)
+    assert done.stdout.strip() == expected
+    whole = run(
+        "chat", chat_folder, "-i", photo, "Hello world", "--max-new-tokens", 12, "--no-stream"
+    )
+    assert whole.stdout.strip() == expected
+
+
+def test_conversation_from_standard_input(chat_folder, photo):
+    done = run("chat", chat_folder, "-i", photo, "--max-new-tokens", 5, text="Hello\n\nworld\n")
+    assert done.returncode == 0, done.stderr
+    model = ivr.load(chat_folder)
+    first, history = model.chat("Hello", photo, return_history=True, max_new_tokens=5)
+    second = model.chat("world", photo, history=history, max_new_tokens=5)
+    assert done.stdout.strip() == f"{first}\n{second}".strip()
+
+
+def test_show_prompt(chat_folder):
+    done = run("chat", chat_folder, "Hello", "--system", "", "--show-prompt")
+    assert done.stdout.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n\n")
+
+
+def test_interrupt_ends_quietly(chat_folder):
+    process = subprocess.Popen(
+        command("chat", chat_folder, "Hello", "--max-new-tokens", 30000, "--temperature", 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.read(1)  # the answer has begun
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["chat", "/no/such/model", "Hello"], "/no/such/model"),
+        (["chat", "{folder}", "Hello", "-i", "/no/picture.png"], "picture.png"),
+        (["chat", "{folder}", "Hello", "--temperature", "-1"], "temperature is -1"),
+        (["chat", "{folder}", "Hello", "--device", "cuda"], "device is 'cuda'"),
+        (["chat", "{folder}", ""], "question is empty"),
+        (["bench", "--op", "no_such_op"], "no_such_op"),
+        (["info", "--plan", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_errors_are_one_line(chat_folder, arguments, message):
+    done = run(*[a.format(folder=chat_folder) for a in arguments])
+    assert done.returncode == 2
+    assert done.stderr.startswith("internvl-rt: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_info_and_plan(chat_folder):
+    assert "CPU: " in run("info").stdout
+    plan = run("info", "--plan", chat_folder)
+    assert plan.returncode == 0, plan.stderr
+    assert "weights, packed" in plan.stdout
+    assert run("info", "--plan", chat_folder / "config.json").stdout == plan.stdout
+
+
+def test_ops_lists_the_catalogue():
+    done = run("ops")
+    for name in ivr.ops.catalogue():
+        assert name in done.stdout
+
+
+def test_bench_writes_json(tmp_path):
+    out = tmp_path / "rows.json"
+    done = run("bench", "--op", "rms_norm", "--shape", "16x64", "--dtype", "f32", "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert "rms_norm" in done.stdout
+    assert json.loads(out.read_text())

@@ -1,0 +1,133 @@
+"""Two layers at the widths of real checkpoints, against transformers and against the references.
+
+The golden models are tiny; the kernels that matter run at head dims 64 and 128 and at 1025 tokens.
+Weights come from a seed, are saved by transformers in its own layout, and read by us from there.
+"""
+
+import pytest
+import torch
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers.models.internvl import InternVLVisionConfig
+from transformers.models.qwen2 import Qwen2Config
+
+import internvl_rt as ivr
+from internvl_rt import _C
+
+IMAGE_TOKEN = 1000
+TEXT = {
+    # InternVL3-1B's decoder, and one with head dim 128.
+    "qwen2_896": {"hidden_size": 896, "heads": 14, "kv_heads": 2, "intermediate_size": 4864},
+    "qwen2_2048": {"hidden_size": 2048, "heads": 16, "kv_heads": 8, "intermediate_size": 5504},
+}
+
+
+def build(name):
+    shape = TEXT[name]
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(
+            hidden_size=1024,
+            num_hidden_layers=2,
+            num_attention_heads=16,
+            intermediate_size=4096,
+            attention_bias=True,
+            image_size=[448, 448],
+            patch_size=[14, 14],
+            norm_type="layer_norm",
+            use_qk_norm=False,
+        ).to_dict(),
+        text_config=Qwen2Config(
+            vocab_size=1024,
+            hidden_size=shape["hidden_size"],
+            num_hidden_layers=2,
+            num_attention_heads=shape["heads"],
+            num_key_value_heads=shape["kv_heads"],
+            intermediate_size=shape["intermediate_size"],
+            rope_theta=1e6,
+            tie_word_embeddings=False,
+        ).to_dict(),
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "sdpa"
+    model = InternVLForConditionalGeneration(config).eval()
+    generator = torch.Generator().manual_seed(int.from_bytes(name.encode()[-6:], "little"))
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if key.endswith(("norm.weight", "norm_before.weight", "norm_after.weight")):
+                p.copy_(1 + 0.1 * noise)
+            elif "lambda" in key:
+                p.copy_(0.2 + 0.05 * noise)
+            else:
+                p.copy_(noise * (0.02 if p.dim() > 1 else 0.05))
+            p.copy_(p.bfloat16())  # exact in both dtypes
+    return model
+
+
+@pytest.fixture(scope="module", params=TEXT)
+def reference(request, tmp_path_factory):
+    model = build(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def inputs(tokens=300):
+    generator = torch.Generator().manual_seed(11)
+    pixels = torch.randn(1, 3, 448, 448, generator=generator).bfloat16().float()
+    ids = torch.randint(0, 999, (1, tokens), generator=generator)
+    ids[0, 20:276] = IMAGE_TOKEN
+    return ids, pixels
+
+
+def relative(ours, truth):
+    """Largest error over the standard deviation of the truth."""
+    return float((ours.float() - truth.float()).abs().max() / truth.float().std())
+
+
+def test_model_against_transformers_and_references(reference):
+    model, folder = reference
+    ids, pixels = inputs()
+    with torch.no_grad():
+        truth = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+        half = model.to(torch.bfloat16)
+        own = half(input_ids=ids, pixel_values=pixels.bfloat16(), use_cache=False).logits
+        model.float()
+    own_error = relative(own, truth)
+    for dtype, bound in (("float32", 5e-4), ("bfloat16", 2 * own_error + 0.01)):
+        native = ivr.load(folder, dtype=dtype)
+        _C.kernel_counts(reset=True)
+        logits = native.forward(ids, pixels)
+        ran = _C.kernel_counts(reset=True)
+        best = _C.isa()
+        plain = "avx512" if best.startswith("amx") else best
+        kind = "bf16" if dtype == "bfloat16" else "f32"
+        linear = f"linear.{kind}/{best if kind == 'bf16' else plain}"
+        assert {linear, f"flash_attention/{plain}", f"paged_attention/{plain}"} <= set(ran)
+        assert relative(logits, truth) <= bound
+        plain_torch = ivr.load(folder, dtype=dtype, backend="reference").forward(ids, pixels)
+        assert relative(logits, plain_torch) <= bound
+        assert not _C.kernel_counts(reset=True), "the reference backend ran a kernel of ours"
+
+
+@pytest.mark.parametrize("isa", _C.supported_isas())
+def test_every_instruction_set(reference, isa):
+    """Fewer tokens (a resized position embedding): the slow sets run these widths too."""
+    _, folder = reference
+    ids, pixels = inputs(40)
+    ids[0, 20:36] = IMAGE_TOKEN
+    ids[0, 36:] = 7
+    pixels = pixels[:, :, :112, :112]
+    _C.force_isa(isa)
+    try:
+        for dtype, bound in (("float32", 5e-4), ("bfloat16", 0.1)):
+            truth = ivr.load(folder, dtype="float32", backend="reference").forward(ids, pixels)
+            native = ivr.load(folder, dtype=dtype)
+            _C.kernel_counts(reset=True)
+            logits = native.forward(ids, pixels)
+            ran = {name.split("/")[1] for name in _C.kernel_counts(reset=True)}
+            assert isa in ran or (isa.startswith("amx") and dtype == "float32")
+            assert ran <= {isa, "avx512"} if isa.startswith("amx") else ran == {isa}
+            assert relative(logits, truth) <= bound
+    finally:
+        _C.force_isa("")
