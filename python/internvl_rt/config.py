@@ -1,0 +1,682 @@
+"""A checkpoint's `config.json` as frozen dataclasses.
+
+Unknown keys are ignored: real configs carry dozens of unused ones. Unknown values of known keys
+raise a one-line ValueError that names the key, because a value that is not understood changes
+the maths. Missing optional keys get the defaults of the classes that wrote the files.
+
+Two layouts exist: "original" (`internvl_chat`, with `llm_config`) and "hf" (`internvl`, the
+Transformers-native one, with `text_config`). Adding a language backbone is one row in BACKBONES.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+from internvl_rt.prompt import TEMPLATES, is_text
+
+MAX_JSON_BYTES = 16 << 20
+_MAX_WIDTH = 1 << 20
+_MAX_LAYERS = 1 << 10
+_MAX_HEADS = 1 << 12
+_MAX_VOCAB = 1 << 24
+_MAX_POSITIONS = 1 << 24
+_MAX_IMAGE_SIZE = 1 << 14
+_MAX_PATCH_SIZE = 1 << 10
+_MAX_TILES = 1 << 10
+_MAX_TOKEN_ID = (1 << 31) - 1
+_MAX_HEAD_DIM = 256
+_REQUIRED: Any = object()
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """InternViT. Sizes in elements; `image_size` and `patch_size` in pixels, both square."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+    layer_norm_eps: float
+    norm_type: str
+    qkv_bias: bool
+    qk_norm: bool
+    hidden_act: str
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a picture of `image_size`."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """Rescaling of the rotary angles; "dynamic" acts only beyond `max_position_embeddings`."""
+
+    type: str
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """The language model. `backbone` is a key of BACKBONES."""
+
+    backbone: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    qkv_bias: bool
+    tie_word_embeddings: bool  # as stored; the presence of the head's tensor decides
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole chat checkpoint. `image_size` is the side of a tile in pixels."""
+
+    vision: VisionConfig
+    text: TextConfig
+    layout: str  # "original" | "hf"
+    template: str
+    system_message: str | None
+    image_size: int
+    downsample_ratio: float
+    select_layer: int
+    ps_version: str
+    min_dynamic_patch: int
+    max_dynamic_patch: int
+    use_thumbnail: bool
+    dynamic_image_size: bool
+    image_token_id: int | None
+    torch_dtype: str | None
+    eos_token_ids: tuple[int, ...]  # of generation_config.json, then of the text config
+
+    @property
+    def unshuffle(self) -> int:
+        """Side of the square of patches that becomes one token."""
+        return round(1 / self.downsample_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.image_size // self.vision.patch_size // self.unshuffle) ** 2
+
+    @property
+    def vision_layers_used(self) -> int:
+        """Layers to run for the selected hidden state; 0 selects the embeddings."""
+        return self.select_layer % (self.vision.num_layers + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """What one family of language models writes in its config, and what of it runs."""
+
+    model_type: str
+    architecture: str
+    qkv_bias: bool
+    rope_types: tuple[str, ...]
+    defaults: Mapping[str, Any]  # of the config class that wrote the file
+
+
+BACKBONES: Mapping[str, Backbone] = MappingProxyType(
+    {
+        "qwen2": Backbone(
+            model_type="qwen2",
+            architecture="Qwen2ForCausalLM",
+            qkv_bias=True,
+            rope_types=("dynamic",),
+            defaults=MappingProxyType(
+                {
+                    "vocab_size": 151936,
+                    "hidden_size": 4096,
+                    "intermediate_size": 22016,
+                    "num_hidden_layers": 32,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 32,
+                    "max_position_embeddings": 32768,
+                    "rms_norm_eps": 1e-6,
+                    "rope_theta": 1e4,
+                }
+            ),
+        ),
+    }
+)
+
+# (norm_type, qkv_bias, qk_norm) of the vision encoders that run: the InternViT-300M family.
+SUPPORTED_VISION = frozenset({("layer_norm", True, False)})
+
+_VISION_DEFAULTS = {
+    "original": {
+        "hidden_size": 3200,
+        "intermediate_size": 12800,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 25,
+        "patch_size": 14,
+        "image_size": 224,
+        "layer_norm_eps": 1e-6,
+        "norm_type": "rms_norm",
+        "qkv_bias": False,
+        "qk_norm": True,
+    },
+    "hf": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": [14, 14],
+        "image_size": [448, 448],
+        "layer_norm_eps": 1e-6,
+        "norm_type": "layer_norm",
+        "qkv_bias": False,
+        "qk_norm": False,
+    },
+}
+_VISION_MODEL_TYPES = {"intern_vit_6b": "original", "internvl_vision": "hf"}
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """The configuration of the chat checkpoint in `folder`.
+
+    Reads config.json and, where present, generation_config.json (eos ids) and, in the hf layout,
+    preprocessor_config.json (tile limits). Raises OSError for a file that is missing or cannot be
+    read, ValueError for content that is malformed or not supported.
+    """
+    top = _Section.read(folder, "config.json")
+    if "qllama_config" in top:
+        _fail("config.json: qllama_config (InternVL-14B-224px) is not supported")
+    kinds = {"internvl_chat": _original, "internvl": _native}
+    model_type = top.choice("model_type", tuple(kinds))
+    top.refuse_quantization()
+    config = kinds[model_type](folder, top)
+    _check_supported_vision(config.vision)
+    return config
+
+
+def load_vision_config(folder: Path) -> VisionConfig:
+    """The vision encoder of a standalone InternViT checkpoint or of a whole chat checkpoint."""
+    top = _Section.read(folder, "config.json")
+    top.refuse_quantization()
+    nested = {"internvl_chat": "original", "internvl": "hf"}
+    model_type = top.choice("model_type", (*_VISION_MODEL_TYPES, *nested))
+    if model_type in nested:
+        config = _vision(top.section("vision_config"), nested[model_type])
+    else:
+        config = _vision(top, _VISION_MODEL_TYPES[model_type])
+    _check_supported_vision(config)
+    return config
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """One JSON object from a regular file, strictly.
+
+    Refuses more than `max_bytes`, invalid UTF-8, duplicate keys, NaN and infinities, integers of
+    more than 100 digits, and nesting beyond the interpreter's limit: ValueError of one line.
+    """
+    data = read_bytes(path, max_bytes)
+    value = parse_json(data, path.name)
+    if not isinstance(value, dict):
+        _fail(f"{path.name}: holds {show(value)}, expected an object")
+    return value
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """A regular file of at most `max_bytes` bytes."""
+    try:
+        with open(path, "rb", opener=_open_without_blocking) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError(f"{path} is not a regular file")
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"{path} is a folder, expected a file") from None
+    if len(data) > max_bytes:
+        _fail(f"{path.name}: more than {max_bytes} bytes")
+    return data
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """`data` as strict JSON (see `read_json`); `name` begins the message of every error."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    raise ValueError(f"key {show(key)} appears twice")
+                seen.add(key)
+        return result
+
+    def integer(text: str) -> int:
+        if len(text) > 100:
+            raise ValueError(f"an integer of {len(text)} digits")
+        return int(text)
+
+    def constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_int=integer,
+            parse_constant=constant,
+        )
+    except UnicodeDecodeError as error:
+        _fail(f"{name}: not UTF-8 at byte {error.start}")
+    except RecursionError:
+        _fail(f"{name}: nested too deeply")
+    except ValueError as error:
+        _fail(f"{name}: {error}")
+
+
+def show(value: Any) -> str:
+    """`value` for an error message: one line of ASCII, at most 80 characters."""
+    text = ascii(value) if not isinstance(value, (dict, list)) or len(value) < 16 else ""
+    if not text:
+        text = f"{type(value).__name__} of {len(value)} entries"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fail(message: str) -> NoReturn:
+    raise ValueError(message) from None
+
+
+def _open_without_blocking(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe must not hang the loader
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """One JSON object and the way to it, for messages."""
+
+    where: str  # "config.json: " or "config.json: llm_config."
+    data: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path, name: str) -> _Section:
+        folder = Path(folder)
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, expected a checkpoint folder")
+        return cls(f"{name}: ", read_json(folder / name))
+
+    @classmethod
+    def read_optional(cls, folder: Path, name: str) -> _Section:
+        if not os.path.lexists(Path(folder) / name):
+            return cls(f"{name}: ", {})
+        return cls.read(folder, name)
+
+    def __contains__(self, key: str) -> bool:
+        return self.data.get(key) is not None
+
+    def wrong(self, key: str, expected: str) -> NoReturn:
+        if key not in self.data:
+            _fail(f"{self.where}{key} is missing, expected {expected}")
+        _fail(f"{self.where}{key} is {show(self.data[key])}, expected {expected}")
+
+    def section(self, key: str) -> _Section:
+        value = self.data.get(key)
+        if not isinstance(value, dict):
+            self.wrong(key, "an object")
+        return _Section(f"{self.where}{key}.", value)
+
+    def value(self, key: str, default: Any) -> Any:
+        return self.data[key] if key in self.data else default
+
+    def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> int:
+        value = self.value(key, default)
+        if type(value) is not int or not low <= value <= high:
+            self.wrong(key, f"an integer from {low} to {high}")
+        return value
+
+    def number(self, key: str, low: float, high: float, default: Any = _REQUIRED) -> float:
+        """A finite number in [low, high]."""
+        value = self.value(key, default)
+        if type(value) not in (int, float) or not low <= value <= high:
+            self.wrong(key, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
+        value = self.value(key, default)
+        if type(value) is not bool:
+            self.wrong(key, "true or false")
+        return value
+
+    def choice(self, key: str, allowed: Collection[str], default: Any = _REQUIRED) -> str:
+        value = self.value(key, default)
+        if type(value) is not str or value not in allowed:
+            supported = ", ".join(allowed)
+            if key not in self.data:
+                _fail(f"{self.where}{key} is missing, supported: {supported}")
+            _fail(f"{self.where}{key} is {show(value)}, supported: {supported}")
+        return value
+
+    def only(self, key: str, supported: Any, default: Any) -> None:
+        """A key of which one value alone is implemented."""
+        value = self.value(key, default)
+        if type(value) is not type(supported) or value != supported:
+            _fail(f"{self.where}{key} is {show(value)}, supported: {supported!r}")
+
+    def square(self, key: str, high: int, default: Any = _REQUIRED) -> int:
+        """A side in pixels, stored as one integer or as a pair of equal ones."""
+        value = self.value(key, default)
+        if type(value) is list:
+            if len(value) != 2 or type(value[0]) is not type(value[1]) or value[0] != value[1]:
+                self.wrong(key, "a square size")
+            value = value[0]
+        if type(value) is not int or not 1 <= value <= high:
+            self.wrong(key, f"an integer from 1 to {high}")
+        return value
+
+    def token_id(self, key: str) -> int | None:
+        if key not in self:
+            return None
+        return self.integer(key, 0, _MAX_TOKEN_ID)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """A token id, a list of them, or null."""
+        value = self.data.get(key)
+        ids = value if type(value) is list else [] if value is None else [value]
+        if any(type(i) is not int or not 0 <= i <= _MAX_TOKEN_ID for i in ids):
+            self.wrong(key, f"token ids from 0 to {_MAX_TOKEN_ID}")
+        return tuple(dict.fromkeys(ids))
+
+    def refuse_quantization(self) -> None:
+        if "quantization_config" in self:
+            _fail(f"{self.where}quantization_config is present, supported: unquantised weights")
+
+
+def _vision(section: _Section, layout: str) -> VisionConfig:
+    section.refuse_quantization()
+    native = layout == "hf"
+    defaults = _VISION_DEFAULTS[layout]
+
+    def size(key: str, high: int) -> int:
+        # The original layout writes every size; the native one leaves out its class's defaults.
+        return section.integer(key, 1, high, defaults[key] if native else _REQUIRED)
+
+    section.choice("model_type", ("internvl_vision",) if native else ("intern_vit_6b",))
+    section.only("num_channels", 3, 3)
+    if native:
+        section.only("use_absolute_position_embeddings", True, True)
+        section.only("use_mean_pooling", True, True)  # false adds a final norm
+        section.only("use_mask_token", False, False)
+    config = VisionConfig(
+        hidden_size=size("hidden_size", _MAX_WIDTH),
+        intermediate_size=size("intermediate_size", _MAX_WIDTH),
+        num_layers=size("num_hidden_layers", _MAX_LAYERS),
+        num_heads=size("num_attention_heads", _MAX_HEADS),
+        patch_size=section.square("patch_size", _MAX_PATCH_SIZE, defaults["patch_size"]),
+        image_size=section.square("image_size", _MAX_IMAGE_SIZE, defaults["image_size"]),
+        layer_norm_eps=section.number("layer_norm_eps", 1e-12, 1, defaults["layer_norm_eps"]),
+        norm_type=section.choice("norm_type", ("layer_norm", "rms_norm"), defaults["norm_type"]),
+        qkv_bias=section.boolean(
+            "attention_bias" if native else "qkv_bias", default=defaults["qkv_bias"]
+        ),
+        qk_norm=section.boolean(
+            "use_qk_norm" if native else "qk_normalization", default=defaults["qk_norm"]
+        ),
+        hidden_act=section.choice("hidden_act", ("gelu",), "gelu"),
+    )
+    if config.hidden_size % config.num_heads:
+        section.wrong("hidden_size", f"a multiple of num_attention_heads={config.num_heads}")
+    _check_head_dim(section, config.head_dim)
+    if config.image_size % config.patch_size:
+        section.wrong("image_size", f"a multiple of patch_size={config.patch_size}")
+    return config
+
+
+def _check_head_dim(section: _Section, head_dim: int) -> None:
+    if head_dim % 4 or head_dim > _MAX_HEAD_DIM:
+        _fail(
+            f"{section.where}head_dim is {head_dim}, "
+            f"supported: multiples of 4 up to {_MAX_HEAD_DIM}"
+        )
+
+
+def _check_supported_vision(config: VisionConfig) -> None:
+    kind = (config.norm_type, config.qkv_bias, config.qk_norm)
+    if kind not in SUPPORTED_VISION:
+        supported = "; ".join(str(k) for k in sorted(SUPPORTED_VISION))
+        _fail(
+            f"config.json: vision_config has (norm_type, qkv_bias, qk_norm) {kind}, "
+            f"supported: {supported}"
+        )
+
+
+def _text(section: _Section, layout: str) -> TextConfig:
+    section.refuse_quantization()
+    name, backbone = _backbone(section)
+    defaults = backbone.defaults
+
+    def size(key: str, high: int) -> int:
+        return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)
+
+    hidden_size = size("hidden_size", _MAX_WIDTH)
+    num_heads = size("num_attention_heads", _MAX_HEADS)
+    if "num_key_value_heads" in section.data and section.data["num_key_value_heads"] is None:
+        num_kv_heads = num_heads
+    else:
+        num_kv_heads = section.integer(
+            "num_key_value_heads", 1, _MAX_HEADS, defaults["num_key_value_heads"]
+        )
+    if num_heads % num_kv_heads:
+        section.wrong("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
+    if "head_dim" in section:
+        head_dim = section.integer("head_dim", 1, _MAX_WIDTH)
+    elif hidden_size % num_heads:
+        section.wrong("hidden_size", f"a multiple of num_attention_heads={num_heads}")
+    else:
+        head_dim = hidden_size // num_heads
+    _check_head_dim(section, head_dim)
+
+    section.choice("hidden_act", ("silu",), "silu")
+    section.only("use_sliding_window", False, False)
+    layer_types = section.data.get("layer_types") or []
+    if type(layer_types) is not list or any(t != "full_attention" for t in layer_types):
+        section.wrong("layer_types", "'full_attention' alone")
+    theta, scaling = _rope(section, backbone)
+    return TextConfig(
+        backbone=name,
+        vocab_size=size("vocab_size", _MAX_VOCAB),
+        hidden_size=hidden_size,
+        intermediate_size=size("intermediate_size", _MAX_WIDTH),
+        num_layers=size("num_hidden_layers", _MAX_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=section.number("rms_norm_eps", 1e-12, 1, defaults["rms_norm_eps"]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        max_position_embeddings=section.integer(
+            "max_position_embeddings", 1, _MAX_POSITIONS, defaults["max_position_embeddings"]
+        ),
+        qkv_bias=backbone.qkv_bias,
+        tie_word_embeddings=section.boolean("tie_word_embeddings", default=False),
+        eos_token_ids=section.token_ids("eos_token_id"),
+        bos_token_id=section.token_id("bos_token_id"),
+        pad_token_id=section.token_id("pad_token_id"),
+    )
+
+
+def _backbone(section: _Section) -> tuple[str, Backbone]:
+    """The row of BACKBONES that `architectures` names, or `model_type` where that is absent."""
+    found: dict[str, Any] = {}
+    if "architectures" in section:
+        stored = section.data["architectures"]
+        for name, row in BACKBONES.items():
+            if stored == [row.architecture]:
+                found["architectures"] = name
+        if "architectures" not in found:
+            supported = ", ".join(row.architecture for row in BACKBONES.values())
+            _fail(f"{section.where}architectures is {show(stored)}, supported: {supported}")
+    if "model_type" in section or not found:
+        kinds = {row.model_type: name for name, row in BACKBONES.items()}
+        found["model_type"] = kinds[section.choice("model_type", tuple(kinds))]
+    if len(set(found.values())) > 1:
+        _fail(f"{section.where}architectures and model_type disagree")
+    name = next(iter(found.values()))
+    return name, BACKBONES[name]
+
+
+def _rope(section: _Section, backbone: Backbone) -> tuple[float, RopeScaling | None]:
+    """Base and scaling from `rope_theta` with `rope_scaling`, or from `rope_parameters`."""
+    found: list[RopeScaling | None] = []
+    bases: list[float] = []
+    if "rope_theta" in section:
+        bases.append(section.number("rope_theta", 1, 1e12))
+    for key in ("rope_scaling", "rope_parameters"):
+        if key not in section:
+            continue
+        part = section.section(key)
+        if "rope_theta" in part:
+            bases.append(part.number("rope_theta", 1, 1e12))
+        allowed = ("default", *backbone.rope_types)
+        kinds = {part.choice(k, allowed) for k in ("type", "rope_type") if k in part}
+        if len(kinds) > 1:
+            _fail(f"{part.where}type and {part.where}rope_type disagree")
+        if not kinds:
+            if key == "rope_scaling":
+                part.choice("type", allowed)  # raises: a scaling without a kind
+            kinds = {"default"}
+        kind = kinds.pop()
+        if kind == "default":
+            found.append(None)
+        else:
+            found.append(RopeScaling(kind, part.number("factor", 1, 1e6)))
+    if len(set(bases)) > 1:
+        _fail(f"{section.where}rope_theta is given twice: {bases[0]:g} and {bases[1]:g}")
+    if len(set(found)) > 1:
+        _fail(f"{section.where}rope_scaling and {section.where}rope_parameters disagree")
+    theta = bases[0] if bases else backbone.defaults["rope_theta"]
+    return theta, found[0] if found else None
+
+
+def _original(folder: Path, top: _Section) -> ModelConfig:
+    for key in ("use_backbone_lora", "use_llm_lora"):
+        if top.integer(key, 0, _MAX_WIDTH, 0):
+            _fail(f"{top.where}{key} is {top.data[key]}, supported: 0 (merge the adapter first)")
+    top.only("flash_mode", False, False)
+    vision = _vision(top.section("vision_config"), "original")
+    text = _text(top.section("llm_config"), "original")
+    image_size = vision.image_size
+    if "force_image_size" in top:
+        image_size = top.square("force_image_size", _MAX_IMAGE_SIZE)
+    system_message = top.data.get("system_message")
+    if system_message is not None and not is_text(system_message):
+        top.wrong("system_message", "a string or null")
+    config = ModelConfig(
+        vision=vision,
+        text=text,
+        layout="original",
+        template=top.choice("template", [name for name in TEMPLATES if name != "hf"]),
+        system_message=system_message,
+        image_size=image_size,
+        downsample_ratio=top.number("downsample_ratio", 0.125, 1, 0.5),
+        select_layer=_select_layer(top, "select_layer", vision),
+        ps_version=top.choice("ps_version", ("v1", "v2"), "v1"),
+        min_dynamic_patch=top.integer("min_dynamic_patch", 1, _MAX_TILES, 1),
+        max_dynamic_patch=top.integer("max_dynamic_patch", 1, _MAX_TILES, 6),
+        use_thumbnail=top.boolean("use_thumbnail", default=False),
+        dynamic_image_size=top.boolean("dynamic_image_size", default=False),
+        image_token_id=None,
+        torch_dtype=_torch_dtype(top),
+        eos_token_ids=_eos_token_ids(folder, text),
+    )
+    _check_tiles(top, "force_image_size" if "force_image_size" in top else "image_size", config)
+    if config.min_dynamic_patch > config.max_dynamic_patch:
+        top.wrong("max_dynamic_patch", f"at least min_dynamic_patch={config.min_dynamic_patch}")
+    return config
+
+
+def _native(folder: Path, top: _Section) -> ModelConfig:
+    top.only("vision_feature_select_strategy", "default", "default")
+    top.choice("projector_hidden_act", ("gelu",), "gelu")
+    vision = _vision(top.section("vision_config"), "hf")
+    text = _text(top.section("text_config"), "hf")
+    processor = _Section.read_optional(folder, "preprocessor_config.json")
+    image_size = vision.image_size
+    if "size" in processor:
+        size = processor.section("size")
+        image_size = size.integer("height", 1, _MAX_IMAGE_SIZE)
+        if size.integer("width", 1, _MAX_IMAGE_SIZE) != image_size:
+            size.wrong("width", f"height={image_size}")
+    processor.boolean("crop_to_patches", default=True)  # the model's processor forces it to true
+    config = ModelConfig(
+        vision=vision,
+        text=text,
+        layout="hf",
+        template="hf",
+        system_message=None,
+        image_size=image_size,
+        downsample_ratio=top.number("downsample_ratio", 0.125, 1, 0.5),
+        select_layer=_select_layer(top, "vision_feature_layer", vision),
+        ps_version="v2",
+        min_dynamic_patch=processor.integer("min_patches", 1, _MAX_TILES, 1),
+        max_dynamic_patch=processor.integer("max_patches", 1, _MAX_TILES, 12),
+        use_thumbnail=True,
+        dynamic_image_size=True,
+        image_token_id=top.token_id("image_token_id"),
+        torch_dtype=_torch_dtype(top),
+        eos_token_ids=_eos_token_ids(folder, text),
+    )
+    _check_tiles(top, "image_size", config)
+    top.integer("image_seq_length", 1, _MAX_POSITIONS, config.tokens_per_tile)
+    if top.value("image_seq_length", config.tokens_per_tile) != config.tokens_per_tile:
+        top.wrong("image_seq_length", f"{config.tokens_per_tile} (from the image size)")
+    if config.min_dynamic_patch > config.max_dynamic_patch:
+        processor.wrong("max_patches", f"at least min_patches={config.min_dynamic_patch}")
+    return config
+
+
+def _select_layer(top: _Section, key: str, vision: VisionConfig) -> int:
+    return top.integer(key, -vision.num_layers - 1, vision.num_layers, -1)
+
+
+def _check_tiles(top: _Section, key: str, config: ModelConfig) -> None:
+    """A tile must be whole patches, and its grid whole squares of the unshuffle."""
+    if not math.isclose(config.downsample_ratio * config.unshuffle, 1, rel_tol=1e-9):
+        top.wrong("downsample_ratio", "1 / an integer")
+    step = config.vision.patch_size * config.unshuffle
+    if config.image_size % step:
+        _fail(
+            f"{top.where}{key} is {config.image_size}, expected a multiple of {step} "
+            f"(patch_size {config.vision.patch_size}, downsample_ratio {config.downsample_ratio:g})"
+        )
+
+
+def _torch_dtype(top: _Section) -> str | None:
+    for key in ("torch_dtype", "dtype"):
+        if key in top:
+            return top.choice(key, ("float32", "bfloat16", "float16"))
+    return None
+
+
+def _eos_token_ids(folder: Path, text: TextConfig) -> tuple[int, ...]:
+    generation = _Section.read_optional(folder, "generation_config.json")
+    return tuple(dict.fromkeys((*generation.token_ids("eos_token_id"), *text.eos_token_ids)))
