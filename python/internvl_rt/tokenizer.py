@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from internvl_rt.config import read_bytes, read_json, show
+from internvl_rt.config import parse_json, read_bytes, read_json, show
 
 MAX_TOKENIZER_BYTES = 128 << 20
 
@@ -185,19 +185,24 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():
-        data = read_json(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)
         name = "tokenizer.json"
+        raw = read_bytes(folder / name, MAX_TOKENIZER_BYTES)
+        data = parse_json(raw, name)
+        if not isinstance(data, dict):
+            raise ValueError(f"{name}: holds {show(data)}, expected an object")
     elif (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        data = _byte_level_bpe(folder)
         name = "vocab.json"
+        raw = b""
+        data = _byte_level_bpe(folder)
     else:
         raise FileNotFoundError(
             f"{folder}: no tokenizer files (tokenizer.json, or vocab.json and merges.txt)"
         )
     try:
         added = _added_tokens(data, folder)
-        data["added_tokens"] = added
-        backend = _from_json(data)
+        if not raw or len(added) != len(data.get("added_tokens") or ()):
+            raw = json.dumps(data | {"added_tokens": added}).encode("utf-8")
+        backend = _from_json(raw)
         for token in added:
             found = backend.token_to_id(token["content"])
             if found != token["id"]:
@@ -216,9 +221,9 @@ def _alternatives(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
 
 
-def _from_json(data: dict[str, Any]) -> tokenizers.Tokenizer:
+def _from_json(data: bytes) -> tokenizers.Tokenizer:
     try:
-        return tokenizers.Tokenizer.from_str(json.dumps(data))
+        return tokenizers.Tokenizer.from_buffer(data)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library's panics are no subclass of Exception

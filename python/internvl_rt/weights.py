@@ -1,0 +1,596 @@
+"""A checkpoint's safetensors files as named tensors.
+
+Three steps, each usable alone: `read_header` checks one file's header against the file,
+`Checkpoint` maps one file or a set of shards, `resolve` finds every tensor that a model needs
+under the names of its layout. Both directions are strict: a tensor that is missing, left over or
+of another shape raises a one-line ValueError that names it. Only safetensors files are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from internvl_rt.config import ModelConfig, TextConfig, VisionConfig, parse_json, read_json, show
+
+MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
+_MAX_INDEX_BYTES = 64 << 20
+_MAX_DIMS = 16
+_MAX_ELEMENTS = (1 << 63) - 1
+
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: bytes `begin` to `end` of its file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The stored tensors whose rows, one after the other, make one tensor of the model."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+def parse_header(data: bytes, file_size: int, name: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file of `file_size` bytes that begins with `data`.
+
+    `data` holds at least the eight bytes of the length and the whole header, or as much as the
+    file has. Accepts only what leaves no doubt: known dtypes, offsets that cover the payload
+    without holes or overlaps, sizes that agree with the shapes. Anything else is a ValueError
+    that begins with `name`.
+    """
+
+    def fail(reason: str) -> NoReturn:
+        raise ValueError(f"{name}: {reason}")
+
+    if file_size < 8 or len(data) < 8:
+        fail(f"{file_size} bytes, too short for a safetensors file")
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        fail(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES}")
+    if 8 + length > file_size:
+        fail(f"the header claims {length} bytes, the file has {file_size - 8} after its length")
+    header = data[8 : 8 + length]
+    if len(header) != length or header[:1] != b"{":
+        fail("the header does not begin with {")
+    entries = parse_json(header, f"{name}: header")
+    payload = file_size - 8 - length
+
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        fail("__metadata__ is not an object of strings")
+    found: dict[str, TensorInfo] = {}
+    for key, entry in entries.items():
+        found[key] = _entry(name, key, entry, payload, 8 + length)
+    try:
+        json.dumps(entries, ensure_ascii=False).encode("utf-8")
+        json.dumps(metadata, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        fail("the header has a lone surrogate")
+
+    at = 8 + length
+    for key, info in sorted(found.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if info.begin != at:
+            kind = "overlaps the tensor before it" if info.begin < at else "leaves a hole before it"
+            fail(f"tensor {show(key)} {kind} (begins at {info.begin - 8 - length})")
+        at = info.end
+    if at != file_size:
+        fail(f"the tensors cover {at - 8 - length} of {payload} bytes of payload")
+    return found
+
+
+def _entry(name: str, key: str, entry: object, payload: int, base: int) -> TensorInfo:
+    def fail(reason: str) -> NoReturn:
+        raise ValueError(f"{name}: tensor {show(key)}: {reason}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        fail("expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        fail(f"dtype is {show(dtype)}, supported: {', '.join(_DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+        fail(f"shape is {show(shape)}, expected a list of at most {_MAX_DIMS} sizes")
+    # A product over max(size, 1) bounds the strides too, which an empty tensor also has.
+    elements, bound = 1, 1
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _MAX_ELEMENTS:
+            fail(f"shape is {show(shape)}, expected sizes of 0 or more")
+        elements *= size
+        bound *= max(size, 1)
+        if bound > _MAX_ELEMENTS:
+            fail(f"shape is {show(shape)}, too large")
+    if not isinstance(offsets, list) or [type(o) for o in offsets] != [int, int]:
+        fail(f"data_offsets is {show(offsets)}, expected two integers")
+    begin, end = offsets
+    if not 0 <= begin <= end <= payload:
+        fail(f"data_offsets is {show(offsets)}, the payload has {payload} bytes")
+    expected = elements * _DTYPES[dtype].itemsize
+    if end - begin != expected:
+        fail(f"{end - begin} bytes stored, {dtype} of shape {show(shape)} needs {expected}")
+    return TensorInfo(_DTYPES[dtype], tuple(shape), base + begin, base + end)
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The checked header of one file; see `parse_header`. Raises OSError or ValueError."""
+    with _open(path) as file:
+        return _read_header(file.fileno(), path.name)
+
+
+def _open(path: Path) -> contextlib.closing[_File]:
+    return contextlib.closing(_File(path))
+
+
+class _File:
+    """A regular file, open for reading, that never blocks on a pipe."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file") from None
+        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            os.close(self._fd)
+            raise OSError(f"{path} is not a regular file")
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _read_header(fd: int, name: str) -> dict[str, TensorInfo]:
+    size = os.fstat(fd).st_size
+    prefix = _read(fd, 8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) == 8 and length <= min(MAX_HEADER_BYTES, size - 8):
+        prefix += _read(fd, length)
+    return parse_header(prefix, size, name)
+
+
+def _read(fd: int, count: int) -> bytes:
+    parts = []
+    while count and (part := os.read(fd, count)):
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+class _Shard:
+    """One mapped file. Tensors made from it keep the mapping alive."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with _open(path) as file:
+            self.tensors = _read_header(file.fileno(), path.name)
+            # A private writable mapping, because torch warns about read-only memory; the file
+            # itself cannot be changed through it.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        last = max((info.end for info in self.tensors.values()), default=0)
+        if last > len(self._map):
+            raise ValueError(f"{path.name}: truncated while it was read")
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        count = (info.end - info.begin) // info.dtype.itemsize
+        if count == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if info.begin % info.dtype.itemsize:  # a header of odd length: kernels need alignment
+            data = bytearray(self._map[info.begin : info.end])
+            return torch.frombuffer(data, dtype=info.dtype).view(info.shape)
+        flat = torch.frombuffer(self._map, dtype=info.dtype, count=count, offset=info.begin)
+        return flat.view(info.shape)
+
+    def release(self, info: TensorInfo) -> None:
+        page = mmap.PAGESIZE
+        begin = -(-info.begin // page) * page
+        end = info.end // page * page
+        if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, by their stored names.
+
+    Reads model.safetensors, or the shards of model.safetensors.index.json, or the folder's only
+    *.safetensors file. Payloads are memory-mapped: a tensor costs memory when it is touched, and
+    `release` gives that back. Raises OSError for what is missing, ValueError for what lies.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder = Path(folder)
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is a file, expected a checkpoint folder")
+        self.folder = folder
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if index.exists():
+            self._shards = self._indexed(index)
+            if single.exists() and single.name not in {s.path.name for s in self._shards}:
+                raise ValueError(f"{folder} has both {single.name} and {index.name}")
+        else:
+            self._shards = [_Shard(single if single.exists() else _only_file(folder))]
+        self._where = {name: shard for shard in self._shards for name in shard.tensors}
+        self.names = tuple(self._where)
+
+    def _indexed(self, index: Path) -> list[_Shard]:
+        weight_map = read_json(index, _MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index.name}: weight_map is {show(weight_map)}, expected an object")
+        expected: dict[str, set[str]] = {}
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not _is_plain_name(file):
+                raise ValueError(
+                    f"{index.name}: {show(name)} is in {show(file)}, expected a plain file name"
+                )
+            expected.setdefault(file, set()).add(name)
+        shards = []
+        for file, names in expected.items():
+            path = self.folder / file
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file ({index.name} names it)")
+            shard = _Shard(path)
+            missing = [name for name in names if name not in shard.tensors]
+            if missing:
+                raise ValueError(f"{file}: {_some(missing)} of {index.name} not in the file")
+            extra = [name for name in shard.tensors if name not in names]
+            if extra:
+                raise ValueError(f"{file}: {_some(extra)} not in {index.name}")
+            shards.append(shard)
+        return shards
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype, shape and place of a tensor, without touching its payload."""
+        return self._shard(name).tensors[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The tensor, a view of the mapped file. Do not write to it."""
+        shard = self._shard(name)
+        return shard.tensor(shard.tensors[name])
+
+    def load(self, source: Source) -> torch.Tensor:
+        """One tensor of the model: a view of the file, or a copy where rows are joined."""
+        tensors = [self[name] for name in source.names]
+        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return whole.view(source.shape)
+
+    def release(self, source: Source | str) -> None:
+        """Gives the memory of a tensor's pages back; a later use reads the file again."""
+        for name in (source,) if isinstance(source, str) else source.names:
+            shard = self._shard(name)
+            shard.release(shard.tensors[name])
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(i.end - i.begin for shard in self._shards for i in shard.tensors.values())
+
+    def _shard(self, name: str) -> _Shard:
+        shard = self._where.get(name)
+        if shard is None:
+            raise KeyError(f"{self.folder}: no tensor {show(name)}")
+        return shard
+
+
+def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
+    """Where every tensor of the chat model lies, by internal name.
+
+    Vision: vit.cls, vit.pos, vit.patch.{weight,bias}, vit.{i}.{norm1,qkv,q_norm,k_norm,proj,ls1,
+    norm2,fc1,fc2,ls2}. Projector: proj.{ln,fc1,fc2}. Language model: llm.embed.weight,
+    llm.{i}.{norm1,q,k,v,o,norm2,gate,up,down}, llm.norm.weight, llm.head.weight. Everything but
+    cls, pos, ls1 and ls2 ends in .weight or .bias. The head is the embedding's tensor where the
+    checkpoint stores none. Vision layers behind the selected one are known, checked and left
+    out. Raises ValueError naming what is missing, left over, misshaped or of another dtype.
+    """
+    names = _ORIGINAL
+    if config.layout == "hf":
+        newer = f"{_NATIVE_B.vision}embeddings.cls_token" in checkpoint
+        names = _NATIVE_B if newer else _NATIVE_A
+    rows = [
+        *_vision_rows(config.vision, names, config.vision_layers_used),
+        *_projector_rows(config, names),
+        *_text_rows(config.text, names),
+    ]
+    head = _Row("llm.head.weight", ((names.head, _embed_shape(config.text)),))
+    if names.head in checkpoint:
+        rows.append(head)
+    found = _match(checkpoint, rows, ignored=())
+    found.setdefault(head.name, found["llm.embed.weight"])
+    return found
+
+
+def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, Source]:
+    """The vit.* names of `resolve`, all layers, from a standalone InternViT or a chat model.
+
+    In a chat model the tensors of its other parts are left alone.
+    """
+    for names in (_ORIGINAL, _STANDALONE, _NATIVE_A, _NATIVE_B, _NATIVE_STANDALONE):
+        rows = list(_vision_rows(config, names, config.num_layers))
+        if rows[0].sources[0][0] in checkpoint:
+            return _match(checkpoint, rows, ignored=names.others)
+    raise ValueError(f"{checkpoint.folder}: no tensor of a vision encoder's class token")
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Prefixes and names of one layout; `others` are the prefixes of a chat model's other parts."""
+
+    vision: str
+    native_vision: bool
+    projector: Mapping[str, str]
+    decoder: str
+    head: str
+    others: tuple[str, ...]
+
+
+_ORIGINAL_PROJECTOR = {"ln": "mlp1.0", "fc1": "mlp1.1", "fc2": "mlp1.3"}
+
+
+def _native_projector(prefix: str) -> dict[str, str]:
+    names = {"ln": "layer_norm", "fc1": "linear_1", "fc2": "linear_2"}
+    return {key: f"{prefix}multi_modal_projector.{name}" for key, name in names.items()}
+
+
+_ORIGINAL = _Names(
+    vision="vision_model.",
+    native_vision=False,
+    projector=_ORIGINAL_PROJECTOR,
+    decoder="language_model.model.",
+    head="language_model.lm_head.weight",
+    others=("language_model.", "mlp1."),
+)
+# Written by Transformers 4.52 to 4.57, and by later ones.
+_NATIVE_A = _Names(
+    vision="vision_tower.",
+    native_vision=True,
+    projector=_native_projector(""),
+    decoder="language_model.model.",
+    head="language_model.lm_head.weight",
+    others=("language_model.", "multi_modal_projector."),
+)
+_NATIVE_B = _Names(
+    vision="model.vision_tower.",
+    native_vision=True,
+    projector=_native_projector("model."),
+    decoder="model.language_model.",
+    head="lm_head.weight",
+    others=("model.language_model.", "model.multi_modal_projector.", "lm_head."),
+)
+_STANDALONE = _Names("", False, {}, "", "", ())
+_NATIVE_STANDALONE = _Names("", True, {}, "", "", ())
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One tensor of the model and the stored tensors, with shapes, that it is joined from."""
+
+    name: str
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    used: bool = True  # False: known and checked where present, not loaded
+
+
+def _linear(
+    name: str, stored: str | Sequence[str], rows: int, columns: int, *, bias: bool
+) -> list[_Row]:
+    """A linear layer, its rows split evenly over the stored ones where these are several."""
+    parts = (stored,) if isinstance(stored, str) else tuple(stored)
+    part = rows // len(parts)
+    result = [_Row(f"{name}.weight", tuple((f"{p}.weight", (part, columns)) for p in parts))]
+    if bias:
+        result.append(_Row(f"{name}.bias", tuple((f"{p}.bias", (part,)) for p in parts)))
+    return result
+
+
+def _norm(name: str, stored: str, width: int, *, bias: bool) -> list[_Row]:
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return [_Row(f"{name}.{kind}", ((f"{stored}.{kind}", (width,)),)) for kind in kinds]
+
+
+def _vision_rows(config: VisionConfig, names: _Names, layers_used: int) -> Iterator[_Row]:
+    width, patch = config.hidden_size, config.patch_size
+    native = names.native_vision
+    at = f"{names.vision}embeddings."
+    stored = ("cls_token", "position_embeddings", "patch_embeddings.projection")
+    if not native:
+        stored = ("class_embedding", "position_embedding", "patch_embedding")
+    cls, pos, conv = (at + name for name in stored)
+    yield _Row("vit.cls", ((cls, (1, 1, width)),))
+    yield _Row("vit.pos", ((pos, (1, config.grid**2 + 1, width)),))
+    yield _Row("vit.patch.weight", ((f"{conv}.weight", (width, 3, patch, patch)),))
+    yield _Row("vit.patch.bias", ((f"{conv}.bias", (width,)),))
+    for i in range(config.num_layers):
+        rows = _vision_layer(config, native, f"vit.{i}", f"{names.vision}encoder.layer", i)
+        for row in rows:
+            yield _Row(row.name, row.sources, used=i < layers_used)
+
+
+def _vision_layer(
+    config: VisionConfig, native: bool, name: str, prefix: str, index: int
+) -> list[_Row]:
+    width, inner = config.hidden_size, config.intermediate_size
+    if native:
+        at = f"{prefix}.{index}."
+        attention = f"{at}attention."
+        qkv = tuple(f"{attention}{x}_proj" for x in "qkv")
+        out = f"{attention}projection_layer"
+        norm1, norm2, ls1, ls2 = "layernorm_before", "layernorm_after", "lambda_1", "lambda_2"
+    else:
+        at = f"{prefix}s.{index}."
+        attention = f"{at}attn."
+        qkv = (f"{attention}qkv",)
+        out = f"{attention}proj"
+        norm1, norm2, ls1, ls2 = "norm1", "norm2", "ls1", "ls2"
+    bias = config.norm_type == "layer_norm"
+    rows = [
+        *_norm(f"{name}.norm1", at + norm1, width, bias=bias),
+        *_linear(f"{name}.qkv", qkv, 3 * width, width, bias=config.qkv_bias),
+        *_linear(f"{name}.proj", out, width, width, bias=True),
+        _Row(f"{name}.ls1", ((at + ls1, (width,)),)),
+        *_norm(f"{name}.norm2", at + norm2, width, bias=bias),
+        *_linear(f"{name}.fc1", f"{at}mlp.fc1", inner, width, bias=True),
+        *_linear(f"{name}.fc2", f"{at}mlp.fc2", width, inner, bias=True),
+        _Row(f"{name}.ls2", ((at + ls2, (width,)),)),
+    ]
+    if config.qk_norm:
+        for x in "qk":
+            rows += _norm(f"{name}.{x}_norm", f"{attention}{x}_norm", width, bias=False)
+    return rows
+
+
+def _projector_rows(config: ModelConfig, names: _Names) -> list[_Row]:
+    wide = config.vision.hidden_size * config.unshuffle**2
+    width = config.text.hidden_size
+    return [
+        *_norm("proj.ln", names.projector["ln"], wide, bias=True),
+        *_linear("proj.fc1", names.projector["fc1"], width, wide, bias=True),
+        *_linear("proj.fc2", names.projector["fc2"], width, width, bias=True),
+    ]
+
+
+def _embed_shape(config: TextConfig) -> tuple[int, int]:
+    return (config.vocab_size, config.hidden_size)
+
+
+def _text_rows(config: TextConfig, names: _Names) -> Iterator[_Row]:
+    """The decoder in the naming that Llama began and Qwen2 kept."""
+    width, inner = config.hidden_size, config.intermediate_size
+    q = config.num_heads * config.head_dim
+    kv = config.num_kv_heads * config.head_dim
+    root = names.decoder
+    yield _Row("llm.embed.weight", ((f"{root}embed_tokens.weight", _embed_shape(config)),))
+    for i in range(config.num_layers):
+        name, at = f"llm.{i}", f"{root}layers.{i}."
+        yield from _norm(f"{name}.norm1", f"{at}input_layernorm", width, bias=False)
+        for x, rows in (("q", q), ("k", kv), ("v", kv)):
+            stored = f"{at}self_attn.{x}_proj"
+            yield from _linear(f"{name}.{x}", stored, rows, width, bias=config.qkv_bias)
+        yield from _linear(f"{name}.o", f"{at}self_attn.o_proj", width, q, bias=False)
+        yield from _norm(f"{name}.norm2", f"{at}post_attention_layernorm", width, bias=False)
+        yield from _linear(f"{name}.gate", f"{at}mlp.gate_proj", inner, width, bias=False)
+        yield from _linear(f"{name}.up", f"{at}mlp.up_proj", inner, width, bias=False)
+        yield from _linear(f"{name}.down", f"{at}mlp.down_proj", width, inner, bias=False)
+    yield from _norm("llm.norm", f"{root}norm", width, bias=False)
+
+
+def _match(
+    checkpoint: Checkpoint, rows: Iterable[_Row], ignored: tuple[str, ...]
+) -> dict[str, Source]:
+    known: set[str] = set()
+    missing: list[str] = []
+    misshaped: list[str] = []
+    mistyped: list[str] = []
+    result: dict[str, Source] = {}
+    for row in rows:
+        for name, shape in row.sources:
+            known.add(name)
+            if name not in checkpoint:
+                if row.used:
+                    missing.append(name)
+                continue
+            info = checkpoint.info(name)
+            if info.shape != shape:
+                misshaped.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
+            if info.dtype not in _WEIGHT_DTYPES:
+                mistyped.append(f"{name} is {_dtype_name(info.dtype)}")
+        if not row.used:
+            continue
+        dtypes = {checkpoint.info(name).dtype for name, _ in row.sources if name in checkpoint}
+        if len(dtypes) > 1:
+            both = " and ".join(sorted(map(_dtype_name, dtypes)))
+            mistyped.append(f"{row.sources[0][0]} and the tensors joined to it are {both}")
+        shapes = [shape for _, shape in row.sources]
+        whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        result[row.name] = Source(tuple(name for name, _ in row.sources), whole)
+    extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored or "\0")]
+    where = checkpoint.folder
+    if missing:
+        raise ValueError(f"{where}: {_some(missing)} missing")
+    if misshaped:
+        raise ValueError(f"{where}: {_count(misshaped)} of another shape: {_first(misshaped)}")
+    if mistyped:
+        supported = ", ".join(map(_dtype_name, _WEIGHT_DTYPES))
+        raise ValueError(
+            f"{where}: {_count(mistyped)} of another dtype: {_first(mistyped)}; "
+            f"supported: one of {supported}"
+        )
+    if extra:
+        raise ValueError(f"{where}: {_some(extra)} left over, not part of this model")
+    return result
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' * (len(names) > 1)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    return "; ".join(n if n.isprintable() else show(n) for n in names[:3]) + (
+        "; ..." if len(names) > 3 else ""
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{_count(names)} ({_first(sorted(names))})"
+
+
+def _is_plain_name(name: str) -> bool:
+    return (
+        name not in ("", ".", "..")
+        and name.isprintable()
+        and not any(c in name for c in "/\\\0:")
+        and name.endswith(".safetensors")
+    )
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ValueError(
+            f"{folder} has {len(files)} .safetensors files and no model.safetensors: "
+            f"{', '.join(f.name for f in files[:3])}"
+        )
+    other = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
+    if other:
+        raise FileNotFoundError(f"{folder}: only safetensors is read, found {other[0]}")
+    raise FileNotFoundError(f"{folder}: no model.safetensors or model.safetensors.index.json")
