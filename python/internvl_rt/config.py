@@ -10,6 +10,7 @@ Transformers-native one, with `text_config`). Adding a language backbone is one 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from internvl_rt.prompt import TEMPLATES, is_text
 
@@ -241,17 +242,28 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return value
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """A regular file of at most `max_bytes` bytes."""
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, unbuffered, for reading; a pipe in its place cannot hang the loader."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
     try:
-        with open(path, "rb", opener=_open_without_blocking) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError(f"{path} is not a regular file")
-            data = file.read(max_bytes + 1)
+        file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115 (the caller's to close)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except IsADirectoryError:
         raise IsADirectoryError(f"{path} is a folder, expected a file") from None
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(f"{path} is not a regular file")
+    return file
+
+
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """A regular file of at most `max_bytes` bytes."""
+    with open_regular(path) as file:
+        data = io.BufferedReader(file).read(max_bytes + 1)
     if len(data) > max_bytes:
         _fail(f"{path.name}: more than {max_bytes} bytes")
     return data
@@ -305,10 +317,6 @@ def _fail(message: str) -> NoReturn:
     raise ValueError(message) from None
 
 
-def _open_without_blocking(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe must not hang the loader
-
-
 @dataclass(frozen=True, slots=True)
 class _Section:
     """One JSON object and the way to it, for messages."""
@@ -346,7 +354,7 @@ class _Section:
         return _Section(f"{self.where}{key}.", value)
 
     def value(self, key: str, default: Any) -> Any:
-        return self.data[key] if key in self.data else default
+        return self.data.get(key, default)
 
     def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> int:
         value = self.value(key, default)

@@ -8,19 +8,25 @@ of another shape raises a one-line ValueError that names it. Only safetensors fi
 
 from __future__ import annotations
 
-import contextlib
-import json
+import io
 import mmap
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import torch
 
-from internvl_rt.config import ModelConfig, TextConfig, VisionConfig, parse_json, read_json, show
+from internvl_rt.config import (
+    ModelConfig,
+    TextConfig,
+    VisionConfig,
+    open_regular,
+    parse_json,
+    read_json,
+    show,
+)
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
 _MAX_INDEX_BYTES = 64 << 20
@@ -91,8 +97,7 @@ def parse_header(data: bytes, file_size: int, name: str) -> dict[str, TensorInfo
     for key, entry in entries.items():
         found[key] = _entry(name, key, entry, payload, 8 + length)
     try:
-        json.dumps(entries, ensure_ascii=False).encode("utf-8")
-        json.dumps(metadata, ensure_ascii=False).encode("utf-8")
+        "".join([*found, *metadata, *metadata.values()]).encode("utf-8")
     except UnicodeEncodeError:
         fail("the header has a lone surrogate")
 
@@ -140,48 +145,19 @@ def _entry(name: str, key: str, entry: object, payload: int, base: int) -> Tenso
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The checked header of one file; see `parse_header`. Raises OSError or ValueError."""
-    with _open(path) as file:
-        return _read_header(file.fileno(), path.name)
+    with open_regular(path) as file:
+        return _read_header(file, path.name)
 
 
-def _open(path: Path) -> contextlib.closing[_File]:
-    return contextlib.closing(_File(path))
-
-
-class _File:
-    """A regular file, open for reading, that never blocks on a pipe."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: no such file") from None
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
-            raise OSError(f"{path} is not a regular file")
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def close(self) -> None:
-        os.close(self._fd)
-
-
-def _read_header(fd: int, name: str) -> dict[str, TensorInfo]:
-    size = os.fstat(fd).st_size
-    prefix = _read(fd, 8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) == 8 and length <= min(MAX_HEADER_BYTES, size - 8):
-        prefix += _read(fd, length)
-    return parse_header(prefix, size, name)
-
-
-def _read(fd: int, count: int) -> bytes:
-    parts = []
-    while count and (part := os.read(fd, count)):
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
+def _read_header(file: BinaryIO, name: str) -> dict[str, TensorInfo]:
+    size = os.fstat(file.fileno()).st_size
+    reader = io.BufferedReader(file)
+    data = reader.read(8)
+    length = int.from_bytes(data, "little")
+    if len(data) == 8 and length <= min(MAX_HEADER_BYTES, size - 8):
+        data += reader.read(length)
+    reader.detach()
+    return parse_header(data, size, name)
 
 
 class _Shard:
@@ -189,8 +165,8 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with _open(path) as file:
-            self.tensors = _read_header(file.fileno(), path.name)
+        with open_regular(path) as file:
+            self.tensors = _read_header(file, path.name)
             # A private writable mapping, because torch warns about read-only memory; the file
             # itself cannot be changed through it.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -537,7 +513,7 @@ def _match(
         shapes = [shape for _, shape in row.sources]
         whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         result[row.name] = Source(tuple(name for name, _ in row.sources), whole)
-    extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored or "\0")]
+    extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored)]
     where = checkpoint.folder
     if missing:
         raise ValueError(f"{where}: {_some(missing)} missing")
