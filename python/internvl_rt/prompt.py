@@ -336,7 +336,7 @@ def build_prompt(
     without special tokens are those of the whole rendered string.
 
     Raises ValueError where the placeholders of the questions do not match `num_tiles`, for an
-    empty question, and for a template whose markup the tokenizer lacks.
+    empty question, and for a template whose stop token the tokenizer lacks.
     """
     entry = get_template(template)
     _check_chat(question, history, system)
@@ -347,6 +347,7 @@ def build_prompt(
     placeholders = question.count(IMAGE) + sum(q.count(IMAGE) for q, _ in history or ())
     if placeholders != len(tiles):
         raise ValueError(f"chat: {placeholders} {IMAGE} placeholders for {len(tiles)} images")
+    _special_id(tokenizer, entry.stop_token, template)
 
     ids = list(tokenizer.prefix_ids)
     spans: list[ImageSpan] = []

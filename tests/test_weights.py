@@ -1,0 +1,513 @@
+"""The safetensors reader against the format's own library, and the rename tables."""
+
+import gc
+import json
+import os
+import random
+import struct
+import warnings
+
+import numpy as np
+import pytest
+import safetensors
+import torch
+from safetensors.torch import save_file
+from tiny_model import (
+    native,
+    native_tensors,
+    original,
+    original_tensors,
+    original_vision,
+    write_checkpoint,
+    write_config,
+)
+
+from internvl_rt.config import load_config, load_vision_config
+from internvl_rt.weights import (
+    MAX_HEADER_BYTES,
+    Checkpoint,
+    Source,
+    parse_header,
+    read_header,
+    resolve,
+    resolve_vision,
+)
+
+DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+DTYPES += [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def _bytes(header, payload=b""):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + payload
+
+
+def _entry(dtype="U8", shape=(4,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def _parse(data):
+    return parse_header(data, len(data), "x.safetensors")
+
+
+def _one_line(error):
+    message = str(error.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    return message
+
+
+def test_every_dtype_and_odd_shapes(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for dtype in DTYPES:
+        for shape in ((), (0,), (3,), (2, 0, 5), (1, 3, 2)):
+            values = torch.randint(0, 100, shape, generator=generator)
+            tensors[f"{dtype}{shape}"] = values.to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"a": "b"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoint = Checkpoint(tmp_path)
+        assert set(checkpoint.names) == set(tensors)
+        assert len(checkpoint) == len(tensors)
+        for name, expected in tensors.items():
+            actual = checkpoint[name]
+            assert actual.dtype == expected.dtype == checkpoint.info(name).dtype
+            assert actual.shape == expected.shape
+            assert torch.equal(actual, expected)
+    assert checkpoint.payload_bytes == sum(t.nbytes for t in tensors.values())
+    with pytest.raises(KeyError, match="no tensor 'x'"):
+        checkpoint["x"]
+
+
+def test_header_of_odd_length(tmp_path):
+    """Payloads need not be aligned; the tensors are."""
+    values = np.arange(6, dtype="<f4")
+    for spaces in range(8):
+        header = json.dumps({"a": _entry("F32", (6,), (0, 24))}).encode() + b" " * spaces
+        (tmp_path / "model.safetensors").write_bytes(_bytes(header, values.tobytes()))
+        tensor = Checkpoint(tmp_path)["a"]
+        assert tensor.data_ptr() % 4 == 0
+        assert torch.equal(tensor, torch.arange(6, dtype=torch.float32))
+
+
+def test_tensors_outlive_the_checkpoint_and_a_release(tmp_path):
+    expected = torch.arange(1 << 16, dtype=torch.float32)
+    save_file({"a": expected, "b": expected + 1}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    tensor = checkpoint["a"]
+    assert tensor.data_ptr() == checkpoint["a"].data_ptr()  # a view, not a copy
+    assert torch.equal(tensor, expected)
+    checkpoint.release("a")
+    checkpoint.release(Source(("a", "b"), (2 << 16,)))
+    assert torch.equal(tensor, expected)
+    del checkpoint
+    gc.collect()
+    assert torch.equal(tensor, expected)
+
+
+def test_writing_cannot_reach_the_file(tmp_path):
+    save_file({"a": torch.zeros(8)}, tmp_path / "model.safetensors")
+    Checkpoint(tmp_path)["a"].fill_(1)
+    assert torch.equal(Checkpoint(tmp_path)["a"], torch.zeros(8))
+
+
+GOOD = {"__metadata__": {"format": "pt"}, "a": _entry(), "b": _entry("F32", (2, 1), (4, 12))}
+
+LIES = [
+    (b"", "too short"),
+    (b"\0" * 7, "too short"),
+    (struct.pack("<Q", 0), "does not begin with {"),
+    (struct.pack("<Q", 1 << 63) + b"{}", "claims 9223372036854775808 bytes"),
+    (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most 100000000"),
+    (struct.pack("<Q", 3) + b"{}", "claims 3 bytes, the file has 2"),
+    (_bytes(b" {}"), "does not begin with {"),
+    (_bytes(b"[]"), "does not begin with {"),
+    (_bytes(b"{}{}"), "header: Extra data"),
+    (_bytes(b'{"a\xff": 1}'), "header: not UTF-8"),
+    (_bytes(b'{"\\ud800": %s}' % json.dumps(_entry()).encode(), b"1234"), "lone surrogate"),
+    (_bytes(b'{"__metadata__": {"a": "\\udfff"}}'), "lone surrogate"),
+    (_bytes(b'{"a": ' * 100000), "header: nested too deeply"),
+    (_bytes(b'{"a": 1, "a": 1}'), "'a' appears twice"),
+    (_bytes({"__metadata__": {"a": 1}}), "__metadata__ is not an object of strings"),
+    (_bytes({"__metadata__": None}), "__metadata__ is not an object of strings"),
+    (_bytes({"a": 1}), "expected dtype, shape and data_offsets"),
+    (_bytes({"a": _entry() | {"x": 1}}, b"1234"), "expected dtype, shape and data_offsets"),
+    (_bytes({"a": _entry("F8_E4M3")}, b"1234"), "dtype is 'F8_E4M3', supported: U8"),
+    (_bytes({"a": _entry(["U8"])}, b"1234"), "dtype is"),
+    (_bytes({"a": _entry(shape=[-1])}, b"1234"), "sizes of 0 or more"),
+    (_bytes({"a": _entry(shape=[True, 4])}, b"1234"), "sizes of 0 or more"),
+    (_bytes({"a": _entry(shape=[4.0])}, b"1234"), "sizes of 0 or more"),
+    (_bytes({"a": _entry(shape=["4"])}, b"1234"), "sizes of 0 or more"),
+    (_bytes({"a": _entry(shape=[1] * 17)}, b"1"), "at most 16 sizes"),
+    (_bytes({"a": _entry(shape=[1 << 32, 1 << 32])}, b"1234"), "too large"),
+    (_bytes({"a": _entry(shape=[0, 1 << 62, 1 << 62], offsets=[0, 0])}), "too large"),
+    (_bytes({"a": _entry(shape=[1 << 64])}, b"1234"), "sizes of 0 or more"),
+    (_bytes({"a": _entry() | {"shape": 4}}, b"1234"), "shape is 4"),
+    (_bytes({"a": _entry(offsets=[0])}, b"1234"), "expected two integers"),
+    (_bytes({"a": _entry(offsets=[False, 4])}, b"1234"), "expected two integers"),
+    (_bytes({"a": _entry(offsets=[4, 0])}, b"1234"), "payload has 4 bytes"),
+    (_bytes({"a": _entry(offsets=[-4, 0])}, b"1234"), "payload has 4 bytes"),
+    (_bytes({"a": _entry(offsets=[0, 5])}, b"1234"), "payload has 4 bytes"),
+    (_bytes({"a": _entry(offsets=[0, 10**400])}, b"1234"), "integer of 401 digits"),
+    (_bytes({"a": _entry(offsets=[0, 3])}, b"1234"), "3 bytes stored, U8 of shape"),
+    (_bytes({"a": _entry("F32", (1,), (0, 4))}, b"123"), "payload has 3 bytes"),
+    (_bytes({"a": _entry()}, b"12345"), "cover 4 of 5 bytes"),
+    (_bytes({}, b"1"), "cover 0 of 1 bytes"),
+    (_bytes({"a": _entry(offsets=[1, 5])}, b"12345"), "'a' leaves a hole"),
+    (_bytes({"a": _entry(), "b": _entry(offsets=[3, 7])}, b"1234567"), "'b' overlaps"),
+    (_bytes({"a": _entry(), "b": _entry()}, b"1234"), "overlaps"),
+    (_bytes({"a": _entry(), "b": _entry(offsets=[5, 9])}, b"123456789"), "'b' leaves a hole"),
+]
+
+
+@pytest.mark.parametrize(("data", "match"), LIES, ids=range(len(LIES)))
+def test_lying_headers(tmp_path, data, match):
+    with pytest.raises(ValueError, match=match) as error:
+        _parse(data)
+    assert _one_line(error).startswith("x.safetensors: ")
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match=match) as error:
+        Checkpoint(tmp_path)
+    assert _one_line(error).startswith("model.safetensors: ")
+
+
+def test_truncated_files(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.arange(4.0), "b": torch.arange(3.0)}, path)
+    whole = path.read_bytes()
+    assert set(read_header(path)) == {"a", "b"}
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"^model\.safetensors: ") as error:
+            Checkpoint(tmp_path)
+        _one_line(error)
+
+
+ODD = [b"-1", b"-0", b"0", b"1", b"99999999999999999999", b"1e2", b"1.0", b"null", b"true", b"[]"]
+ODD += [b"{}", b'""', b'"F32"', b'"BOOL"', b"\\ud83d", b"\x00", b" ", b"\n", b"\xef\xbb\xbf", b","]
+
+
+def _mutate(rng, header, payload):
+    """The file with a few bytes of its header changed, mostly with a length that still fits."""
+    header = bytearray(header)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(header))
+        kind = rng.randrange(6)
+        if kind == 0:
+            header[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del header[at : at + rng.randint(1, 6)]
+        elif kind == 2:
+            header[at:at] = header[at : at + rng.randint(1, 60)]
+        elif kind == 3:
+            header[at : at + rng.randint(0, 3)] = rng.choice(ODD)
+        else:  # another digit in place of one
+            digits = [i for i, c in enumerate(header) if chr(c).isdigit()]
+            if digits:
+                header[rng.choice(digits)] = ord(rng.choice("0123456789"))
+        if not header:
+            header += b"{"
+    length = len(header) if rng.random() < 0.95 else rng.randrange(1 << rng.randrange(1, 64))
+    if rng.random() < 0.1:
+        payload = payload[: rng.randrange(len(payload) + 1)] + b"x" * rng.randrange(3)
+    return struct.pack("<Q", length) + bytes(header) + payload
+
+
+def _same(data):
+    """Whether the header is accepted; then the library must read the very same tensors."""
+    try:
+        found = _parse(data)
+    except ValueError as error:
+        assert "\n" not in str(error)  # noqa: PT017 (success is allowed too)
+        str(error).encode("utf-8")
+        return False
+    theirs = dict(safetensors.deserialize(data))
+    assert set(found) == set(theirs)
+    names = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float16: "F16"}
+    names |= {torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+    names |= {torch.float32: "F32", torch.float64: "F64"}
+    for name, info in found.items():
+        assert list(info.shape) == theirs[name]["shape"]
+        assert names[info.dtype] == theirs[name]["dtype"]
+        assert data[info.begin : info.end] == theirs[name]["data"]
+    return True
+
+
+def test_fuzz():
+    rng = random.Random("test_weights.fuzz")
+    payload = bytes(range(100, 128))
+    entries = GOOD | {
+        "c": _entry("BF16", (2, 3), (12, 24)),
+        "d": _entry("I8", (0,), (12, 12)),
+        "é\n": _entry("F16", (), (24, 26)),
+        "e": _entry("U8", (2, 1, 1), (26, 28)),
+    }
+    bases = [
+        json.dumps(entries).encode(),
+        json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode() + b"   ",
+    ]
+    for base in bases:
+        assert _same(struct.pack("<Q", len(base)) + base + payload)
+    accepted = sum(_same(_mutate(rng, rng.choice(bases), payload)) for _ in range(20_000))
+    assert accepted > 500
+
+
+def _shards(folder, tensors, files=("a.safetensors", "b.safetensors"), **changes):
+    names = sorted(tensors)
+    half = len(names) // 2
+    parts = {files[0]: names[:half], files[1]: names[half:]}
+    for file, part in parts.items():
+        save_file({n: tensors[n] for n in part}, folder / file)
+    weight_map = {n: file for file, part in parts.items() for n in part} | changes
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+TWO = {"x": torch.arange(3.0), "y": torch.arange(4.0), "z": torch.arange(5.0)}
+
+
+def test_shards(tmp_path):
+    checkpoint = Checkpoint(_shards(tmp_path, TWO))
+    assert set(checkpoint) == set(TWO)
+    assert all(torch.equal(checkpoint[n], t) for n, t in TWO.items())
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["", ".", "..", "../a.safetensors", "/a.safetensors", "s\\a.safetensors", "a\0.safetensors"]
+    + ["sub/a.safetensors", "a.bin", "C:a.safetensors", "a\n.safetensors", 3, None, ["a"]],
+)
+def test_shard_names_are_plain_file_names(tmp_path, file):
+    with pytest.raises(ValueError, match=r"'x' is in .*, expected a plain file name") as error:
+        Checkpoint(_shards(tmp_path, TWO, x=file))
+    _one_line(error)
+
+
+def test_shards_and_index_disagree(tmp_path):
+    _shards(tmp_path, TWO, new="a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors: 1 tensor \(new\) of model.*not in the"):
+        Checkpoint(tmp_path)
+    _shards(tmp_path, TWO, x="b.safetensors")
+    with pytest.raises(ValueError, match=r"b\.safetensors: 1 tensor \(x\) of model"):
+        Checkpoint(tmp_path)
+    _shards(tmp_path, TWO)
+    save_file({"x": TWO["x"], "more": TWO["y"]}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors: 1 tensor \(more\) not in model"):
+        Checkpoint(tmp_path)
+    os.unlink(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"a\.safetensors: no such file"):
+        Checkpoint(tmp_path)
+    for weight_map in (None, {}, [1]):
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        with pytest.raises(ValueError, match="weight_map is"):
+            Checkpoint(tmp_path)
+
+
+def test_truncated_shard(tmp_path):
+    _shards(tmp_path, TWO)
+    data = (tmp_path / "b.safetensors").read_bytes()
+    (tmp_path / "b.safetensors").write_bytes(data[:-1])
+    with pytest.raises(ValueError, match=r"^b\.safetensors: tensor 'z': data_offsets"):
+        Checkpoint(tmp_path)
+
+
+def test_which_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        Checkpoint(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors or"):
+        Checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="only safetensors is read, found pytorch_model"):
+        Checkpoint(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file, expected a checkpoint folder"):
+        Checkpoint(tmp_path / "pytorch_model.bin")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    assert Checkpoint(tmp_path).names == ("a",)
+    save_file({"b": torch.zeros(1)}, tmp_path / "another.safetensors")
+    with pytest.raises(ValueError, match=r"2 \.safetensors files and no model"):
+        Checkpoint(tmp_path)
+    save_file({"c": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert Checkpoint(tmp_path).names == ("c",)
+    _shards(tmp_path, TWO)
+    with pytest.raises(ValueError, match="has both"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(OSError, match="not a regular file"):
+        Checkpoint(tmp_path)
+
+
+LAYOUTS = {
+    "original": (original, original_tensors),
+    "native-a": (native, lambda **k: native_tensors(newer=False, **k)),
+    "native-b": (native, lambda **k: native_tensors(newer=True, **k)),
+}
+HEADS = {"original": "language_model.lm_head.weight", "native-a": "language_model.lm_head.weight"}
+HEADS["native-b"] = "lm_head.weight"
+
+
+def _resolve(folder, config, tensors):
+    write_checkpoint(folder, config, tensors)
+    checkpoint = Checkpoint(folder)
+    return checkpoint, resolve(checkpoint, load_config(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_layouts_give_the_same_model(tmp_path, dtype):
+    loaded = {}
+    for layout, (config, tensors) in LAYOUTS.items():
+        checkpoint, sources = _resolve(tmp_path / layout, config(), tensors(dtype=dtype))
+        loaded[layout] = {name: checkpoint.load(source) for name, source in sources.items()}
+        for name, tensor in loaded[layout].items():
+            assert tensor.shape == sources[name].shape
+            assert tensor.dtype == dtype
+    first = loaded["original"]
+    expected = original_tensors(dtype=dtype)
+    assert torch.equal(first["vit.1.qkv.weight"], expected[_VIT1 + "attn.qkv.weight"])
+    assert torch.equal(first["llm.1.down.weight"], expected[_LLM1 + "mlp.down_proj.weight"])
+    assert torch.equal(first["proj.fc2.bias"], expected["mlp1.3.bias"])
+    assert len(first) == len(expected)
+    for other in ("native-a", "native-b"):
+        assert set(loaded[other]) == set(first)
+        assert all(torch.equal(loaded[other][n], t) for n, t in first.items())
+
+
+_VIT1 = "vision_model.encoder.layers.1."
+_LLM1 = "language_model.model.layers.1."
+
+INTERNAL = """
+vit.cls vit.pos vit.patch.weight vit.patch.bias
+vit.0.norm1.weight vit.0.norm1.bias vit.0.qkv.weight vit.0.qkv.bias vit.0.proj.weight
+vit.0.proj.bias vit.0.ls1 vit.0.norm2.weight vit.0.norm2.bias vit.0.fc1.weight vit.0.fc1.bias
+vit.0.fc2.weight vit.0.fc2.bias vit.0.ls2
+proj.ln.weight proj.ln.bias proj.fc1.weight proj.fc1.bias proj.fc2.weight proj.fc2.bias
+llm.embed.weight llm.norm.weight llm.head.weight
+llm.0.norm1.weight llm.0.q.weight llm.0.q.bias llm.0.k.weight llm.0.k.bias llm.0.v.weight
+llm.0.v.bias llm.0.o.weight llm.0.norm2.weight llm.0.gate.weight llm.0.up.weight llm.0.down.weight
+""".split()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_internal_names(tmp_path, layout):
+    config, tensors = LAYOUTS[layout]
+    _, sources = _resolve(tmp_path, config(), tensors())
+    second = [n.replace(".0.", ".1.") for n in INTERNAL if ".0." in n]
+    assert set(sources) == {*INTERNAL, *second}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tied_embeddings(tmp_path, layout):
+    config, tensors = LAYOUTS[layout]
+    tensors = tensors()
+    tensors.pop(HEADS[layout])
+    checkpoint, sources = _resolve(tmp_path, config(), tensors)
+    assert sources["llm.head.weight"] == sources["llm.embed.weight"]
+    head = checkpoint.load(sources["llm.head.weight"])
+    assert head.data_ptr() == checkpoint.load(sources["llm.embed.weight"]).data_ptr()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_missing_tensor_is_named(tmp_path, layout):
+    config, tensors = LAYOUTS[layout]
+    whole = tensors()
+    for name in whole:
+        if name == HEADS[layout]:
+            continue
+        part = {n: t for n, t in whole.items() if n != name}
+        if name.endswith("embeddings.cls_token") and layout == "native-b":
+            match = "missing"  # nothing else tells the two spellings apart
+        else:
+            match = rf"1 tensor \({name}\) missing".replace(".", r"\.")
+        with pytest.raises(ValueError, match=match) as error:
+            _resolve(tmp_path, config(), part)
+        _one_line(error)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_left_over_tensors(tmp_path, layout):
+    config, tensors = LAYOUTS[layout]
+    whole = tensors()
+    some = next(n for n in whole if ".1." in n and n.endswith("weight"))
+    for extra in ("extra", "vision_model.encoder.layers.2.ls1", some + "2", f"x.{some}"):
+        more = whole | {extra: torch.zeros(1)}
+        with pytest.raises(ValueError, match=rf"1 tensor \({extra}\) left over") as error:
+            _resolve(tmp_path, config(), more)
+        _one_line(error)
+    more = whole | {f"extra.{i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(ValueError, match=r"9 tensors \(extra.0; extra.1; extra.2; \.\.\.\) left"):
+        _resolve(tmp_path, config(), more)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_misshaped_tensor_is_named(tmp_path, layout):
+    config, tensors = LAYOUTS[layout]
+    whole = tensors()
+    for name, tensor in whole.items():
+        wrong = tensor.reshape(*tensor.shape, 1)
+        with pytest.raises(ValueError, match="1 tensor of another shape: ") as error:
+            _resolve(tmp_path, config(), whole | {name: wrong})
+        message = _one_line(error)
+        assert f"{name} is {list(wrong.shape)}, expected {list(tensor.shape)}" in message
+
+
+def test_dtypes_of_weights(tmp_path):
+    tensors = original_tensors()
+    tensors["mlp1.1.bias"] = tensors["mlp1.1.bias"].to(torch.float64)
+    with pytest.raises(ValueError, match=r"1 tensor of another dtype: mlp1\.1\.bias is float64"):
+        _resolve(tmp_path, original(), tensors)
+    tensors = native_tensors(newer=True)
+    name = "model.vision_tower.encoder.layer.0.attention.k_proj.bias"
+    tensors[name] = tensors[name].float()
+    with pytest.raises(ValueError, match=r"q_proj\.bias and the tensors joined .* float32"):
+        _resolve(tmp_path, native(), tensors)
+
+
+def test_layers_behind_the_selected_one(tmp_path):
+    config = original() | {"select_layer": -2}
+    tensors = original_tensors()
+    _, sources = _resolve(tmp_path, config, tensors)
+    assert "vit.0.ls1" in sources
+    assert not any(n.startswith("vit.1.") for n in sources)
+    shorter = {n: t for n, t in tensors.items() if not n.startswith(_VIT1)}
+    assert _resolve(tmp_path, config, shorter)[1].keys() == sources.keys()
+    wrong = tensors | {_VIT1 + "ls1": torch.zeros(3)}
+    with pytest.raises(ValueError, match="1 tensor of another shape"):
+        _resolve(tmp_path, config, wrong)
+
+
+@pytest.mark.parametrize("layout", ["standalone", "native-standalone", *LAYOUTS])
+def test_vision_alone(tmp_path, layout):
+    if layout == "standalone":
+        config, tensors = original()["vision_config"], original_vision(root="")
+    elif layout == "native-standalone":
+        config, prefix = native()["vision_config"], "vision_tower."
+        tensors = native_tensors(newer=False)
+        tensors = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    else:
+        config, tensors = LAYOUTS[layout][0](), LAYOUTS[layout][1]()
+    write_checkpoint(tmp_path, config, tensors)
+    checkpoint = Checkpoint(tmp_path)
+    sources = resolve_vision(checkpoint, load_vision_config(tmp_path))
+    expected = original_vision(root="")
+    assert len(sources) == len(expected)
+    qkv = checkpoint.load(sources["vit.1.qkv.weight"])
+    assert torch.equal(qkv, expected["encoder.layers.1.attn.qkv.weight"])
+    root = next(iter(tensors)).split("encoder")[0] if layout in LAYOUTS else ""
+    stray = {f"{root.split('embeddings')[0]}stray": torch.zeros(1)}
+    write_checkpoint(tmp_path, config, tensors | stray)
+    with pytest.raises(ValueError, match="stray") as error:
+        resolve_vision(Checkpoint(tmp_path), load_vision_config(tmp_path))
+    _one_line(error)
+
+
+def test_no_vision_at_all(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    write_config(tmp_path, original())
+    with pytest.raises(ValueError, match="no tensor of a vision encoder's class token"):
+        resolve_vision(Checkpoint(tmp_path), load_vision_config(tmp_path))
