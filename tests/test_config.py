@@ -78,7 +78,11 @@ def test_native(tmp_path):
     assert (bare.max_dynamic_patch, config.max_dynamic_patch) == (12, 7)
     assert config.layout == "hf"
     assert config.template == "hf"
-    assert (config.ps_version, config.use_thumbnail, config.dynamic_image_size) == ("v2", True, True)
+    assert (config.ps_version, config.use_thumbnail, config.dynamic_image_size) == (
+        "v2",
+        True,
+        True,
+    )
     assert config.image_token_id == 37
     other = original()
     folder = tmp_path / "original"
@@ -421,7 +425,19 @@ def _mutate(rng, data):
         elif kind == 2:
             data[at:at] = data[at : at + rng.randint(1, 40)]
         else:
-            odd = [b"-", b"0", b"99", b"1e999", b"null", b"true", b"[", b"{", b'"', b"\\ud800", b"."]
+            odd = [
+                b"-",
+                b"0",
+                b"99",
+                b"1e999",
+                b"null",
+                b"true",
+                b"[",
+                b"{",
+                b'"',
+                b"\\ud800",
+                b".",
+            ]
             data[at : at + rng.randint(0, 4)] = rng.choice(odd)
     return bytes(data)
 

@@ -101,7 +101,9 @@ def test_render_leaves_what_does_not_match():
     text = render("<image>", template="hf", num_tiles=[1, 2], tokens_per_tile=1)
     assert text.count("<IMG_CONTEXT>") == 1
     assert "<image>" in render("a <image>", template="hf")
-    assert render("q", template="hf", history=[], num_tiles=[1], has_images=True).count("<img>") == 0
+    assert (
+        render("q", template="hf", history=[], num_tiles=[1], has_images=True).count("<img>") == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,9 @@ def test_messages():
 
 
 def test_messages_with_own_placeholders():
-    conversation = parse_messages([_user({"type": "image", "path": "a.png"}, _text("<image> why?"))])
+    conversation = parse_messages(
+        [_user({"type": "image", "path": "a.png"}, _text("<image> why?"))]
+    )
     assert conversation.question == "<image> why?"
     conversation = parse_messages([_user({"type": "image", "path": "a.png"}, _text("why?"))])
     assert conversation.question == "<image>\nwhy?"
@@ -282,7 +286,9 @@ def test_messages_with_video():
         [
             _user({"type": "video", "video": "v.mp4"}, _text("What?")),
             {"role": "assistant", "content": "<image> of a dog"},
-            _user({"type": "image", "path": "a.png"}, _text("And "), {"type": "video", "path": "w"}),
+            _user(
+                {"type": "image", "path": "a.png"}, _text("And "), {"type": "video", "path": "w"}
+            ),
         ]
     )
     assert [m.kind for m in conversation.media] == ["video", "image", "video"]
@@ -380,9 +386,7 @@ def _cut(text, stops):
 def test_stop_matcher_does_not_depend_on_the_pieces():
     rng = random.Random("test_prompt.stop_matcher")
     for _ in range(3000):
-        stops = [
-            "".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))
-        ]
+        stops = ["".join(rng.choices("ab", k=rng.randint(1, 4))) for _ in range(rng.randint(0, 3))]
         text = "".join(rng.choices("abc", k=rng.randrange(20)))
         matcher = StopMatcher(stops)
         out, at = "", 0

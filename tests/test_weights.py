@@ -139,6 +139,7 @@ LIES = [
     (_bytes({"a": _entry(shape=[True, 4])}, b"1234"), "sizes of 0 or more"),
     (_bytes({"a": _entry(shape=[4.0])}, b"1234"), "sizes of 0 or more"),
     (_bytes({"a": _entry(shape=["4"])}, b"1234"), "sizes of 0 or more"),
+    (_bytes(json.dumps({"a": _entry(shape=[0])}).replace("[0]", "[-0]").encode()), "sizes of 0"),
     (_bytes({"a": _entry(shape=[1] * 17)}, b"1"), "at most 16 sizes"),
     (_bytes({"a": _entry(shape=[1 << 32, 1 << 32])}, b"1234"), "too large"),
     (_bytes({"a": _entry(shape=[0, 1 << 62, 1 << 62], offsets=[0, 0])}), "too large"),

@@ -6,7 +6,18 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-WORDS = ["Hello", "world", "Ġworld", "Ġthe", "Ġpicture", "user", "system", "assistant", "Ġis", "Ġin"]
+WORDS = [
+    "Hello",
+    "world",
+    "Ġworld",
+    "Ġthe",
+    "Ġpicture",
+    "user",
+    "system",
+    "assistant",
+    "Ġis",
+    "Ġin",
+]
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PLAIN_ADDED = ["<tool_call>", "</tool_call>"]  # added tokens that are not flagged as special
 NINE = ["<img>", "</img>", "<IMG_CONTEXT>"]

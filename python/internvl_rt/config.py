@@ -282,10 +282,10 @@ def parse_json(data: bytes, name: str) -> Any:
                 seen.add(key)
         return result
 
-    def integer(text: str) -> int:
+    def integer(text: str) -> int | float:
         if len(text) > 100:
             raise ValueError(f"an integer of {len(text)} digits")
-        return int(text)
+        return -0.0 if text == "-0" else int(text)  # no integer to other readers of JSON
 
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not JSON")

@@ -26,9 +26,9 @@ def resolve_path(
     a download that fails, ImportError where the extra is not installed.
     """
     path = Path(path_or_repo_id)
-    if path.is_dir():
+    if path.is_dir() and path_or_repo_id != "":  # "" would be the current folder
         return path
-    if path.exists():
+    if path.is_file():
         raise NotADirectoryError(f"{path} is a file, expected a checkpoint folder")
     if not isinstance(path_or_repo_id, str) or not _REPO_ID.fullmatch(path_or_repo_id):
         raise FileNotFoundError(f"{path_or_repo_id!s}: no such folder, and not an 'org/name' id")
