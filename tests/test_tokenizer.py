@@ -5,9 +5,9 @@ import random
 
 import pytest
 import tokenizers
-from tiny_tokenizer import ADDED, NINE, PLAIN_ADDED, vocabulary, write_json, write_vocab
 
 from internvl_rt.tokenizer import ALLOWED_IN_TEXT, load_tokenizer
+from tiny_tokenizer import ADDED, NINE, PLAIN_ADDED, vocabulary, write_json, write_vocab
 
 TEXTS = [
     "",

@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from internvl_rt.config import parse_json, read_bytes, read_json, show
+from internvl_rt.json_file import parse_json, read_bytes, read_json, show
 
 MAX_TOKENIZER_BYTES = 128 << 20
 
