@@ -68,10 +68,14 @@ class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`; safe to share between threads."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Raises ValueError for a backend that is not byte-level."""
+        """Raises ValueError for a backend that is not byte-level or not deterministic."""
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             kind = type(backend.decoder).__name__
             raise ValueError(f"the decoder is {kind}, supported: ByteLevel")
+        if getattr(backend.model, "dropout", None):
+            raise ValueError(f"the model's dropout is {backend.model.dropout}, supported: none")
+        backend.no_truncation()  # some files keep the limits of their training
+        backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
