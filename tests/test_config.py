@@ -5,15 +5,14 @@ import os
 import random
 
 import pytest
-from tiny_model import PREPROCESSOR, native, original, write_config
 
 from internvl_rt.config import (
-    MAX_JSON_BYTES,
     RopeScaling,
     load_config,
     load_vision_config,
-    show,
 )
+from internvl_rt.json_file import MAX_JSON_BYTES, show
+from tiny_model import PREPROCESSOR, native, original, write_config
 
 
 def _at(config, path):
@@ -97,6 +96,13 @@ def test_tile_size_of_the_native_preprocessor(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     config = load_config(tmp_path)
     assert (config.image_size, config.vision.image_size, config.tokens_per_tile) == (112, 56, 16)
+
+
+def test_processor_in_one_file(tmp_path):
+    write_config(tmp_path, native())
+    whole = {"image_processor": PREPROCESSOR | {"max_patches": 5}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(whole), encoding="utf-8")
+    assert load_config(tmp_path).max_dynamic_patch == 5
 
 
 def test_class_defaults_of_missing_keys(tmp_path):
@@ -460,13 +466,11 @@ def test_fuzz(tmp_path, make, monkeypatch):
     rng = random.Random(f"test_config.fuzz.{make.__name__}")
     good = json.dumps(make()).encode()
     data = b""
-    monkeypatch.setattr("internvl_rt.config.read_bytes", lambda path, limit: data)
+    monkeypatch.setattr("internvl_rt.json_file.read_bytes", lambda path, limit: data)
     accepted = 0
     for i in range(5_000):
-        if i % 2:
-            data = _mutate(rng, good)
-        else:
-            data = json.dumps(_mutate_value(rng, make())).encode()
+        changed = _mutate_value(rng, make())
+        data = _mutate(rng, good) if i % 2 else json.dumps(changed).encode()
         for load in (load_config, load_vision_config):
             try:
                 load(tmp_path)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_tokenizer import ADDED, write_json
 
 from internvl_rt import prompt
 from internvl_rt.prompt import (
@@ -24,6 +23,7 @@ from internvl_rt.prompt import (
     with_placeholders,
 )
 from internvl_rt.tokenizer import load_tokenizer
+from tiny_tokenizer import ADDED, write_json
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden/conversation/golden.json").read_text(encoding="utf-8")
@@ -279,6 +279,15 @@ def test_messages_with_own_placeholders():
     image = {"type": "image", "path": "a.png"}
     with pytest.raises(ValueError, match="2 <image> placeholders for 1 images and videos"):
         parse_messages([_user(image, _text("<image><image>"))])
+
+
+def test_messages_for_pictures_given_apart():
+    texts = [{"role": "user", "content": "<image><image>"}]
+    conversation = parse_messages(texts)
+    assert (conversation.question, conversation.media) == ("<image><image>", ())
+    texts += [{"role": "assistant", "content": "A."}, _user({"type": "image", "path": "a.png"})]
+    with pytest.raises(ValueError, match="messages: 3 <image> placeholders for 1 images"):
+        parse_messages(texts)
 
 
 def test_messages_with_video():

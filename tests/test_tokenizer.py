@@ -5,9 +5,9 @@ import random
 
 import pytest
 import tokenizers
-from tiny_tokenizer import ADDED, NINE, PLAIN_ADDED, vocabulary, write_json, write_vocab
 
 from internvl_rt.tokenizer import ALLOWED_IN_TEXT, load_tokenizer
+from tiny_tokenizer import ADDED, NINE, PLAIN_ADDED, vocabulary, write_json, write_vocab
 
 TEXTS = [
     "",
@@ -197,4 +197,19 @@ def test_no_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.json").write_text("{}", encoding="utf-8")
     with pytest.raises(FileNotFoundError, match="no tokenizer files"):
+        load_tokenizer(tmp_path)
+
+
+def test_limits_of_training_do_not_act(tmp_path):
+    write_json(tmp_path)
+    plain = load_tokenizer(tmp_path).encode_plain("Hello world, Hello world")
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.enable_truncation(3)
+    library.enable_padding(length=50)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert len(library.encode("Hello world, Hello world").ids) == 50
+    assert load_tokenizer(tmp_path).encode_plain("Hello world, Hello world") == plain
+    library.model.dropout = 0.5
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"dropout is 0\.5, supported: none"):
         load_tokenizer(tmp_path)

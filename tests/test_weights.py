@@ -12,15 +12,6 @@ import pytest
 import safetensors
 import torch
 from safetensors.torch import save_file
-from tiny_model import (
-    native,
-    native_tensors,
-    original,
-    original_tensors,
-    original_vision,
-    write_checkpoint,
-    write_config,
-)
 
 from internvl_rt.config import load_config, load_vision_config
 from internvl_rt.weights import (
@@ -31,6 +22,15 @@ from internvl_rt.weights import (
     read_header,
     resolve,
     resolve_vision,
+)
+from tiny_model import (
+    native,
+    native_tensors,
+    original,
+    original_tensors,
+    original_vision,
+    write_checkpoint,
+    write_config,
 )
 
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
@@ -277,8 +277,11 @@ def test_shards(tmp_path):
 
 @pytest.mark.parametrize(
     "file",
-    ["", ".", "..", "../a.safetensors", "/a.safetensors", "s\\a.safetensors", "a\0.safetensors"]
-    + ["sub/a.safetensors", "a.bin", "C:a.safetensors", "a\n.safetensors", 3, None, ["a"]],
+    [
+        *("", ".", "..", "../a.safetensors", "/a.safetensors", "s\\a.safetensors"),
+        *("a\0.safetensors", "sub/a.safetensors", "a.bin", "C:a.safetensors", "a\n.safetensors"),
+        *(3, None, ["a"]),
+    ],
 )
 def test_shard_names_are_plain_file_names(tmp_path, file):
     with pytest.raises(ValueError, match=r"'x' is in .*, expected a plain file name") as error:
@@ -382,16 +385,47 @@ def test_layouts_give_the_same_model(tmp_path, dtype):
 _VIT1 = "vision_model.encoder.layers.1."
 _LLM1 = "language_model.model.layers.1."
 
-INTERNAL = """
-vit.cls vit.pos vit.patch.weight vit.patch.bias
-vit.0.norm1.weight vit.0.norm1.bias vit.0.qkv.weight vit.0.qkv.bias vit.0.proj.weight
-vit.0.proj.bias vit.0.ls1 vit.0.norm2.weight vit.0.norm2.bias vit.0.fc1.weight vit.0.fc1.bias
-vit.0.fc2.weight vit.0.fc2.bias vit.0.ls2
-proj.ln.weight proj.ln.bias proj.fc1.weight proj.fc1.bias proj.fc2.weight proj.fc2.bias
-llm.embed.weight llm.norm.weight llm.head.weight
-llm.0.norm1.weight llm.0.q.weight llm.0.q.bias llm.0.k.weight llm.0.k.bias llm.0.v.weight
-llm.0.v.bias llm.0.o.weight llm.0.norm2.weight llm.0.gate.weight llm.0.up.weight llm.0.down.weight
-""".split()
+INTERNAL = [
+    "vit.cls",
+    "vit.pos",
+    "vit.patch.weight",
+    "vit.patch.bias",
+    "vit.0.norm1.weight",
+    "vit.0.norm1.bias",
+    "vit.0.qkv.weight",
+    "vit.0.qkv.bias",
+    "vit.0.proj.weight",
+    "vit.0.proj.bias",
+    "vit.0.ls1",
+    "vit.0.norm2.weight",
+    "vit.0.norm2.bias",
+    "vit.0.fc1.weight",
+    "vit.0.fc1.bias",
+    "vit.0.fc2.weight",
+    "vit.0.fc2.bias",
+    "vit.0.ls2",
+    "proj.ln.weight",
+    "proj.ln.bias",
+    "proj.fc1.weight",
+    "proj.fc1.bias",
+    "proj.fc2.weight",
+    "proj.fc2.bias",
+    "llm.embed.weight",
+    "llm.norm.weight",
+    "llm.head.weight",
+    "llm.0.norm1.weight",
+    "llm.0.q.weight",
+    "llm.0.q.bias",
+    "llm.0.k.weight",
+    "llm.0.k.bias",
+    "llm.0.v.weight",
+    "llm.0.v.bias",
+    "llm.0.o.weight",
+    "llm.0.norm2.weight",
+    "llm.0.gate.weight",
+    "llm.0.up.weight",
+    "llm.0.down.weight",
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

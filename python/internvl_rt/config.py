@@ -10,20 +10,17 @@ Transformers-native one, with `text_config`). Adding a language backbone is one 
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import os
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
+from internvl_rt.json_file import read_json, show
 from internvl_rt.prompt import TEMPLATES, is_text
 
-MAX_JSON_BYTES = 16 << 20
 _MAX_WIDTH = 1 << 20
 _MAX_LAYERS = 1 << 10
 _MAX_HEADS = 1 << 12
@@ -201,12 +198,11 @@ def load_config(folder: Path) -> ModelConfig:
     """The configuration of the chat checkpoint in `folder`.
 
     Reads config.json and, where present, generation_config.json (eos ids) and, in the hf layout,
-    preprocessor_config.json (tile limits). Raises OSError for a file that is missing or cannot be
-    read, ValueError for content that is malformed or not supported.
+    preprocessor_config.json or processor_config.json (tile limits). Raises OSError for a file
+    that is missing or cannot be read, ValueError for content that is malformed or not supported.
     """
     top = _Section.read(folder, "config.json")
-    if "qllama_config" in top:
-        _fail("config.json: qllama_config (InternVL-14B-224px) is not supported")
+    _refuse_qllama(top)
     kinds = {"internvl_chat": _original, "internvl": _native}
     model_type = top.choice("model_type", tuple(kinds))
     top.refuse_quantization()
@@ -218,6 +214,7 @@ def load_config(folder: Path) -> ModelConfig:
 def load_vision_config(folder: Path) -> VisionConfig:
     """The vision encoder of a standalone InternViT checkpoint or of a whole chat checkpoint."""
     top = _Section.read(folder, "config.json")
+    _refuse_qllama(top)
     top.refuse_quantization()
     nested = {"internvl_chat": "original", "internvl": "hf"}
     model_type = top.choice("model_type", (*_VISION_MODEL_TYPES, *nested))
@@ -227,90 +224,6 @@ def load_vision_config(folder: Path) -> VisionConfig:
         config = _vision(top, _VISION_MODEL_TYPES[model_type])
     _check_supported_vision(config)
     return config
-
-
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """One JSON object from a regular file, strictly.
-
-    Refuses more than `max_bytes`, invalid UTF-8, duplicate keys, NaN and infinities, integers of
-    more than 100 digits, and nesting beyond the interpreter's limit: ValueError of one line.
-    """
-    data = read_bytes(path, max_bytes)
-    value = parse_json(data, path.name)
-    if not isinstance(value, dict):
-        _fail(f"{path.name}: holds {show(value)}, expected an object")
-    return value
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file, unbuffered, for reading; a pipe in its place cannot hang the loader."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    try:
-        file = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115 (the caller's to close)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise IsADirectoryError(f"{path} is a folder, expected a file") from None
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(f"{path} is not a regular file")
-    return file
-
-
-def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """A regular file of at most `max_bytes` bytes."""
-    with open_regular(path) as file:
-        data = io.BufferedReader(file).read(max_bytes + 1)
-    if len(data) > max_bytes:
-        _fail(f"{path.name}: more than {max_bytes} bytes")
-    return data
-
-
-def parse_json(data: bytes, name: str) -> Any:
-    """`data` as strict JSON (see `read_json`); `name` begins the message of every error."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            for key, _ in pairs:
-                if key in seen:
-                    raise ValueError(f"key {show(key)} appears twice")
-                seen.add(key)
-        return result
-
-    def integer(text: str) -> int | float:
-        if len(text) > 100:
-            raise ValueError(f"an integer of {len(text)} digits")
-        return -0.0 if text == "-0" else int(text)  # no integer to other readers of JSON
-
-    def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        return json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_int=integer,
-            parse_constant=constant,
-        )
-    except UnicodeDecodeError as error:
-        _fail(f"{name}: not UTF-8 at byte {error.start}")
-    except RecursionError:
-        _fail(f"{name}: nested too deeply")
-    except ValueError as error:
-        _fail(f"{name}: {error}")
-
-
-def show(value: Any) -> str:
-    """`value` for an error message: one line of ASCII, at most 80 characters."""
-    text = ascii(value) if not isinstance(value, (dict, list)) or len(value) < 16 else ""
-    if not text:
-        text = f"{type(value).__name__} of {len(value)} entries"
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _fail(message: str) -> NoReturn:
@@ -465,6 +378,12 @@ def _check_head_dim(section: _Section, head_dim: int) -> None:
             f"{section.where}head_dim is {head_dim}, "
             f"supported: multiples of 4 up to {_MAX_HEAD_DIM}"
         )
+
+
+def _refuse_qllama(top: _Section) -> None:
+    """InternVL-14B-224px shares its model_type with the native layout."""
+    if "qllama_config" in top:
+        _fail("config.json: qllama_config (InternVL-14B-224px) is not supported")
 
 
 def _check_supported_vision(config: VisionConfig) -> None:
@@ -628,6 +547,9 @@ def _native(folder: Path, top: _Section) -> ModelConfig:
     vision = _vision(top.section("vision_config"), "hf")
     text = _text(top.section("text_config"), "hf")
     processor = _Section.read_optional(folder, "preprocessor_config.json")
+    if not processor.data:  # Transformers 5 keeps all parts of a processor in one file
+        whole = _Section.read_optional(folder, "processor_config.json")
+        processor = whole.section("image_processor") if "image_processor" in whole else processor
     image_size = vision.image_size
     if "size" in processor:
         size = processor.section("size")

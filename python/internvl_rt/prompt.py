@@ -394,7 +394,8 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     "path"}, {"type": "image_url", "image_url": str | {"url"}}, {"type": "input_image",
     "image_url"}, {"type": "video", "video" | "url" | "path"}. Each picture becomes `<image>` and
     a newline at its place, labelled `Image-1: ` and so on where the messages hold several,
-    unless the message's texts have their own placeholders, which then must be as many. A URL
+    unless the message's texts have their own placeholders, which then must be as many. Messages
+    without any picture may have placeholders for pictures given apart. A URL
     must be a base64 `data:` one: nothing is ever fetched. Raises ValueError or TypeError.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
@@ -429,7 +430,7 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     for i, (_, parts) in enumerate(dialogue):
         own = sum(p.count(IMAGE) for p in parts if isinstance(p, str)) if i % 2 == 0 else 0
         given = sum(isinstance(p, Media) for p in parts)
-        if own and own != given:
+        if own and given and own != given:
             raise ValueError(
                 f"messages[{i + offset}]: {own} {IMAGE} placeholders for {given} images and videos"
             )
@@ -441,6 +442,11 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
             label = f"Image-{next(numbers)}: " if several and part.kind == "image" else ""
             text += "" if own else f"{label}{IMAGE}\n"
         texts.append(text)
+    placeholders = sum(text.count(IMAGE) for text in texts[::2])
+    if media and placeholders != len(media):
+        raise ValueError(
+            f"messages: {placeholders} {IMAGE} placeholders for {len(media)} images and videos"
+        )
     history = tuple(zip(texts[:-1:2], texts[1::2], strict=True))
     return Conversation(system, history, texts[-1], media)
 

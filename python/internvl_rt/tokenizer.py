@@ -15,7 +15,7 @@ from typing import Any
 
 import tokenizers
 
-from internvl_rt.config import parse_json, read_bytes, read_json, show
+from internvl_rt.json_file import parse_json, read_bytes, read_json, show
 
 MAX_TOKENIZER_BYTES = 128 << 20
 
@@ -68,10 +68,14 @@ class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`; safe to share between threads."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        """Raises ValueError for a backend that is not byte-level."""
+        """Raises ValueError for a backend that is not byte-level or not deterministic."""
         if not isinstance(backend.decoder, tokenizers.decoders.ByteLevel):
             kind = type(backend.decoder).__name__
             raise ValueError(f"the decoder is {kind}, supported: ByteLevel")
+        if getattr(backend.model, "dropout", None):
+            raise ValueError(f"the model's dropout is {backend.model.dropout}, supported: none")
+        backend.no_truncation()  # some files keep the limits of their training
+        backend.no_padding()
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
@@ -198,8 +202,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise FileNotFoundError(
             f"{folder}: no tokenizer files (tokenizer.json, or vocab.json and merges.txt)"
         )
+    added = _added_tokens(name, data, folder)
     try:
-        added = _added_tokens(data, folder)
         if not raw or len(added) != len(data.get("added_tokens") or ()):
             raw = json.dumps(data | {"added_tokens": added}).encode("utf-8")
         backend = _from_json(raw)
@@ -285,7 +289,7 @@ def _byte_level_bpe(folder: Path) -> dict[str, Any]:
     }
 
 
-def _added_tokens(data: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+def _added_tokens(name: str, data: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Every added token of the files, by ascending id."""
     found: dict[str, dict[str, Any]] = {}
 
@@ -303,17 +307,17 @@ def _added_tokens(data: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             return
         # A token that is not flagged still takes part in the chat's markup when it is one of it.
         special = flags.get("special", content in CONTROL_TOKENS or content in ALLOWED_IN_TEXT)
-        names = ("single_word", "lstrip", "rstrip", "normalized")
-        entry = {name: flags.get(name, False) for name in names} | {"special": special}
+        kinds = ("single_word", "lstrip", "rstrip", "normalized")
+        entry = {kind: flags.get(kind, False) for kind in kinds} | {"special": special}
         if any(type(value) is not bool for value in entry.values()):
             raise ValueError(f"{where}: {show(content)} has a flag that is not true or false")
         found[content] = {"id": token_id, "content": content, **entry}
 
     stored = data.get("added_tokens") or []
     if type(stored) is not list or not all(isinstance(t, dict) for t in stored):
-        raise ValueError("added_tokens is not a list of objects")
+        raise ValueError(f"{name}: added_tokens is not a list of objects")
     for token in stored:
-        add("added_tokens", token.get("content"), token.get("id"), token)
+        add(name, token.get("content"), token.get("id"), token)
     if (folder / "tokenizer_config.json").exists():
         config = read_json(folder / "tokenizer_config.json", MAX_TOKENIZER_BYTES)
         decoder = config.get("added_tokens_decoder") or {}

@@ -18,15 +18,8 @@ from typing import BinaryIO, NoReturn
 
 import torch
 
-from internvl_rt.config import (
-    ModelConfig,
-    TextConfig,
-    VisionConfig,
-    open_regular,
-    parse_json,
-    read_json,
-    show,
-)
+from internvl_rt.config import ModelConfig, TextConfig, VisionConfig
+from internvl_rt.json_file import open_regular, parse_json, read_json, show
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
 _MAX_INDEX_BYTES = 64 << 20
