@@ -139,6 +139,21 @@ def test_rms_norm_streamed(dtype, interpreter):
     interpreter(_rms_norm_streamed, dtype)
 
 
+def _rms_norm_rounding(weight_in_fp32: bool) -> None:
+    x = torch.tensor([1.0, 7.0]).repeat(64).bfloat16().view(1, 128)
+    weight = (1 + torch.arange(128) / 128).bfloat16()
+    once = (x.double() * 0.2 * weight.double()).bfloat16()
+    twice = (x.double() * 0.2).bfloat16() * weight
+    assert not torch.equal(once, twice)
+    y = ops.rms_norm(x, weight, eps=0.0, weight_in_fp32=weight_in_fp32, backend="triton")
+    assert torch.equal(y, once if weight_in_fp32 else twice)
+
+
+@pytest.mark.parametrize("weight_in_fp32", [False, True])
+def test_rms_norm_rounds_where_the_contract_says(weight_in_fp32, interpreter):
+    interpreter(_rms_norm_rounding, weight_in_fp32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
