@@ -262,6 +262,19 @@ def test_rms_norm_bits_depend_on_the_row_alone(emulator, C):
         assert torch.equal(alone[0], y[i])
 
 
+@pytest.mark.parametrize("weight_in_fp32", [False, True])
+def test_rms_norm_rounds_where_the_contract_says(emulator, weight_in_fp32):
+    # The mean square is 25, so both roundings are known in bits.
+    x = torch.tensor([1.0, 7.0]).repeat(64).bfloat16().view(1, 1, 128)
+    weight = (1 + torch.arange(128) / 128).bfloat16()
+    y = torch.full_like(x, float("nan"))
+    emulator.run("rms_norm", rms_norm_params(x, weight, None, y, None, 0.0, weight_in_fp32))
+    once = (x.double() * 0.2 * weight.double()).bfloat16()
+    twice = (x.double() * 0.2).bfloat16() * weight
+    assert not torch.equal(once, twice)
+    assert torch.equal(y, once if weight_in_fp32 else twice)
+
+
 # ---- the emulator itself -----------------------------------------------------------------------
 
 

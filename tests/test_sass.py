@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from sass import LOAD, NARROW, STORE, output, read_kernels
+from sass import LOAD, NARROW, STORE, Kernel, output, read_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "kernels" / "cuda").glob("*.cu"))
@@ -49,15 +50,17 @@ def compiled(request, tmp_path_factory):
         pytest.skip("no nvcc")
     source = request.param
     folder = tmp_path_factory.mktemp("sass")
-    found = {}
-    for arch in ARCHS:
+
+    def build(arch: str) -> dict[str, Kernel]:
         cubin = folder / f"{source.stem}.{arch}.cubin"
         output(
             *(nvcc, "-std=c++20", "-O3", "-cubin", f"-arch=sm_{arch}", f"-I{ROOT}"),
             *(source, "-o", cubin),
         )
-        found[arch] = read_kernels(cubin)
-    return source.stem, found
+        return read_kernels(cubin)
+
+    with ThreadPoolExecutor(len(ARCHS)) as pool:
+        return source.stem, dict(zip(ARCHS, pool.map(build, ARCHS), strict=True))
 
 
 def test_every_source_has_a_budget():

@@ -13,6 +13,7 @@ import sys
 import types
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,15 @@ def _call(op: str, arguments: dict[str, Any]) -> None:
     ops.catalogue()[op].function(**arguments, backend="triton")
 
 
+def _version(package: str) -> tuple[int, ...]:
+    return tuple(map(int, metadata.version(package).split(".")[:2]))
+
+
 @pytest.fixture(scope="module")
 def interpreter():
     """run(f, *arguments) in a process where kernels are interpreted."""
+    if _version("triton") < (3, 7) and _version("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton 3.6 needs NumPy before 2.4")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spawn = multiprocessing.get_context("spawn")
@@ -137,6 +144,21 @@ def _rms_norm_streamed(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
 def test_rms_norm_streamed(dtype, interpreter):
     interpreter(_rms_norm_streamed, dtype)
+
+
+def _rms_norm_rounding(weight_in_fp32: bool) -> None:
+    x = torch.tensor([1.0, 7.0]).repeat(64).bfloat16().view(1, 128)
+    weight = (1 + torch.arange(128) / 128).bfloat16()
+    once = (x.double() * 0.2 * weight.double()).bfloat16()
+    twice = (x.double() * 0.2).bfloat16() * weight
+    assert not torch.equal(once, twice)
+    y = ops.rms_norm(x, weight, eps=0.0, weight_in_fp32=weight_in_fp32, backend="triton")
+    assert torch.equal(y, once if weight_in_fp32 else twice)
+
+
+@pytest.mark.parametrize("weight_in_fp32", [False, True])
+def test_rms_norm_rounds_where_the_contract_says(weight_in_fp32, interpreter):
+    interpreter(_rms_norm_rounding, weight_in_fp32)
 
 
 @pytest.mark.parametrize(

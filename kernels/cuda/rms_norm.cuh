@@ -40,8 +40,9 @@ constexpr int kRmsNormVectors = 4;
 // False where a size overflows the 32-bit row or element index.
 inline bool rms_norm_supported(const RmsNormParams& p) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  constexpr int64_t kMaxC = int64_t{1} << 30;  // room for the stride of a streaming block
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return false;
-  return p.C <= kMax - 16 && p.T <= kMax && p.H <= kMax && p.T * p.H <= kMax;
+  return p.C <= kMaxC && p.T <= kMax && p.H <= kMax && p.T * p.H <= kMax;
 }
 
 inline bool rms_norm_aligned(const RmsNormParams& p) {
