@@ -3,8 +3,21 @@
 Each is declared once (schema, reference, cases, cost) in the module of its name.
 """
 
+from internvl_rt.ops.gated_activation import gated_activation
+from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
 
-__all__ = ["Op", "OpSet", "PackedWeight", "catalogue", "linear", "pack", "rms_norm", "unpack"]
+__all__ = [
+    "Op",
+    "OpSet",
+    "PackedWeight",
+    "catalogue",
+    "gated_activation",
+    "layer_norm",
+    "linear",
+    "pack",
+    "rms_norm",
+    "unpack",
+]
