@@ -4,6 +4,8 @@ Each is declared once (schema, reference, cases, cost) in the module of its name
 """
 
 from internvl_rt.ops.embed_scatter import embed_scatter
+from internvl_rt.ops.gated_activation import gated_activation
+from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
 from internvl_rt.ops.preprocess import preprocess
 from internvl_rt.ops.registry import Op, OpSet, catalogue
@@ -16,6 +18,8 @@ __all__ = [
     "PackedWeight",
     "catalogue",
     "embed_scatter",
+    "gated_activation",
+    "layer_norm",
     "linear",
     "pack",
     "preprocess",
