@@ -1,11 +1,11 @@
 // rms_norm: y = x * rsqrt(mean(x^2) + eps) * weight over the last dimension, statistics in fp32.
 //
-// One contract serves four uses, told apart by strides alone:
-//   plain        H = 1
-//   residual     residual given: h = round(x + residual) is written to residual_out, then
-//   normalised per-head     x [T, H, D] inside a packed qkv row, weight [D]            (Qwen3
-//   q_norm, k_norm) full-width   H = 1, C = heads * D, rows strided inside a packed qkv row
-//   (InternViT-6B q_norm)
+// One contract serves four uses, told apart by strides alone.
+//
+// plain: H = 1.
+// residual: h = round(x + residual) is written to residual_out, then normalised.
+// per-head: x [T, H, D] inside a packed qkv row, weight [D] (q_norm and k_norm of Qwen3).
+// full-width: H = 1, C = heads * D, rows strided inside a packed qkv row (InternViT-6B).
 #pragma once
 
 #include "kernels/cpu/isa.h"

@@ -101,6 +101,33 @@ inline F exp2_int(F n) {
 }
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
+// Swaps rows and columns of a square of kLanes x kLanes.
+inline void transpose(F (&x)[kLanes]) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
+  }
+  // u[4i + c], group g of four lanes: column 4g + c of rows 4i .. 4i + 3
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+    const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    x[c].v = _mm512_shuffle_f32x4(even, even2, 0x88);
+    x[4 + c].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+    x[8 + c].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
+    x[12 + c].v = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+  }
+}
 
 #elif defined(__AVX2__)
 
@@ -175,6 +202,27 @@ inline float largest(F a) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+// Swaps rows and columns of a square of kLanes x kLanes.
+inline void transpose(F (&x)[kLanes]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
+  }
+  // u[4i + c], half g of the lanes: column 4g + c of rows 4i .. 4i + 3
+  for (int i = 0; i < 8; i += 4) {
+    const __m256d a = _mm256_castps_pd(t[i]), b = _mm256_castps_pd(t[i + 1]);
+    const __m256d c = _mm256_castps_pd(t[i + 2]), d = _mm256_castps_pd(t[i + 3]);
+    u[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    u[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    u[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    u[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+  for (int c = 0; c < 4; ++c) {
+    x[c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+    x[4 + c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+  }
+}
 
 #else
 
@@ -239,6 +287,11 @@ inline float largest(F a) {
   const float y = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
   return x > y ? x : y;
 }
+// Swaps rows and columns of a square of kLanes x kLanes.
+inline void transpose(F (&x)[kLanes]) {
+  const F y[4] = {x[0], x[1], x[2], x[3]};
+  for (int i = 0; i < 4; ++i) x[i].v = FloatVector{y[0].v[i], y[1].v[i], y[2].v[i], y[3].v[i]};
+}
 
 #endif
 
@@ -292,6 +345,38 @@ inline F gelu(F x) {
   // Capped, so that inf * 0 does not arise; max and min pass a NaN in their second argument on.
   const F half = set(0.5f) * min(set(64.0f), u);
   return max(set(0.0f), x) - half * exp(set(0.0f) - q * u);
+}
+
+// 2^x for x <= 1, within 2 ulp; exactly 0 below -126 (no denormals), NaN stays NaN. The workhorse
+// of softmax: x = n + r, |r| <= 1/2, minimax polynomial in r (relative error 2e-9 before rounding).
+inline F exp2_small(F x) {
+#if defined(__AVX512F__)
+  const F r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  const F n = x - r;
+#else
+  const F n = round_even(max(x, set(-126.0f)));
+  const F r = x - n;
+#endif
+  F p = set(1.535336188e-4f);
+  p = fma(p, r, set(1.339887442e-3f));
+  p = fma(p, r, set(9.618437358e-3f));
+  p = fma(p, r, set(5.550332471e-2f));
+  p = fma(p, r, set(2.402264791e-1f));
+  p = fma(p, r, set(6.931472029e-1f));
+  p = fma(p, r, set(1.0f));
+#if defined(__AVX512F__)
+  const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, p.v, n.v)};
+#else
+  return select_lt(x, set(-126.0f), set(0.0f), p * exp2_int(n));
+#endif
+}
+
+// {first, first + 1, ...}
+inline F iota(float first) {
+  float t[kLanes];
+  for (int i = 0; i < kLanes; ++i) t[i] = static_cast<float>(i);
+  return load(t) + set(first);
 }
 
 }  // namespace

@@ -4,12 +4,15 @@ Each is declared once (schema, reference, cases, cost) in the module of its name
 """
 
 from internvl_rt.ops.embed_scatter import embed_scatter
+from internvl_rt.ops.flash_attention import flash_attention
 from internvl_rt.ops.gated_activation import gated_activation
 from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.paged_attention import paged_attention
 from internvl_rt.ops.preprocess import preprocess
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
+from internvl_rt.ops.rope import rope
 from internvl_rt.ops.sample import sample
 
 __all__ = [
@@ -18,12 +21,15 @@ __all__ = [
     "PackedWeight",
     "catalogue",
     "embed_scatter",
+    "flash_attention",
     "gated_activation",
     "layer_norm",
     "linear",
     "pack",
+    "paged_attention",
     "preprocess",
     "rms_norm",
+    "rope",
     "sample",
     "unpack",
 ]

@@ -1,0 +1,107 @@
+#include "csrc/attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace ivr {
+
+AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& out,
+                                 const Tensor& cu_q, const AttentionOptions& options) {
+  check.tensor("out", out, {q.dtype}, {"T", "H", "D"});
+  check.tensor("cu_q", cu_q, {DType::i32}, {"B+1"});
+  check.require(check["B+1"] >= 1, "cu_q is empty, expected B+1 >= 1 offsets");
+  check.bind("B", check["B+1"] - 1, "cu_q");
+  const int64_t D = check["D"], H = check["H"], K = check["K"];
+  check.require(D >= 4 && D % 4 == 0 && D <= kAttentionMaxHeadDim,
+                "head dim D is " + std::to_string(D) + ", allowed: multiples of 4 from 4 to " +
+                    std::to_string(kAttentionMaxHeadDim));
+  check.require(K >= 1 && H % K == 0,
+                "H = " + std::to_string(H) +
+                    " query heads is no multiple of K = " + std::to_string(K) + " kv heads");
+  check.require(std::isfinite(options.scale) && options.scale > 0,
+                "scale is " + std::to_string(options.scale) + ", expected a finite number > 0");
+  AttentionParams p{.q = q.data,
+                    .out = out.data,
+                    .sinks = nullptr,
+                    .cu_q = static_cast<const int32_t*>(cu_q.data),
+                    .prefix = nullptr,
+                    .q_t = q.stride(0),
+                    .q_h = q.stride(1),
+                    .out_t = out.stride(0),
+                    .out_h = out.stride(1),
+                    .D = D,
+                    .group = H / K,
+                    .window = kAttentionNoWindow,
+                    .scale = static_cast<float>(options.scale),
+                    .causal = options.causal,
+                    .dtype = q.dtype,
+                    .sinks_dtype = DType::f32};
+  if (options.window) {
+    check.require(options.causal, "window is given, but causal is false");
+    check.require(*options.window >= 1,
+                  "window is " + std::to_string(*options.window) + ", expected at least 1 or None");
+    p.window = *options.window;
+  }
+  if (options.sinks) {
+    check.tensor("sinks", *options.sinks, {DType::f32, q.dtype}, {"H"});
+    p.sinks = options.sinks->data;
+    p.sinks_dtype = options.sinks->dtype;
+  }
+  if (options.prefix) {
+    check.require(options.causal, "prefix is given, but causal is false");
+    check.tensor("prefix", *options.prefix, {DType::i32}, {"B"});
+    p.prefix = static_cast<const int32_t*>(options.prefix->data);
+  }
+  return p;
+}
+
+void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total) {
+  const int32_t* offsets = static_cast<const int32_t*>(cu.data);
+  const int64_t n = cu.size(0);
+  const auto at = [&](int64_t i) {
+    return std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(offsets[i]);
+  };
+  if (offsets[0] != 0) check.fail(at(0) + ", expected 0");
+  for (int64_t i = 1; i < n; ++i) {
+    if (offsets[i] < offsets[i - 1])
+      check.fail(at(i) + " after " + at(i - 1) + ": it must not fall");
+  }
+  if (offsets[n - 1] != check[total]) {
+    check.fail(at(n - 1) + ", expected " + total + " = " + std::to_string(check[total]));
+  }
+}
+
+const std::vector<AttentionItem>& attention_items(const AttentionParams& p, int64_t B, int64_t K) {
+  // Blocks of all sizes of register tiles (kRows in attention_core.h) divide this.
+  constexpr int64_t kUnit = 42;
+  thread_local std::vector<AttentionItem> items;
+  items.clear();
+  const int64_t most = attention_rows(p.D);
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    longest = std::max<int64_t>(longest, (p.cu_q[b + 1] - p.cu_q[b]) * p.group);
+  }
+  // Causal blocks at the end of a sequence see the most keys: they come first, so that no thread is
+  // left with a long one at the end.
+  const int64_t blocks = (longest + most - 1) / most;
+  for (int64_t block = blocks - 1; block >= 0; --block) {
+    for (int64_t b = 0; b < B; ++b) {
+      const int64_t rows = (p.cu_q[b + 1] - p.cu_q[b]) * p.group;
+      if (rows == 0) continue;
+      const int64_t parts = (rows + most - 1) / most;
+      const int64_t size =
+          parts == 1 ? rows
+                     : std::min(most, ((rows + parts - 1) / parts + kUnit - 1) / kUnit * kUnit);
+      if (block * size >= rows) continue;
+      for (int64_t k = 0; k < K; ++k) {
+        items.push_back({.sequence = static_cast<int32_t>(b),
+                         .kv_head = static_cast<int32_t>(k),
+                         .first_row = block * size,
+                         .end_row = std::min(rows, (block + 1) * size)});
+      }
+    }
+  }
+  return items;
+}
+
+}  // namespace ivr

@@ -1,0 +1,42 @@
+// Checks and work division that flash_attention and paged_attention share.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "csrc/check.h"
+#include "csrc/tensor.h"
+#include "kernels/attention.h"
+
+namespace ivr {
+
+struct AttentionOptions {
+  double scale;
+  bool causal;
+  std::optional<int64_t> window;
+  const std::optional<Tensor>& sinks;
+  const std::optional<Tensor>& prefix;
+};
+
+// Checks out, cu_q and the options and binds B; q, k and v (T, H, K, D) have been checked already.
+AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& out,
+                                 const Tensor& cu_q, const AttentionOptions& options);
+
+// cu is 0 = cu[0] <= cu[1] .. <= cu[B] = total. On the CPU only.
+void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total);
+
+// 0 <= prefix[b] <= kv_len(b). On the CPU only.
+template <class KvLen>
+void check_prefix(const Checker& check, const AttentionParams& p, int64_t B, KvLen&& kv_len) {
+  for (int64_t b = 0; p.prefix && b < B; ++b) {
+    if (p.prefix[b] >= 0 && p.prefix[b] <= kv_len(b)) continue;
+    check.fail("prefix[" + std::to_string(b) + "] is " + std::to_string(p.prefix[b]) +
+               ", allowed: 0 to the sequence's " + std::to_string(kv_len(b)) + " keys");
+  }
+}
+
+// The items of a call, the longest first. The list belongs to the calling thread and is valid until
+// its next call.
+const std::vector<AttentionItem>& attention_items(const AttentionParams& p, int64_t B, int64_t K);
+
+}  // namespace ivr

@@ -1,0 +1,418 @@
+// The CPU attention of flash_attention and paged_attention.
+//
+// An item (kernels/attention.h) holds its queries packed and its outputs in scratch memory and
+// walks the keys in chunks of 256 absolute positions. A chunk's K is transposed and V widened to
+// fp32 once, then blocks of kRows rows meet it: scores (register tiles of rows x keys), softmax in
+// place, scores x V (register tiles of rows x dims) merged into the outputs. The block of scores
+// stays in L1, everything else in L2. Multiply-adds: 2 * D per score; memory traffic: q and out
+// once, K and V once per item.
+//
+// What is masked never enters: masked scores are replaced, not multiplied, keys outside of
+// [first, end) are not read, and where a chunk's V holds infinities or NaN only visible rows of it
+// are added, one by one. A masked key adds 0 * v = 0 to a chain, which changes no bit of it: so a
+// row's bits do not depend on the other rows of its block.
+#pragma once
+
+#include "kernels/attention.h"
+#include "kernels/cpu/simd.h"
+
+namespace ivr {
+namespace {
+
+constexpr int kChunk = static_cast<int>(kAttentionChunk);
+constexpr int kPanel = 64;                 // keys that lie together in transposed K
+constexpr int kScoreStride = kChunk + 16;  // a power of two would put all rows in one cache set
+constexpr int kStateStride = 16;           // running max and sum of a block of rows
+// Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
+constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// The keys of a chunk that a row sees: [first, end) and [0, prefix), relative to the chunk.
+struct Visible {
+  int first, end, prefix;
+  bool any() const { return first < end || prefix > 0; }
+};
+
+// S[r][key] = sum over d of q[d][r] * k[d][key], one chain per score.
+template <int R, int V>
+inline void score_tile(const float* q, const float* k, int64_t D, float* s) {
+  F acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) acc[r][i] = set(0.0f);
+  }
+  for (int64_t d = 0; d < D; ++d, q += R, k += kPanel) {
+    F x[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) x[i] = load(k + i * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const F a = set(q[r]);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) acc[r][i] = fma(a, x[i], acc[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) store(s + r * kScoreStride + i * kLanes, acc[r][i]);
+  }
+}
+
+// How a block's output takes in a chunk: o = o * keep + chunk * take. Rows that see no key of the
+// chunk stay as they are.
+struct Merge {
+  float keep[kStateStride], take[kStateStride];
+  bool live[kStateStride];
+};
+
+// o[r][dim] <- merge of o and the sum over keys of p[r][key] * v[key][dim], one chain per element.
+template <int R, int V>
+inline void value_tile(const float* p, const float* v, int64_t wide, int begin, int end,
+                       const Merge& merge, float* o) {
+  F acc[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) acc[r][i] = set(0.0f);
+  }
+  v += begin * wide;
+  for (int key = begin; key < end; ++key, v += wide) {
+    F x[V];
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) x[i] = load(v + i * kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const F a = set(p[r * kScoreStride + key]);
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) acc[r][i] = fma(a, x[i], acc[r][i]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, o += wide) {
+    if (!merge.live[r]) continue;
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) {
+      const F old = load(o + i * kLanes) * set(merge.keep[r]);
+      store(o + i * kLanes, fma(acc[r][i], set(merge.take[r]), old));
+    }
+  }
+}
+
+// Few rows take four vectors at once: more independent chains, fewer broadcasts.
+template <int R>
+constexpr int kVectors = R * 4 <= 28 && kLanes == 16 ? 4
+                         : R * 4 <= 12               ? 4
+                                                     : 2;
+
+template <int R>
+void scores_of(int rows, const float* q, const float* k, int64_t D, int begin, int end, float* s) {
+  if (rows == R) {
+    constexpr int V = kVectors<R>;
+    for (int key = begin / kPanel * kPanel; key < end; key += V * kLanes) {
+      const float* panel = k + (key / kPanel) * kPanel * D + key % kPanel;
+      score_tile<R, V>(q, panel, D, s + key);
+    }
+  } else if constexpr (R > 1) {
+    scores_of<R - 1>(rows, q, k, D, begin, end, s);
+  }
+}
+
+template <int R>
+void values_of(int rows, const float* p, const float* v, int64_t wide, int begin, int end,
+               const Merge& merge, float* o) {
+  if (rows == R) {
+    constexpr int V = kVectors<R>;
+    int64_t d = 0;
+    for (; d + V * kLanes <= wide; d += V * kLanes) {
+      value_tile<R, V>(p, v + d, wide, begin, end, merge, o + d);
+    }
+    for (; d < wide; d += kLanes) value_tile<R, 1>(p, v + d, wide, begin, end, merge, o + d);
+  } else if constexpr (R > 1) {
+    values_of<R - 1>(rows, p, v, wide, begin, end, merge, o);
+  }
+}
+
+// The same sums over the visible keys alone, for a chunk whose V is not finite everywhere.
+void values_of_visible(const float* p, const float* v, int64_t wide, const Visible& see, float keep,
+                       float take, float* o) {
+  for (int64_t d = 0; d < wide; d += kLanes) {
+    F acc = set(0.0f);
+    for (int key = 0; key < see.end || key < see.prefix; ++key) {
+      if (key < see.prefix || key >= see.first) {
+        acc = fma(set(p[key]), load(v + key * wide + d), acc);
+      }
+    }
+    store(o + d, fma(acc, set(take), load(o + d) * set(keep)));
+  }
+}
+
+// 1 for the visible keys among [key, key + kLanes), 0 for others.
+inline F visible_lanes(const Visible& see, int key) {
+  const F index = iota(static_cast<float>(key)), zero = set(0.0f), one = set(1.0f);
+  const F from_first = select_lt(index, set(static_cast<float>(see.first)), zero, one);
+  const F window = select_lt(index, set(static_cast<float>(see.end)), from_first, zero);
+  return select_lt(index, set(static_cast<float>(see.prefix)), one, window);
+}
+
+// Turns scores of [begin, end) (multiples of 4 vectors) into 2^(factor * (s - max)), 0 where
+// masked. Four accumulators in a fixed pattern: the sum does not depend on begin and end.
+inline void softmax_row(float* s, int begin, int end, const Visible& see, float factor, float* max,
+                        float* sum) {
+  constexpr int kStep = 4 * kLanes;
+  const F lowest = set(-kInfinity), zero = set(0.0f);
+  F m[4] = {lowest, lowest, lowest, lowest};
+  for (int key = begin; key < end; key += kStep) {
+    if (key >= see.first && key + kStep <= see.end) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) m[i] = ivr::max(load(s + key + i * kLanes), m[i]);
+    } else {
+      for (int i = 0; i < 4; ++i) {
+        const int at = key + i * kLanes;
+        const F x = select_lt(zero, visible_lanes(see, at), load(s + at), lowest);
+        store(s + at, x);
+        m[i] = ivr::max(x, m[i]);
+      }
+    }
+  }
+  *max = largest(ivr::max(ivr::max(m[0], m[1]), ivr::max(m[2], m[3]))) * factor;
+  const F scale = set(factor), shift = set(-*max);
+  F total[4] = {zero, zero, zero, zero};
+  for (int key = begin; key < end; key += kStep) {
+    const bool whole = key >= see.first && key + kStep <= see.end;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int at = key + i * kLanes;
+      F x = exp2_small(fma(load(s + at), scale, shift));
+      if (!whole) x = select_lt(zero, visible_lanes(see, at), x, zero);
+      store(s + at, x);
+      total[i] = total[i] + x;
+    }
+  }
+  *sum = ivr::sum((total[0] + total[1]) + (total[2] + total[3]));
+}
+
+// Transposes keys [begin, end) of a chunk into panels [kChunk / kPanel][D][kPanel]; zeros around
+// them up to whole squares.
+template <class T, class Keys>
+void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, float* out) {
+  for (int key = begin / kLanes * kLanes; key < end; key += kLanes) {
+    float* panel = out + (key / kPanel) * kPanel * D + key % kPanel;
+    const T* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      rows[i] = key + i >= begin && key + i < end ? keys.k(chunk + key + i) : nullptr;
+    }
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const int n = static_cast<int>(D - d < kLanes ? D - d : kLanes);
+      F x[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        x[i] = !rows[i] ? set(0.0f) : n == kLanes ? load(rows[i] + d) : load_n(rows[i] + d, n);
+      }
+      transpose(x);
+      for (int i = 0; i < n; ++i) store(panel + (d + i) * kPanel, x[i]);
+    }
+  }
+}
+
+// Widens values [begin, end) of a chunk to rows of `wide` floats. Returns whether all are finite.
+template <class T, class Keys>
+bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, int64_t wide,
+                 float* out) {
+  F probe = set(0.0f);
+  for (int key = begin; key < end; ++key) {
+    const T* row = keys.v(chunk + key);
+    for (int64_t d = 0; d < wide; d += kLanes) {
+      const F x = D - d >= kLanes ? load(row + d) : load_n(row + d, clamp(D - d, 0, kLanes));
+      probe = probe + (x - x);  // NaN for infinities and NaN
+      store(out + key * wide + d, x);
+    }
+  }
+  return sum(probe) == 0.0f;
+}
+
+template <class T, class Keys>
+class Attention {
+ public:
+  // Query i of the sequence stands at position offset + i.
+  Attention(const AttentionParams& p, const AttentionItem& item, const Keys& keys, int64_t first_q,
+            int64_t q_len, int64_t kv_len, float* scratch)
+      : p_(p),
+        item_(item),
+        keys_(keys),
+        first_q_(first_q),
+        kv_len_(kv_len),
+        offset_(kv_len - q_len),
+        prefix_(p.prefix ? p.prefix[item.sequence] : 0),
+        n_(item.end_row - item.first_row),
+        wide_(attention_padded(p.D)) {
+    const int64_t blocks = (n_ + kRows - 1) / kRows;
+    k_ = scratch;
+    v_ = k_ + kChunk * wide_;
+    s_ = v_ + kChunk * wide_;
+    max_ = s_ + kRows * kScoreStride;
+    sum_ = max_ + blocks * kStateStride;
+    o_ = sum_ + blocks * kStateStride;
+    q_ = o_ + n_ * wide_;
+    for (int64_t i = 0; i < blocks * kStateStride; ++i) {
+      max_[i] = -kInfinity;
+      sum_[i] = 0.0f;
+    }
+    memset(o_, 0, static_cast<size_t>(n_ * wide_) * sizeof(float));
+    pack_queries();
+  }
+
+  void run() {
+    const int64_t last = (item_.end_row - 1) / p_.group;
+    const int64_t first_key = first_visible(item_.first_row / p_.group);
+    int64_t end_key = end_visible(last);
+    if (prefix_ > end_key) end_key = prefix_;
+    for (int64_t chunk = 0; chunk < end_key; chunk += kChunk) {
+      if (chunk >= prefix_ && chunk + kChunk <= first_key) continue;
+      const int begin = chunk < prefix_ ? 0 : within(first_key - chunk);
+      const int end = within(end_key - chunk);
+      if (begin >= end) continue;
+      pack_keys<T>(keys_, chunk, begin, end, p_.D, k_);
+      const bool finite = pack_values<T>(keys_, chunk, begin, end, p_.D, wide_, v_);
+      for (int64_t row = 0; row < n_; row += kRows) meet(chunk, row, finite);
+    }
+    finish();
+  }
+
+ private:
+  int64_t end_visible(int64_t query) const {
+    return p_.causal ? clamp(offset_ + query + 1, 0, kv_len_) : kv_len_;
+  }
+  int64_t first_visible(int64_t query) const {
+    if (p_.window == kAttentionNoWindow) return 0;
+    return clamp(offset_ + query + 1 - p_.window, 0, kv_len_);
+  }
+  static int within(int64_t key) { return static_cast<int>(clamp(key, 0, kChunk)); }
+
+  int rows_of(int64_t row) const { return static_cast<int>(n_ - row < kRows ? n_ - row : kRows); }
+
+  const T* query(int64_t row) const {
+    const int64_t r = item_.first_row + row;
+    const int64_t head = item_.kv_head * p_.group + r % p_.group;
+    return static_cast<const T*>(p_.q) + (first_q_ + r / p_.group) * p_.q_t + head * p_.q_h;
+  }
+
+  // [block][D][rows of the block]
+  void pack_queries() {
+    for (int64_t row = 0; row < n_; row += kRows) {
+      const int rows = rows_of(row);
+      for (int r = 0; r < rows; ++r) {
+        const T* q = query(row + r);
+        float* out = q_ + row * p_.D + r;
+        for (int64_t d = 0; d < p_.D; ++d) out[d * rows] = to_float(q[d]);
+      }
+    }
+  }
+
+  // One block of rows meets one chunk.
+  void meet(int64_t chunk, int64_t row, bool finite) {
+    const int rows = rows_of(row);
+    Visible see[kRows];
+    int begin = kChunk, end = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t q = (item_.first_row + row + r) / p_.group;
+      see[r] = {within(first_visible(q) - chunk), within(end_visible(q) - chunk),
+                within(prefix_ - chunk)};
+      if (!see[r].any()) continue;
+      const int first = see[r].prefix > 0 ? 0 : see[r].first;
+      const int last = see[r].end > see[r].prefix ? see[r].end : see[r].prefix;
+      begin = first < begin ? first : begin;
+      end = last > end ? last : end;
+    }
+    if (begin >= end) return;
+    scores_of<kRows>(rows, q_ + row * p_.D, k_, p_.D, begin, end, s_);
+
+    const int from = begin / kPanel * kPanel, to = (end + kPanel - 1) / kPanel * kPanel;
+    float* max = max_ + row / kRows * kStateStride;
+    float* sum = sum_ + row / kRows * kStateStride;
+    float chunk_max[kStateStride], chunk_sum[kStateStride], next[kStateStride];
+    Merge merge;
+    for (int r = 0; r < kStateStride; ++r) {
+      chunk_max[r] = -kInfinity;
+      chunk_sum[r] = 0.0f;
+      merge.live[r] = r < rows && see[r].any();
+      if (r < rows) {
+        softmax_row(s_ + r * kScoreStride, from, to, see[r], p_.scale * kLog2e, chunk_max + r,
+                    chunk_sum + r);
+      }
+    }
+    for (int r = 0; r < kStateStride; r += kLanes) {
+      const F mine = load(max + r), theirs = load(chunk_max + r), both = ivr::max(mine, theirs);
+      store(next + r, both);
+      store(merge.keep + r, exp2_small(mine - both));
+      store(merge.take + r, exp2_small(theirs - both));
+    }
+    for (int r = 0; r < rows; ++r) {
+      if (!merge.live[r]) continue;
+      max[r] = next[r];
+      sum[r] = fma1(chunk_sum[r], merge.take[r], sum[r] * merge.keep[r]);
+    }
+
+    float* o = o_ + row * wide_;
+    if (finite) {
+      values_of<kRows>(rows, s_, v_, wide_, begin, end, merge, o);
+      return;
+    }
+    for (int r = 0; r < rows; ++r) {
+      if (!merge.live[r]) continue;
+      values_of_visible(s_ + r * kScoreStride, v_, wide_, see[r], merge.keep[r], merge.take[r],
+                        o + r * wide_);
+    }
+  }
+
+  float sink(int64_t head) const {
+    if (!p_.sinks) return -kInfinity;
+    return p_.sinks_dtype == DType::f32 ? static_cast<const float*>(p_.sinks)[head]
+                                        : to_float(static_cast<const bf16*>(p_.sinks)[head]);
+  }
+
+  // Divides by the sum, sinks included, and rounds.
+  void finish() {
+    for (int64_t row = 0; row < n_; ++row) {
+      const int64_t r = item_.first_row + row;
+      const int64_t head = item_.kv_head * p_.group + r % p_.group;
+      const int64_t state = row / kRows * kStateStride + row % kRows;
+      float keep = 1.0f, sum = sum_[state];
+      if (p_.sinks) {
+        const float logit = sink(head) * kLog2e, max = max_[state];
+        const float both = logit > max ? logit : max;
+        // A sink of -inf before no keys at all is no weight: the row is zero like any other.
+        if (both > -kInfinity || both != both) {
+          float e[kLanes], f[kLanes];
+          store(e, exp2_small(set(max - both)));
+          store(f, exp2_small(set(logit - both)));
+          keep = e[0];
+          sum = fma1(sum, keep, f[0]);
+        }
+      }
+      T* out = static_cast<T*>(p_.out) + (first_q_ + r / p_.group) * p_.out_t + head * p_.out_h;
+      const float* o = o_ + row * wide_;
+      // The sum of a row that sees a key is at least about 1; 0 means none.
+      const float divisor = sum == 0.0f ? 1.0f : sum;
+      for (int64_t d = 0; d < p_.D; d += kLanes) {
+        const int64_t n = p_.D - d < kLanes ? p_.D - d : kLanes;
+        store_n(out + d, load(o + d) * set(keep) / set(divisor), n);
+      }
+    }
+  }
+
+  const AttentionParams& p_;
+  const AttentionItem& item_;
+  const Keys& keys_;
+  const int64_t first_q_, kv_len_, offset_, prefix_, n_, wide_;
+  float *k_, *v_, *s_, *max_, *sum_, *o_, *q_;
+};
+
+}  // namespace
+}  // namespace ivr

@@ -1,0 +1,20 @@
+// flash_attention: softmax(scale * q k^T) v over sequences that lie one behind the other.
+#pragma once
+
+#include "kernels/attention.h"
+
+namespace ivr {
+
+struct FlashAttentionParams {
+  AttentionParams a;
+  const void* k;         // [Tkv, K, D]
+  const void* v;         // [Tkv, K, D]
+  const int32_t* cu_kv;  // [B + 1]
+  int64_t k_t, k_h;      // strides in elements
+  int64_t v_t, v_h;
+};
+
+IVR_CPU_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
+               float* scratch, int64_t begin, int64_t end)
+
+}  // namespace ivr
