@@ -17,14 +17,16 @@ def _id(value: object) -> str | None:
     return getattr(value, "name", None)
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _C.force_isa(request.param)
+@pytest.fixture
+def forced(isa):
+    _C.force_isa(isa)
     _C.kernel_counts(reset=True)
-    yield request.param
+    yield
     _C.force_isa("")
 
 
+@pytest.mark.usefixtures("forced")
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("op", "case", "dtype"), all_cases(), ids=_id)
 def test_native(op, case, dtype, isa):
     check(op, case, dtype, "native")

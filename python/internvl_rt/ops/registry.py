@@ -199,6 +199,19 @@ def _results(op: Op, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     return outputs_of(op.reference(**arguments))
 
 
+@functools.lru_cache(maxsize=1)  # a case is checked on every instruction set in turn
+def _expected(
+    name: str, case: Case, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The reference's results in the same dtype and in float64."""
+    op = _catalogue[name]
+    arguments = case.arguments(name, dtype)
+    same = _results(op, arguments)
+    if op.tolerance.exact:
+        return same, same  # nothing is rounded: no float64 form to compare with
+    return same, _results(op, {k: _to(v, torch.float64) for k, v in arguments.items()})
+
+
 def check(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
     """Runs one case on a backend and raises AssertionError where a law is broken.
 
@@ -206,13 +219,7 @@ def check(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
     element must lie within the op's tolerance of the float64 truth.
     """
     arguments = case.arguments(op.name, dtype)
-    same = _results(op, arguments)
-    # Integer-exact ops have no float64 form to compare with.
-    truth = (
-        same
-        if op.tolerance.exact
-        else _results(op, {k: _to(v, torch.float64) for k, v in arguments.items()})
-    )
+    same, truth = _expected(op.name, case, dtype)
     kept = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}
     n_out = len(same) - len(op.mutates)
     guarded = [_Guarded(t) for t in same[:n_out]]
