@@ -129,7 +129,7 @@ def load_image(source: Any) -> np.ndarray:
     """A picture as RGB, uint8 [H, W, 3] with packed pixels.
 
     source: a path; the bytes of a BMP, GIF, JPEG, PNG or WebP file; a PIL image (its current
-        frame); or a uint8 array [H, W, 3], [H, W, 4] (alpha is dropped), [H, W] or [H, W, 1] (grey).
+        frame); or a uint8 array [H, W, 3], [H, W, 4] (alpha is dropped), or [H, W] (grey).
     At most 128 MiB, 50 331 648 pixels (32 million for WebP) and 65535 pixels a side.
     Pillow's own `ImageFile.LOAD_TRUNCATED_IMAGES` is left as the application has it.
     Raises OSError for a file that cannot be read, ValueError for one that is broken, too large or
