@@ -299,7 +299,7 @@ def _kind(data: bytes) -> str:
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<"):
         return "SVG" if b"<svg" in head else "HTML or XML"
-    if head and all(c >= 32 or c in b"\t\r\n\f" for c in head):
+    if head.isascii() and head and all(c >= 32 or c in b"\t\r\n\f" for c in head):
         return "text"
     return "no picture format that is known"
 
