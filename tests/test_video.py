@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def clip(
         if frames:
             stream = container.add_stream(codec, rate=fractions.Fraction(rate))
             stream.width, stream.height = size
-            stream.pix_fmt = "yuv420p"
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
             stream.gop_size = gop
             stream.max_b_frames = b_frames
         y, x = np.mgrid[: size[1], : size[0]]
@@ -153,23 +154,19 @@ def test_far_frames_are_reached_by_a_key_frame(monkeypatch):
 # ---- broken and hostile files --------------------------------------------------------------------
 
 
-def with_size_in_header(data, width, height):
-    at = data.index(b"mp4v", data.index(b"stsd")) + 28
-    return data[:at] + width.to_bytes(2, "big") + height.to_bytes(2, "big") + data[at + 4 :]
-
-
 def truncated_after_index():
     """Index first, most of the pictures gone."""
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        rng = np.random.default_rng(0)
-        for _ in range(30):
-            noise = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
-        container.mux(stream.encode())
-    data = buffer.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "film.mp4"
+        with av.open(path, "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            rng = np.random.default_rng(0)
+            for _ in range(30):
+                noise = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+            container.mux(stream.encode())
+        data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
     return data[: len(data) // 2]
 
@@ -185,7 +182,6 @@ HOSTILE = {
     "audio_only": (lambda: clip(0, audio=True), "has no video stream, only audio"),
     "zeros": (lambda: b"\0\0\0\x18ftyp" + b"\0" * 5000, "video of|video '"),
     "matroska_noise": (lambda: b"\x1a\x45\xdf\xa3" + bytes(range(256)) * 20, "truncated|no video"),
-    "frames_too_large": (lambda: with_size_in_header(clip(), 60000, 60000), "video"),
 }
 
 
@@ -221,7 +217,7 @@ def test_every_cut_and_flip_is_sound_or_refused():
 
 def test_limits_on_work(monkeypatch):
     data = clip()
-    with pytest.raises(ValueError, match="has no frame|bound is .* but the video has 40 frames"):
+    with pytest.raises(ValueError, match=r"bound is .* but the video has 40 frames"):
         load_video(data, 4, (100, 200))
     for limit, value, words in (
         ("MAX_FRAMES", 39, "allowed: at most 39"),

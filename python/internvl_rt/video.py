@@ -107,7 +107,10 @@ def load_video(
         demuxer = _demuxer(file, name)
         try:
             with av.open(file, mode="r", format=demuxer) as container:
-                return _frames(container, num_frames, bound, name)
+                wanted, plan, index = _survey(container, num_frames, bound, demuxer)
+            file.seek(0)  # opened anew: not every container can be rewound exactly
+            with av.open(file, mode="r", format=demuxer) as container:
+                return _decode(container, wanted, plan, index)
         except (_UnfitError, MemoryError) as error:
             what = str(error) or "does not fit in memory"
             raise ValueError(f"{name}: {what}") from None
@@ -179,9 +182,13 @@ class _Index:
     count: int
 
 
-def _frames(
-    container: Any, num_frames: int, bound: Sequence[float] | None, name: str
-) -> list[np.ndarray]:
+_Plan = list[tuple[int | None, range]]
+
+
+def _survey(
+    container: Any, num_frames: int, bound: Sequence[float] | None, demuxer: str
+) -> tuple[list[int], _Plan, _Index]:
+    """The frames to return and the way to them, checked against the limits."""
     stream = _video_stream(container)
     width, height = stream.codec_context.width, stream.codec_context.height
     _check_frame(width, height)
@@ -189,7 +196,8 @@ def _frames(
         raise _UnfitError(
             f"{num_frames} frames of {width} x {height} are more than {MAX_RETURNED_BYTES} bytes"
         )
-    index = _index(container, stream)
+    # A transport stream has no index; a seek lands near its target, not on it.
+    index = _index(container, stream, seekable=demuxer != "mpegts")
     fps = stream.average_rate or stream.guessed_rate
     if not fps or fps <= 0:
         raise _UnfitError("has no frame rate")
@@ -204,13 +212,7 @@ def _frames(
             f"{work} frames of {width} x {height} would have to be decoded, allowed: "
             f"{MAX_DECODED_PIXELS} pixels; choose a shorter bound"
         )
-    shots: dict[int, np.ndarray] = {}
-    for start, steps in plan:
-        _decode(container, stream, index, start, steps, set(wanted), shots)
-    missing = sorted(set(wanted) - set(shots))
-    if missing:
-        raise _UnfitError(f"is truncated or corrupt: frame {missing[0]} of {index.count} is lost")
-    return [shots[i] for i in wanted]
+    return wanted, plan, index
 
 
 def _video_stream(container: Any) -> Any:
@@ -234,7 +236,7 @@ def _check_frame(width: int, height: int) -> None:
         )
 
 
-def _index(container: Any, stream: Any) -> _Index:
+def _index(container: Any, stream: Any, *, seekable: bool) -> _Index:
     if stream.frames > MAX_FRAMES:
         raise _UnfitError(f"has {stream.frames} frames, allowed: at most {MAX_FRAMES}")
     times: list[int | None] = []
@@ -251,12 +253,14 @@ def _index(container: Any, stream: Any) -> _Index:
         raise _UnfitError("has 0 frames")
     known = sorted(t for t in times if t is not None)
     distinct = len(set(known)) == len(times)
-    return _Index(known if distinct else [], sorted(keys) if distinct else [], len(times))
+    return _Index(
+        known if distinct else [], sorted(keys) if distinct and seekable else [], len(times)
+    )
 
 
-def _plan(index: _Index, wanted: list[int]) -> list[tuple[int | None, range]]:
+def _plan(index: _Index, wanted: list[int]) -> _Plan:
     """Runs of frames to decode: the key frame's time to seek to (None: the start), the frames."""
-    runs: list[tuple[int | None, range]] = []
+    runs: _Plan = []
     for frame in wanted:
         start, steps = runs[-1] if runs else (None, range(0))
         key = None
@@ -264,7 +268,7 @@ def _plan(index: _Index, wanted: list[int]) -> list[tuple[int | None, range]]:
             at = bisect.bisect_right(index.keys, index.times[frame]) - 1
             key = index.keys[at] if at >= 0 else None
         begin = bisect.bisect_left(index.times, key) if key is not None else 0
-        if key is not None and begin > steps.stop + _WORTH_SEEKING:
+        if begin > steps.stop + _WORTH_SEEKING:
             runs.append((key, range(begin, frame + 1)))
         elif runs:
             runs[-1] = (start, range(steps.start, frame + 1))
@@ -273,26 +277,35 @@ def _plan(index: _Index, wanted: list[int]) -> list[tuple[int | None, range]]:
     return runs
 
 
-def _decode(
+def _decode(container: Any, wanted: list[int], plan: _Plan, index: _Index) -> list[np.ndarray]:
+    stream = _video_stream(container)
+    shots: dict[int, np.ndarray] = {}
+    for start, steps in plan:
+        if start is not None:
+            container.seek(start, stream=stream, backward=True)
+        _decode_run(container, stream, steps, set(wanted), index, shots)
+    missing = sorted(set(wanted) - set(shots))
+    if missing:
+        raise _UnfitError(f"is truncated or corrupt: frame {missing[0]} of {index.count} is lost")
+    return [shots[i] for i in wanted]
+
+
+def _decode_run(
     container: Any,
     stream: Any,
-    index: _Index,
-    start: int | None,
     steps: range,
     wanted: set[int],
+    index: _Index,
     shots: dict[int, np.ndarray],
 ) -> None:
     """Decodes one run and keeps the wanted frames of it."""
-    origin = index.times[0] if index.times else 0
-    container.seek(origin if start is None else start, stream=stream, backward=True)
     left = {i for i in wanted if i in steps}
     limit = len(steps) + 4 * _WORTH_SEEKING  # a seek may land on an earlier key frame
     for count, frame in enumerate(container.decode(stream)):
+        i = count
         if index.times:
             at = bisect.bisect_left(index.times, frame.pts) if frame.pts is not None else -1
             i = at if 0 <= at < index.count and index.times[at] == frame.pts else -1
-        else:
-            i = count
         if i in left:
             if frame.is_corrupt:
                 raise _UnfitError(f"is corrupt at frame {i} of {index.count}")
