@@ -177,7 +177,7 @@ HOSTILE = {
     "playlist": (lambda: b"#EXTM3U\nfile:///etc/passwd\n", "no video format that is known"),
     "concat_script": (lambda: b"ffconcat version 1.0\nfile x\n", "no video format"),
     "half": (lambda: (d := clip())[: len(d) // 2], "truncated or corrupt"),
-    "half_after_index": (truncated_after_index, "truncated or corrupt"),
+    "half_after_index": (truncated_after_index, r"is truncated: \d+ of 30 frames are there"),
     "header_only": (lambda: clip()[:40], "truncated or corrupt"),
     "audio_only": (lambda: clip(0, audio=True), "has no video stream, only audio"),
     "zeros": (lambda: b"\0\0\0\x18ftyp" + b"\0" * 5000, "video of|video '"),

@@ -241,21 +241,27 @@ def _index(container: Any, stream: Any, *, seekable: bool) -> _Index:
         raise _UnfitError(f"has {stream.frames} frames, allowed: at most {MAX_FRAMES}")
     times: list[int | None] = []
     keys = []
+    packets = 0
     for packet in container.demux(stream):
-        if packet.size == 0 or packet.is_discard:
+        if packet.size == 0:  # the end
+            continue
+        packets += 1
+        if packets > MAX_FRAMES:
+            raise _UnfitError(f"has more than {MAX_FRAMES} frames")
+        if packet.is_discard:  # cut away by an edit list
             continue
         if packet.is_keyframe and packet.pts is not None:
             keys.append(packet.pts)
         times.append(packet.pts)
-        if len(times) > MAX_FRAMES:
-            raise _UnfitError(f"has more than {MAX_FRAMES} frames")
+    if packets < stream.frames:
+        raise _UnfitError(f"is truncated: {packets} of {stream.frames} frames are there")
     if not times:
         raise _UnfitError("has 0 frames")
     known = sorted(t for t in times if t is not None)
     distinct = len(set(known)) == len(times)
-    return _Index(
-        known if distinct else [], sorted(keys) if distinct and seekable else [], len(times)
-    )
+    if not distinct:
+        return _Index([], [], len(times))
+    return _Index(known, sorted(keys) if seekable else [], len(times))
 
 
 def _plan(index: _Index, wanted: list[int]) -> _Plan:
