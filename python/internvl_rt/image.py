@@ -40,7 +40,7 @@ MAX_WEBP_PIXELS = 32_000_000
 # What a small file could make Pillow repeat for minutes.
 _MAX_PNG_CHUNKS = 50_000
 _MAX_JPEG_SEGMENTS = 4096
-_MAX_JPEG_SCAN_PIXELS = 1 << 31  # pixels times scans; a progressive file has about ten scans
+_MAX_JPEG_SCAN_PIXELS = 1 << 30  # pixels times scans; a progressive file has 10 to 20 scans
 _MAX_GIF_EXTENSION_BYTES = 256 << 10
 _MAX_RLE_BYTES = 1 << 20
 
