@@ -40,7 +40,7 @@ MAX_WEBP_PIXELS = 32_000_000
 # What a small file could make Pillow repeat for minutes.
 _MAX_PNG_CHUNKS = 50_000
 _MAX_JPEG_SEGMENTS = 4096
-_MAX_JPEG_SCAN_PIXELS = 1 << 31  # pixels times scans; a progressive file has about ten scans
+_MAX_JPEG_SCAN_PIXELS = 1 << 30  # pixels times scans; a progressive file has 10 to 20 scans
 _MAX_GIF_EXTENSION_BYTES = 256 << 10
 _MAX_RLE_BYTES = 1 << 20
 
@@ -129,7 +129,7 @@ def load_image(source: Any) -> np.ndarray:
     """A picture as RGB, uint8 [H, W, 3] with packed pixels.
 
     source: a path; the bytes of a BMP, GIF, JPEG, PNG or WebP file; a PIL image (its current
-        frame); or a uint8 array [H, W, 3], [H, W, 4] (alpha is dropped), [H, W] or [H, W, 1] (grey).
+        frame); or a uint8 array [H, W, 3], [H, W, 4] (alpha is dropped), or [H, W] (grey).
     At most 128 MiB, 50 331 648 pixels (32 million for WebP) and 65535 pixels a side.
     Pillow's own `ImageFile.LOAD_TRUNCATED_IMAGES` is left as the application has it.
     Raises OSError for a file that cannot be read, ValueError for one that is broken, too large or
@@ -299,7 +299,7 @@ def _kind(data: bytes) -> str:
     head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<"):
         return "SVG" if b"<svg" in head else "HTML or XML"
-    if head and all(c >= 32 or c in b"\t\r\n\f" for c in head):
+    if head.isascii() and head and all(c >= 32 or c in b"\t\r\n\f" for c in head):
         return "text"
     return "no picture format that is known"
 

@@ -60,6 +60,8 @@ def preprocess(
             dtype=dtype,
         )
         return give("preprocess", result, out)
+    if out is not None and out.dtype != dtype:
+        raise ValueError(f"preprocess: out is {out.dtype}, expected dtype {dtype}")
     if out is None:
         tiles = columns * rows + int(thumbnail)
         if tiles < 0 or image_size < 1:
