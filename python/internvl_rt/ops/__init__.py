@@ -6,6 +6,7 @@ Each is declared once (schema, reference, cases, cost) in the module of its name
 from internvl_rt.ops.gated_activation import gated_activation
 from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
 
@@ -18,6 +19,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "pack",
+    "pixel_unshuffle_mlp",
     "rms_norm",
     "unpack",
 ]
