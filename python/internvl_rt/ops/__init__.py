@@ -9,6 +9,7 @@ from internvl_rt.ops.gated_activation import gated_activation
 from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
 from internvl_rt.ops.paged_attention import paged_attention
+from internvl_rt.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from internvl_rt.ops.preprocess import preprocess
 from internvl_rt.ops.registry import Op, OpSet, catalogue
 from internvl_rt.ops.rms_norm import rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "pack",
     "paged_attention",
+    "pixel_unshuffle_mlp",
     "preprocess",
     "rms_norm",
     "rope",

@@ -69,7 +69,7 @@ def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
 def unpack(weight: PackedWeight) -> Tensor:
     """The weight [n, k] again."""
     columns = -(-weight.n // PANEL) * PANEL
-    depth = weight.data.numel() // max(columns, 1)
+    depth = weight.data.numel() // columns if columns else weight.k
     pair = 2 if weight.format == WeightFormat.bf16 else 1
     w = weight.data.view(columns // PANEL, depth // pair, PANEL, pair)
     return w.transpose(1, 2).reshape(columns, depth)[: weight.n, : weight.k]

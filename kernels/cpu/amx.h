@@ -1,0 +1,107 @@
+// Matrix tiles: 8 registers of 16 rows of 64 bytes, all of full size.
+//
+// A Tiles object configures the thread's tiles and releases them at its end. Compiled with AMX it
+// emits the instructions; compiled without, the same interface runs on software tiles, so that the
+// kernels are tested on machines that have none.
+#pragma once
+
+#include "kernels/cpu/simd.h"
+
+namespace ivr {
+namespace {
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+
+// Written as assembly because the compiler's intrinsics take only literal register numbers, and
+// gcc 12's ldtilecfg does not tell that it reads memory. No compiler keeps anything of its own in
+// tile registers, so none are declared as overwritten; volatile keeps the order.
+class Tiles {
+ public:
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    asm volatile("ldtilecfg %0" : : "m"(config) : "memory");
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  template <int kTile>
+  void zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+  }
+  // Row r at base + r * stride bytes.
+  template <int kTile>
+  void load(const void* base, int64_t stride) {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(kTile), "r"(base), "r"(stride) : "memory");
+  }
+  template <int kTile>
+  void store(void* base, int64_t stride) {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(base), "r"(stride) : "memory");
+  }
+  // C [16][16] fp32 += A [16][16 pairs] * B [16 pairs][16][2], bf16.
+  template <int kC, int kA, int kB>
+  void multiply() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+};
+
+#else
+
+class Tiles {
+ public:
+  Tiles() { memset(tile_, 0xff, sizeof(tile_)); }
+
+  template <int kTile>
+  void zero() {
+    memset(tile_[kTile], 0, sizeof(tile_[kTile]));
+  }
+  template <int kTile>
+  void load(const void* base, int64_t stride) {
+    for (int r = 0; r < 16; ++r) {
+      memcpy(tile_[kTile][r], static_cast<const char*>(base) + r * stride, 64);
+    }
+  }
+  template <int kTile>
+  void store(void* base, int64_t stride) {
+    for (int r = 0; r < 16; ++r) {
+      memcpy(static_cast<char*>(base) + r * stride, tile_[kTile][r], 64);
+    }
+  }
+  // One pair after the other: the even k, then the odd; denormals count as zero on both sides.
+  template <int kC, int kA, int kB>
+  void multiply() {
+    for (int v = 0; v < 16 / kLanes; ++v) {
+      F even[16], odd[16];
+      for (int k = 0; k < 16; ++k) {
+        load_pairs(reinterpret_cast<const bf16*>(tile_[kB][k] + v * kLanes * 4), even[k], odd[k]);
+        even[k] = flushed(even[k]);
+        odd[k] = flushed(odd[k]);
+      }
+      for (int m = 0; m < 16; ++m) {
+        float* row = reinterpret_cast<float*>(tile_[kC][m]) + v * kLanes;
+        const bf16* a = reinterpret_cast<const bf16*>(tile_[kA][m]);
+        F c = load(row);
+        for (int k = 0; k < 16; ++k) {
+          c = flushed(fma(flushed(set(to_float(a[2 * k]))), even[k], c));
+          c = flushed(fma(flushed(set(to_float(a[2 * k + 1]))), odd[k], c));
+        }
+        store(row, c);
+      }
+    }
+  }
+
+ private:
+  static F flushed(F x) {
+    return select_lt(max(set(0.0f) - x, x), set(1.17549435e-38f), set(0.0f), x);
+  }
+  alignas(64) unsigned char tile_[8][16][64];
+};
+
+#endif
+
+}  // namespace
+}  // namespace ivr

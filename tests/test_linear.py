@@ -1,0 +1,189 @@
+"""linear beyond the generated cases: packing, bit-equality of rows, strides, refusals."""
+
+import pytest
+import torch
+
+from internvl_rt import _C, num_threads, ops, set_num_threads
+from internvl_rt.ops import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.linear import WeightFormat
+
+ISAS = _C.supported_isas()
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _C.force_isa(request.param)
+    yield request.param
+    _C.force_isa("")
+
+
+@pytest.fixture
+def make():
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def bits(x):
+    return x.contiguous().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056)])
+def test_a_row_does_not_depend_on_the_others(isa, make, dtype, N, K):
+    x, w = make(70, K).to(dtype), pack(make(N, K).to(dtype))
+    options = {"bias": make(N).to(dtype), "activation": "gelu", "scale": make(N).to(dtype)}
+    residual = make(70, N).to(dtype)
+    alone = torch.cat(
+        [linear(x[m : m + 1], w, residual=residual[m : m + 1], **options) for m in range(70)]
+    )
+    for M in range(1, 71):
+        first = (5 * M) % (71 - M)  # rows stand at another place each time
+        part = slice(first, first + M)
+        together = linear(x[part], w, residual=residual[part], **options)
+        assert torch.equal(bits(together), bits(alone[part])), f"{M} rows differ"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_rows_equal_rows_alone(isa, make, dtype):
+    x, w = make(530, 800).to(dtype), pack(make(300, 800).to(dtype))
+    together = linear(x, w)
+    for m in (0, 1, 119, 120, 240, 333, 511, 512, 528, 529):
+        assert torch.equal(bits(together[m : m + 1]), bits(linear(x[m : m + 1], w)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_bits(isa, make, dtype):
+    before = num_threads()
+    w = pack(make(1000, 500).to(dtype))
+    try:
+        for M in (1, 5, 200):
+            x = make(M, 500).to(dtype)
+            results = []
+            for threads in (1, 2, 3, 7):
+                set_num_threads(threads)
+                results.append(bits(linear(x, w)))
+            assert all(torch.equal(r, results[0]) for r in results)
+    finally:
+        set_num_threads(before)
+
+
+def test_the_working_memory_is_bounded_and_passes_join(isa, make):
+    # More rows than one pass prepares (24 MiB of fp32).
+    x, w = make(3001, 2200), make(40, 2200)
+    packed = pack(w)
+    together = linear(x, packed)
+    torch.testing.assert_close(together, x @ w.T, rtol=1e-4, atol=1e-3)
+    assert torch.equal(bits(together[2999:]), bits(linear(x[2999:], packed)))
+
+
+def test_bf16_runs_on_tiles_where_tiles_are_forced(make):
+    if "amx_emulated" not in ISAS:
+        pytest.skip("no AVX-512 on this machine")
+    _C.force_isa("amx_emulated")
+    try:
+        _C.kernel_counts(reset=True)
+        linear(make(20, 64).bfloat16(), pack(make(32, 64).bfloat16()))
+        counts = _C.kernel_counts(reset=True)
+    finally:
+        _C.force_isa("")
+    assert counts["linear_bf16/amx_emulated"] == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (31, 33), (64, 64), (97, 70), (0, 5), (5, 0)])
+def test_pack_and_unpack(isa, make, dtype, N, K):
+    w = make(N, K).to(dtype)
+    packed = pack(w)
+    assert packed.shape == (N, K)
+    assert torch.equal(unpack(packed), w)
+
+
+def test_the_packed_layout(make):
+    w = make(40, 35)
+    rows = torch.zeros(64, 64)
+    rows[:40, :35] = w
+    assert torch.equal(
+        pack(w).data, rows[:, :35].view(2, 32, 35).transpose(1, 2).reshape(-1).contiguous()
+    )
+    pairs = rows.bfloat16().view(2, 32, 32, 2).transpose(1, 2)  # [panel, K/2, column, 2]
+    assert torch.equal(pack(w.bfloat16()).data, pairs.reshape(-1))
+
+
+def test_pack_joins_weights_side_by_side(make):
+    parts = [make(n, 50).bfloat16() for n in (33, 7, 64)]
+    strided = make(20, 90).bfloat16()[::2, 11:61]
+    joined = pack([*parts, strided])
+    assert torch.equal(joined.data, pack(torch.cat([*parts, strided])).data)
+    assert joined.shape == (114, 50)
+
+
+def test_out_may_be_strided_and_may_be_the_residual(isa, make):
+    x, w = make(18, 40), make(33, 40)
+    wide = torch.full((18, 50), 3.0)
+    out = wide[:, 9:42]
+    residual = make(18, 33)
+    out.copy_(residual)
+    assert linear(x, w, residual=out, out=out) is out
+    torch.testing.assert_close(out, residual + x @ w.T)
+    assert bool((wide[:, :9] == 3).all()) and bool((wide[:, 42:] == 3).all())
+
+
+def test_logits_in_fp32_are_not_rounded(isa, make):
+    x, w = make(3, 64).bfloat16(), make(50, 64).bfloat16()
+    y = linear(x, w, out_dtype=torch.float32)
+    torch.testing.assert_close(y, x.float() @ w.float().T, rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_inf_stay_in_their_row(isa, make):
+    x, w = make(40, 64), pack(make(40, 64))
+    clean = linear(x, w)
+    x[7, 3], x[9, 5] = float("nan"), float("inf")
+    y = linear(x, w, activation="gelu")
+    assert bool(y[7].isnan().all())
+    assert not bool(y[8].isnan().any())
+    assert torch.equal(linear(x, w)[10:], clean[10:])
+
+
+def test_gelu_at_its_ends(isa):
+    x = torch.tensor([[-float("inf"), -1e30, -50.0, -6.0, 0.0, 6.0, 50.0, 1e30, float("inf")]])
+    y = torch.empty_like(x)
+    for i in range(x.shape[1]):
+        y[:, i] = linear(x[:, i : i + 1], torch.ones(1, 1), activation="gelu")[0]
+    assert torch.equal(y[0, [0, 1, 2, 4, 6, 7, 8]], x[0].clamp(min=0)[[0, 1, 2, 4, 6, 7, 8]])
+    torch.testing.assert_close(y[0, [3, 5]], torch.tensor([-5.919e-9, 6.0]), rtol=0, atol=1e-9)
+
+
+REFUSALS = [
+    ({"x": torch.zeros(2, 9)}, r"linear: x has shape \[2, 9\], expected \[M, K=8\]"),
+    ({"x": torch.zeros(2, 8).bfloat16()}, "linear: x is bfloat16, expected the weight's float32"),
+    ({"bias": torch.zeros(3)}, r"linear: bias has shape \[3\], expected \[N=4\]"),
+    ({"residual": torch.zeros(1, 4)}, r"linear: residual has shape \[1, 4\], expected \[M=2, N=4\]"),
+    ({"activation": "swiglu"}, "linear: activation 'swiglu' is not implemented"),
+    ({"activation": "relu"}, "linear: activation is 'relu', allowed"),
+    ({"out_dtype": torch.bfloat16}, "linear: out_dtype is torch.bfloat16, allowed"),
+    ({"out": torch.zeros(2, 5)}, r"linear: out has shape \[2, 5\], expected \[M=2, N=4\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSALS)
+def test_refusals(change, message):
+    arguments = {"x": torch.zeros(2, 8), "weight": pack(torch.zeros(4, 8)), **change}
+    with pytest.raises(ValueError, match=message):
+        linear(**arguments)
+
+
+def test_formats_to_come_are_refused():
+    weight = PackedWeight(torch.zeros(256, dtype=torch.uint8), 4, 8, WeightFormat.int8)
+    with pytest.raises(ValueError, match="linear: weight format is not implemented"):
+        linear(torch.zeros(2, 8), weight)
+    with pytest.raises(ValueError, match="pack: weight is torch.float16"):
+        pack(torch.zeros(4, 8).half())
+    with pytest.raises(ValueError, match="pack: got no weight"):
+        pack([])
+    with pytest.raises(ValueError, match="one K"):
+        pack([torch.zeros(4, 8), torch.zeros(4, 9)])
+
+
+def test_the_catalogue_knows_the_op():
+    assert "linear" in ops.catalogue()
