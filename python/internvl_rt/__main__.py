@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time one op")
     bench.add_argument("--op", required=True)
     bench.add_argument("--shape", help="such as 4096x896; without it the op's real-model cases")
-    bench.add_argument("--dtype", default="bf16", help="bf16, f32, or both: bf16,f32")
-    bench.add_argument("--backend", default="cpu", help="of cpu, cuda, triton, reference")
+    bench.add_argument("--dtype", help="bf16, f32, or bf16,f32; without it all that the op has")
+    bench.add_argument("--backend", default="cpu", help="of cpu,cuda,triton,reference")
     bench.add_argument("--threads", type=int)
     bench.add_argument("--json", metavar="FILE", help="write the rows there too")
     bench.set_defaults(run=_bench)
@@ -206,16 +206,15 @@ def _ops(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     import internvl_rt
-    from internvl_rt.ops.bench import run, table
+    from internvl_rt.ops.bench import document, run, table
 
     if options.threads is not None:
         internvl_rt.set_num_threads(options.threads)
-    rows = run(
-        options.op, options.shape, options.dtype.split(","), options.backend.split(",")
-    )
+    dtypes = None if options.dtype is None else options.dtype.split(",")
+    rows = run(options.op, options.shape, dtypes, options.backend.split(","))
     print(table(rows))
     if options.json:
-        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+        Path(options.json).write_text(json.dumps(document(rows), indent=1) + "\n")
     return 0
 
 

@@ -65,6 +65,11 @@ def _case(name: str, T: int, V: int, C: int, N: int = 0, **flags: bool) -> Case:
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    T, V, C = shape
+    return _case("", T, V, C, N=T * 4 // 5).build(make)  # about a picture's share of its prompt
+
+
 _op = register(
     Op(
         name="embed_scatter",
@@ -73,6 +78,8 @@ _op = register(
         faces={"native": _C.embed_scatter},
         cost=cost,
         dims="T tokens, V vocabulary, C channels, N image features",
+        shaped=_shaped,
+        shape_help="TxVxC",
         tolerance=Tolerance(exact=True),
         cases=(
             _case("empty", 0, 5, 8),

@@ -94,6 +94,8 @@ class Op:
     faces: backend name -> implementation. "native" is the C++ extension.
     mutates: names of arguments that the op updates in place (caches); the reference returns their
         new values after its outputs.
+    shaped: arguments for a shape that somebody wants timed, sizes in the order of shape_help
+        ("TxC"); None where no few numbers describe the op.
     """
 
     name: str
@@ -105,6 +107,8 @@ class Op:
     dims: str
     tolerance: Tolerance = Tolerance()
     mutates: tuple[str, ...] = ()
+    shaped: Callable[[Inputs, tuple[int, ...]], dict[str, Any]] | None = None
+    shape_help: str = ""
 
     @property
     def backends(self) -> tuple[str, ...]:

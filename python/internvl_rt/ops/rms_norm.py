@@ -93,6 +93,10 @@ def _case(name: str, *shape: int, **options: Any) -> Case:
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    return _case("", *shape).build(make)
+
+
 def _packed(name: str, T: int, heads: int, D: int, *, per_head: bool) -> Case:
     def build(make: Inputs) -> dict[str, Any]:
         qkv = make.normal(T, 3 * heads * D, std=2.0)
@@ -111,6 +115,8 @@ _op = register(
         faces={"native": _C.rms_norm, "triton": _triton},
         cost=cost,
         dims="T tokens, H heads (1 unless per head), C channels",
+        shaped=_shaped,
+        shape_help="TxC",
         cases=(
             _case("empty", 0, 64),
             _case("one", 1, 1),

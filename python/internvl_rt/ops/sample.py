@@ -156,6 +156,10 @@ def _case(name: str, B: int, V: int, *, history: int = 0, **options: Any) -> Cas
     return Case(name, build, dtypes=(torch.float32,), **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    return _case("", *shape, temperature=0.6, top_p=0.95).build(make)
+
+
 _op = register(
     Op(
         name="sample",
@@ -164,6 +168,8 @@ _op = register(
         faces={"native": _C.sample},
         cost=cost,
         dims="B rows, V vocabulary, L ids under penalty",
+        shaped=_shaped,
+        shape_help="BxV",
         tolerance=Tolerance(exact=True),
         cases=(
             _case("empty", 0, 10),

@@ -1,0 +1,405 @@
+"""Timing of single ops beside each other and beside the machine's limits: `internvl-rt bench`.
+
+What a row means:
+- time: one call of the public function with `out` given, Python included, on warm caches; on a GPU
+  the time between two events on the stream. The backends of a case take turns, call by call.
+- roofline: the time that the op's least bytes take at the rate of a plain copy of as many bytes, or
+  that its operations take at the rate of torch's matrix product, whichever is longer; share is this
+  time over the median. Both rates are measured in the same run with the same number of threads.
+- error: the largest distance to the reference in float64, or for ops that are exact to the
+  reference itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from internvl_rt import _C
+from internvl_rt.ops.registry import Inputs, Op, catalogue, outputs_of
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "f32": torch.float32,
+    "float32": torch.float32,
+}
+# Name on the command line -> (backend of the op, device).
+BACKENDS = {
+    "cpu": ("native", "cpu"),
+    "cuda": ("native", "cuda"),
+    "triton": ("triton", "cuda"),
+    "reference": ("reference", "cpu"),
+}
+
+WARM_UP = 0.05  # seconds a row runs before it is timed
+SECONDS = 0.3  # at least so long is it timed
+LIMIT = 5.0  # and at most so long, unless MIN_CALLS take longer
+MIN_CALLS = 7
+MAX_CALLS = 20_000
+_PRODUCT = 1024  # side of the matrix product that gives the compute rate
+
+
+def run(
+    op: str,
+    shape: str | None = None,
+    dtypes: Sequence[str] | None = None,
+    backends: Sequence[str] = ("cpu",),
+) -> list[dict[str, Any]]:
+    """Times one op and returns a row (of plain JSON values) per case, dtype and backend.
+
+    shape: sizes such as "4096x896" in the order of the op's `shape_help`; None for the op's
+        real-model cases.
+    dtypes: of DTYPES; None for all that the cases have. backends: of BACKENDS.
+    Raises ValueError for anything unknown, unavailable or without a case.
+    """
+    found = catalogue().get(op)
+    if found is None:
+        raise ValueError(f"no op named {op!r}; ops: {', '.join(sorted(catalogue()))}")
+    for name in backends:
+        _require_backend(found, name)
+    work = _work(found, shape, None if dtypes is None else [_dtype(name) for name in dtypes])
+    rows = []
+    with same_threads():
+        rates = Rates()
+        for case, dtype, build in work:
+            rows += _time(found, case, dtype, build, backends, rates)
+    return rows if shape is None else [row | {"shape": shape} for row in rows]
+
+
+def document(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows with what they were measured on, for a JSON file."""
+    return {"machine": machine(), "rows": list(rows)}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as text in columns."""
+    head = ("op", "case", "shape", "dtype", "backend", "kernel", "threads", "us", "p5", "p95")
+    head = (*head, "GB/s", "GFLOP/s", "roofline", "max error")
+    lines = [
+        (
+            *(str(row[k]) for k in ("op", "case", "shape", "dtype", "backend", "kernel")),
+            str(row["threads"]),
+            *(f"{row[k]:.2f}" for k in ("median_us", "p5_us", "p95_us")),
+            *(f"{row[k]:.1f}" for k in ("gb_per_s", "gflop_per_s")),
+            f"{row['roofline_share']:.0%}",
+            f"{row['max_error']:.2g}",
+        )
+        for row in rows
+    ]
+    return columns(head, lines, numbers_from=6)
+
+
+def columns(head: Sequence[str], lines: Sequence[Sequence[str]], numbers_from: int) -> str:
+    """Aligned columns; those from numbers_from on are flush right."""
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:>{w}}" if i >= numbers_from else f"{cell:<{w}}"
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, *lines)
+    )
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and versions that figures depend on."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "isa": _C.isa(),
+        "threads": _C.num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def machine_slug() -> str:
+    """A name for a folder of results: processor, instruction set and number of threads."""
+    text = f"{_cpu_model()} {_C.isa()} {_C.num_threads()}t"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def summarise(seconds: Sequence[float]) -> dict[str, Any]:
+    """Median, 5th and 95th percentile in microseconds, and how many calls they are of."""
+    us = torch.tensor(seconds, dtype=torch.float64) * 1e6
+    p5, median, p95 = us.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
+    return {"median_us": median, "p5_us": p5, "p95_us": p95, "calls": len(seconds)}
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    timer: Mapping[str, Callable[[Callable[[], Any]], float]] | None = None,
+    *,
+    seconds: float = SECONDS,
+) -> dict[str, list[float]]:
+    """Seconds of each call, taken in turns, so that a disturbed machine disturbs all alike.
+
+    timer: another clock than the CPU's, by name.
+    """
+    clocks = {name: (timer or {}).get(name, on_cpu) for name in calls}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        start = time.perf_counter()
+        while time.perf_counter() - start < min(WARM_UP, seconds):
+            call()
+    start = time.perf_counter()
+    for n in range(MAX_CALLS):
+        elapsed = time.perf_counter() - start
+        if n >= MIN_CALLS and elapsed >= min(seconds * len(calls), LIMIT):
+            break
+        for name, call in calls.items():
+            samples[name].append(clocks[name](call))
+    return samples
+
+
+def on_cpu(call: Callable[[], Any]) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def on_gpu(call: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+@contextlib.contextmanager
+def same_threads() -> Iterator[None]:
+    """torch with as many threads as our pool, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_C.num_threads())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Rates:
+    """What the device does at most, measured when first asked for and kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], float] = {}
+
+    def bytes_per_s(self, size: int, device: str) -> float:
+        """Of a copy that reads and writes `size` bytes together, rounded up to a power of four."""
+        exponent = max(12, math.ceil(math.log2(max(size, 1)) / 2) * 2)
+        size = 1 << min(exponent, 28)
+
+        def measure() -> float:
+            source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
+            target = torch.ones_like(source)
+            return size / _best(lambda: target.copy_(source), device)
+
+        return self._keep(("copy", size, device), measure)
+
+    def flops_per_s(self, dtype: torch.dtype, device: str) -> float:
+        """Of a matrix product in float32, or in the dtype where that is faster."""
+
+        def measure(kind: torch.dtype) -> float:
+            a = torch.ones(_PRODUCT, _PRODUCT, dtype=kind, device=device)
+            out = torch.empty_like(a)
+            return 2 * _PRODUCT**3 / _best(lambda: torch.mm(a, a, out=out), device)
+
+        kinds = {torch.float32, dtype} & {torch.float32, torch.bfloat16}
+        return max(self._keep(("product", k, device), lambda k=k: measure(k)) for k in kinds)
+
+    def _keep(self, key: tuple[Any, ...], measure: Callable[[], float]) -> float:
+        if key not in self._kept:
+            self._kept[key] = measure()
+        return self._kept[key]
+
+
+def _best(call: Callable[[], Any], device: str) -> float:
+    """The shortest of many: a limit is what the device reaches when nothing disturbs it."""
+    clock = on_gpu if device == "cuda" else on_cpu
+    return min(take_turns({"": call}, {"": clock}, seconds=0.1)[""])
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"bench: dtype is {name!r}, allowed: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _require_backend(op: Op, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"bench: backend is {name!r}, allowed: {', '.join(BACKENDS)}")
+    backend, device = BACKENDS[name]
+    op.face(backend)
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        raise ValueError("bench: backend triton needs the package triton, which is not installed")
+    if name == "cuda" and not _C.has_cuda:
+        raise ValueError("bench: backend cuda is not in this build (INTERNVL_RT_CUDA is OFF)")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"bench: backend {name} needs a CUDA device, torch finds none")
+
+
+Build = Callable[[torch.dtype], dict[str, Any]]
+Work = tuple[str, torch.dtype, Build]  # case or shape, dtype, arguments
+
+
+def _work(op: Op, shape: str | None, dtypes: Sequence[torch.dtype] | None) -> list[Work]:
+    cases = [case for case in op.cases if case.bench]
+    known = list(dict.fromkeys(dtype for case in cases for dtype in case.dtypes))
+    for dtype in dtypes or ():
+        if dtype not in known:
+            raise ValueError(
+                f"{op.name}: dtype is {_name(dtype)}, the op has {', '.join(map(_name, known))}"
+            )
+    wanted = known if dtypes is None else list(dict.fromkeys(dtypes))
+    if shape is None:
+        return [
+            (case.name, dtype, lambda d, c=case: c.arguments(op.name, d))
+            for case in cases
+            for dtype in wanted
+            if dtype in case.dtypes
+        ]
+    if op.shaped is None:
+        raise ValueError(f"{op.name}: takes no shape, leave it out for its real-model cases")
+    sizes, shaped = _sizes(op, shape), op.shaped
+
+    def build(dtype: torch.dtype) -> dict[str, Any]:
+        try:
+            return shaped(Inputs(f"{op.name}/{shape}", dtype), sizes)
+        except RuntimeError as error:  # how torch reports that memory is not to be had
+            raise ValueError(f"{op.name}: shape {shape}: {str(error).splitlines()[0]}") from None
+
+    return [(shape, dtype, build) for dtype in wanted]
+
+
+def _sizes(op: Op, shape: str) -> tuple[int, ...]:
+    wrong = ValueError(
+        f"{op.name}: shape is {shape!r}, expected sizes of 1 or more as {op.shape_help}"
+    )
+    if not re.fullmatch(r"[0-9]{1,12}(x[0-9]{1,12})*", shape):
+        raise wrong
+    sizes = tuple(map(int, shape.split("x")))
+    if 0 in sizes or len(sizes) != len(op.shape_help.split("x")):
+        raise wrong
+    return sizes
+
+
+def _time(
+    op: Op,
+    case: str,
+    dtype: torch.dtype,
+    build: Build,
+    backends: Sequence[str],
+    rates: Rates,
+) -> list[dict[str, Any]]:
+    arguments = build(dtype)
+    cost, shape = op.cost(**arguments), _shape(arguments)
+    same = outputs_of(op.reference(**arguments))
+    truth = same
+    if not op.tolerance.exact:
+        truth = outputs_of(op.reference(**{k: _double(v) for k, v in arguments.items()}))
+
+    calls, clocks, facts = {}, {}, {}
+    for name in backends:
+        backend, device = BACKENDS[name]
+        # Arguments of its own: an op that updates a cache must not feed the next one.
+        mine = {k: _on(v, device) for k, v in build(dtype).items()}
+        _C.kernel_counts(reset=True)
+        out = op.function(**mine, backend=backend)
+        ran = sorted(_C.kernel_counts(reset=True))
+        produced = (*outputs_of(out), *(mine[m] for m in op.mutates))
+        facts[name] = {
+            "kernel": "+".join(ran) or ("torch" if backend == "reference" else name),
+            "max_error": _error(produced, truth),
+        }
+        calls[name] = _call(op, mine, out, backend)
+        clocks[name] = on_gpu if device == "cuda" else on_cpu
+
+    rows = []
+    for name, samples in take_turns(calls, clocks).items():
+        device = BACKENDS[name][1]
+        figures = summarise(samples)
+        seconds = figures["median_us"] * 1e-6
+        copy = rates.bytes_per_s(cost.bytes, device)
+        floor = cost.bytes / copy
+        row = {
+            "op": op.name,
+            "case": case,
+            "shape": shape,
+            "dtype": _name(dtype),
+            "backend": name,
+            "kernel": facts[name]["kernel"],
+            "threads": _C.num_threads() if device == "cpu" else 1,
+            **figures,
+            "bytes": cost.bytes,
+            "flops": cost.flops,
+            "gb_per_s": cost.bytes / seconds * 1e-9,
+            "gflop_per_s": cost.flops / seconds * 1e-9,
+            "copy_gb_per_s": copy * 1e-9,
+        }
+        if cost.flops:
+            product = rates.flops_per_s(dtype, device)
+            row["product_gflop_per_s"] = product * 1e-9
+            floor = max(floor, cost.flops / product)
+        row |= {"roofline_share": floor / seconds, "max_error": facts[name]["max_error"]}
+        rows.append(row)
+    return rows
+
+
+def _call(op: Op, arguments: dict[str, Any], out: Any, backend: str) -> Callable[[], Any]:
+    return lambda: op.function(**arguments, out=out, backend=backend)
+
+
+def _error(produced: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Largest distance; infinite where one is NaN or infinite and the other is not the same."""
+    worst = 0.0
+    for y, t in zip(produced, truth, strict=True):
+        y, t = y.cpu().double(), t.double()
+        off = torch.where(y == t, torch.zeros_like(t), (y - t).abs())
+        if off.numel():
+            worst = max(worst, float(off.nan_to_num(nan=math.inf, posinf=math.inf).max()))
+    return worst
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _on(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _shape(arguments: Mapping[str, Any]) -> str:
+    """Those of the first two inputs: "320x896,4864x896"."""
+    shapes = [v.shape for v in arguments.values() if hasattr(v, "shape")]
+    return ",".join("x".join(map(str, shape)) for shape in shapes[:2])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
