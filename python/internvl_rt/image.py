@@ -144,7 +144,9 @@ def load_image(source: Any) -> np.ndarray:
         name = f"image {_short(path)}"
         return _decode(_read(path, name), name)
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(bytes(source), f"image of {memoryview(source).nbytes} bytes")
+        name = f"image of {memoryview(source).nbytes} bytes"
+        _check_bytes(memoryview(source).nbytes, name)
+        return _decode(bytes(source), name)
     raise TypeError(f"image is {type(source).__name__}, expected {_SOURCES}")
 
 
@@ -164,7 +166,7 @@ def _read(path: str | bytes, name: str) -> bytes:
             raise ValueError(f"{name}: is not a regular file")
         _check_bytes(status.st_size, name)
         with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)
+            return file.read(MAX_BYTES)
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such file") from None
     except PermissionError:
@@ -251,7 +253,6 @@ class _BrokenFileError(Exception):
 
 
 def _decode(data: bytes, name: str) -> np.ndarray:
-    _check_bytes(len(data), name)
     kind = _kind(data)
     if kind not in _OPENERS:
         raise ValueError(f"{name}: is {kind}, allowed: {_FORMATS}")
