@@ -102,7 +102,7 @@ def test_model_against_transformers_and_references(reference):
         best = _C.isa()
         plain = "avx512" if best.startswith("amx") else best
         kind = "bf16" if dtype == "bfloat16" else "f32"
-        linear = f"linear.{kind}/{best if kind == 'bf16' else plain}"
+        linear = f"linear_{kind}/{best if kind == 'bf16' else plain}"
         assert {linear, f"flash_attention/{plain}", f"paged_attention/{plain}"} <= set(ran)
         assert relative(logits, truth) <= bound
         plain_torch = ivr.load(folder, dtype=dtype, backend="reference").forward(ids, pixels)
