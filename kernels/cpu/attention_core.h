@@ -185,53 +185,77 @@ inline void softmax_row(float* s, int begin, int end, const Visible& see, float 
   const F scale = set(factor), shift = set(-*max);
   F total[4] = {zero, zero, zero, zero};
   for (int key = begin; key < end; key += kStep) {
-    const bool whole = key >= see.first && key + kStep <= see.end;
+    float* at = s + key;
+    F x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = exp2_small(fma(load(at + i * kLanes), scale, shift));
+    if (key < see.first || key + kStep > see.end) {
+      for (int i = 0; i < 4; ++i) {
+        x[i] = select_lt(zero, visible_lanes(see, key + i * kLanes), x[i], zero);
+      }
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const int at = key + i * kLanes;
-      F x = exp2_small(fma(load(s + at), scale, shift));
-      if (!whole) x = select_lt(zero, visible_lanes(see, at), x, zero);
-      store(s + at, x);
-      total[i] = total[i] + x;
+      store(at + i * kLanes, x[i]);
+      total[i] = total[i] + x[i];
     }
   }
   *sum = ivr::sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Transposes keys [begin, end) of a chunk into panels [kChunk / kPanel][D][kPanel]; zeros around
-// them up to whole squares.
+// Loads columns [d, d + kLanes) of kLanes rows, zeros beyond D and for rows that are null, and
+// transposes them.
+template <class T>
+inline void load_square(const T* const* rows, int64_t d, int64_t D, F (&x)[kLanes]) {
+  const int64_t n = D - d;
+  if (n >= kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = rows[i] ? load(rows[i] + d) : set(0.0f);
+  } else {
+    for (int i = 0; i < kLanes; ++i) x[i] = rows[i] ? load_n(rows[i] + d, n) : set(0.0f);
+  }
+  transpose(x);
+}
+
+template <class T>
+inline void prefetch_row(const T* row, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
+}
+
+// Packs positions [begin, end) of a chunk: keys transposed into panels [kChunk / kPanel][D][kPanel]
+// with zeros around them up to whole squares, values as rows of `wide` floats. Returns whether all
+// values are finite. Rows lie far apart in a packed qkv, where no hardware prefetcher helps: the
+// rows of the next square are fetched while this one is transposed.
 template <class T, class Keys>
-void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, float* out) {
-  for (int key = begin / kLanes * kLanes; key < end; key += kLanes) {
-    float* panel = out + (key / kPanel) * kPanel * D + key % kPanel;
+bool pack(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, int64_t wide,
+          float* k_out, float* v_out) {
+  F probe = set(0.0f);
+  for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
+    const int next = first + 2 * kLanes < end ? first + 2 * kLanes : end;
+    for (int key = first + kLanes; key < next; ++key) {
+      prefetch_row(keys.k(chunk + key), D);
+      prefetch_row(keys.v(chunk + key), D);
+    }
     const T* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      rows[i] = key + i >= begin && key + i < end ? keys.k(chunk + key + i) : nullptr;
+      rows[i] = first + i >= begin && first + i < end ? keys.k(chunk + first + i) : nullptr;
     }
+    float* panel = k_out + (first / kPanel) * kPanel * D + first % kPanel;
     for (int64_t d = 0; d < D; d += kLanes) {
       const int n = static_cast<int>(D - d < kLanes ? D - d : kLanes);
       F x[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        x[i] = !rows[i] ? set(0.0f) : n == kLanes ? load(rows[i] + d) : load_n(rows[i] + d, n);
-      }
-      transpose(x);
+      load_square(rows, d, D, x);
       for (int i = 0; i < n; ++i) store(panel + (d + i) * kPanel, x[i]);
     }
-  }
-}
-
-// Widens values [begin, end) of a chunk to rows of `wide` floats. Returns whether all are finite.
-template <class T, class Keys>
-bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, int64_t wide,
-                 float* out) {
-  F probe = set(0.0f);
-  for (int key = begin; key < end; ++key) {
-    const T* row = keys.v(chunk + key);
-    for (int64_t d = 0; d < wide; d += kLanes) {
-      const F x = D - d >= kLanes ? load(row + d) : load_n(row + d, clamp(D - d, 0, kLanes));
-      probe = probe + (x - x);  // NaN for infinities and NaN
-      store(out + key * wide + d, x);
+    const int to = first + kLanes < end ? first + kLanes : end;
+    for (int key = first > begin ? first : begin; key < to; ++key) {
+      const T* row = keys.v(chunk + key);
+      for (int64_t d = 0; d < wide; d += kLanes) {
+        const F x = D - d >= kLanes ? load(row + d) : load_n(row + d, clamp(D - d, 0, kLanes));
+        probe = probe + (x - x);  // NaN for infinities and NaN
+        store(v_out + key * wide + d, x);
+      }
     }
   }
   return sum(probe) == 0.0f;
@@ -278,8 +302,7 @@ class Attention {
       const int begin = chunk < prefix_ ? 0 : within(first_key - chunk);
       const int end = within(end_key - chunk);
       if (begin >= end) continue;
-      pack_keys<T>(keys_, chunk, begin, end, p_.D, k_);
-      const bool finite = pack_values<T>(keys_, chunk, begin, end, p_.D, wide_, v_);
+      const bool finite = pack<T>(keys_, chunk, begin, end, p_.D, wide_, k_, v_);
       for (int64_t row = 0; row < n_; row += kRows) meet(chunk, row, finite);
     }
     finish();
@@ -305,12 +328,17 @@ class Attention {
 
   // [block][D][rows of the block]
   void pack_queries() {
+    static_assert(kRows <= kLanes, "a block of queries is packed as one square");
     for (int64_t row = 0; row < n_; row += kRows) {
       const int rows = rows_of(row);
-      for (int r = 0; r < rows; ++r) {
-        const T* q = query(row + r);
-        float* out = q_ + row * p_.D + r;
-        for (int64_t d = 0; d < p_.D; ++d) out[d * rows] = to_float(q[d]);
+      const T* q[kLanes];
+      for (int r = 0; r < kLanes; ++r) q[r] = r < rows ? query(row + r) : nullptr;
+      float* out = q_ + row * p_.D;
+      for (int64_t d = 0; d < p_.D; d += kLanes) {
+        const int n = static_cast<int>(p_.D - d < kLanes ? p_.D - d : kLanes);
+        F x[kLanes];
+        load_square(q, d, p_.D, x);
+        for (int i = 0; i < n; ++i) store_n(out + (d + i) * rows, x[i], rows);
       }
     }
   }
