@@ -4,8 +4,9 @@
 // walks the keys in chunks of 256 absolute positions. A chunk's K is transposed and V widened to
 // fp32 once, then blocks of kRows rows meet it: scores (register tiles of rows x keys), softmax in
 // place, scores x V (register tiles of rows x dims) merged into the outputs. The block of scores
-// stays in L1, everything else in L2. Multiply-adds: 2 * D per score; memory traffic: q and out
-// once, K and V once per item.
+// stays in L1, everything else in L2. The few rows of a decode step take K panel by panel through
+// L1 and V where it lies instead. Multiply-adds: 2 * D per score; memory traffic: q and out once, K
+// and V once per item.
 //
 // What is masked never enters: masked scores are replaced, not multiplied, keys outside of
 // [first, end) are not read, and where a chunk's V holds infinities or NaN only visible rows of it
