@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "csrc/parallel.h"
+
 namespace ivr {
 
 AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& out,
@@ -76,11 +78,15 @@ const std::vector<AttentionItem>& attention_items(const AttentionParams& p, int6
   constexpr int64_t kUnit = 42;
   thread_local std::vector<AttentionItem> items;
   items.clear();
-  const int64_t most = attention_rows(p.D);
-  int64_t longest = 0;
+  int64_t longest = 0, total = 0;
   for (int64_t b = 0; b < B; ++b) {
-    longest = std::max<int64_t>(longest, (p.cu_q[b + 1] - p.cu_q[b]) * p.group);
+    const int64_t rows = (p.cu_q[b + 1] - p.cu_q[b]) * p.group;
+    longest = std::max(longest, rows);
+    total += rows * K;
   }
+  // Large blocks pack K and V less often; small ones give every thread several.
+  int64_t most = attention_rows(p.D);
+  while (most > 2 * kUnit && total < 4 * most * num_threads()) most -= kUnit;
   // Causal blocks at the end of a sequence see the most keys: they come first, so that no thread is
   // left with a long one at the end.
   const int64_t blocks = (longest + most - 1) / most;

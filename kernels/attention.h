@@ -43,8 +43,8 @@ constexpr int64_t attention_padded(int64_t D) { return (D + 15) / 16 * 16; }
 
 // Most rows of an item: queries and outputs of an item, K and V of a chunk stay in a 1 MB L2.
 constexpr int64_t attention_rows(int64_t D) {
-  const int64_t rows = 16384 / attention_padded(D) / 42 * 42;
-  return rows < 42 ? 42 : rows;
+  const int64_t rows = 32768 / attention_padded(D) / 42 * 42;
+  return rows > 504 ? 504 : rows;
 }
 
 // Floats of scratch memory (64-byte aligned) that a thread needs: see kernels/cpu/attention_core.h.

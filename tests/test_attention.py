@@ -167,9 +167,10 @@ def test_what_a_row_does_not_see_does_not_touch_it(isa, where):
     assert torch.isnan(broken[seen]).all()
 
 
-def test_pages_before_the_window_may_be_gone(isa):
+@pytest.mark.parametrize("first", [290, 299])
+def test_pages_before_the_window_may_be_gone(isa, first):
     s = Sequences("gone", torch.float32, [300], (4, 2), 64)
-    parts = [(0, 290, 300)]
+    parts = [(0, first, 300)]
     before = s.paged(parts, window=128)
     s.k_cache[s.table[0, :2].long()] = math.nan
     s.table[0, :2] = -1

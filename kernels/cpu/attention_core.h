@@ -4,8 +4,9 @@
 // walks the keys in chunks of 256 absolute positions. A chunk's K is transposed and V widened to
 // fp32 once, then blocks of kRows rows meet it: scores (register tiles of rows x keys), softmax in
 // place, scores x V (register tiles of rows x dims) merged into the outputs. The block of scores
-// stays in L1, everything else in L2. Multiply-adds: 2 * D per score; memory traffic: q and out
-// once, K and V once per item.
+// stays in L1, everything else in L2. The few rows of a decode step take K panel by panel through
+// L1 and V where it lies instead. Multiply-adds: 2 * D per score; memory traffic: q and out once, K
+// and V once per item.
 //
 // What is masked never enters: masked scores are replaced, not multiplied, keys outside of
 // [first, end) are not read, and where a chunk's V holds infinities or NaN only visible rows of it
@@ -72,21 +73,36 @@ struct Merge {
   bool live[kStateStride];
 };
 
-// o[r][dim] <- merge of o and the sum over keys of p[r][key] * v[key][dim], one chain per element.
-template <int R, int V>
-inline void value_tile(const float* p, const float* v, int64_t wide, int begin, int end,
-                       const Merge& merge, float* o) {
+// Where value_tile finds the values of a chunk: packed, or in their own place.
+struct PackedValues {
+  const float* v;
+  int64_t wide;
+  const float* row(int key) const { return v + key * wide; }
+};
+template <class T, class Keys>
+struct ValuesInPlace {
+  const Keys& keys;
+  int64_t chunk;
+  const T* row(int key) const { return keys.v(chunk + key); }
+};
+
+// o[r][dim] <- merge of o and the sum over keys of p[r][key] * v[key][dim], one chain per element,
+// for V vectors of dims from d on; the last has n dims.
+template <int R, int V, class Values>
+inline void value_tile(const float* p, const Values& values, int64_t d, int64_t n, int64_t wide,
+                       int begin, int end, const Merge& merge, float* o) {
   F acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) acc[r][i] = set(0.0f);
   }
-  v += begin * wide;
-  for (int key = begin; key < end; ++key, v += wide) {
+  for (int key = begin; key < end; ++key) {
+    const auto* v = values.row(key) + d;
     F x[V];
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) x[i] = load(v + i * kLanes);
+    for (int i = 0; i < V - 1; ++i) x[i] = load(v + i * kLanes);
+    x[V - 1] = n == kLanes ? load(v + (V - 1) * kLanes) : load_n(v + (V - 1) * kLanes, n);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const F a = set(p[r * kScoreStride + key]);
@@ -94,6 +110,7 @@ inline void value_tile(const float* p, const float* v, int64_t wide, int begin, 
       for (int i = 0; i < V; ++i) acc[r][i] = fma(a, x[i], acc[r][i]);
     }
   }
+  o += d;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r, o += wide) {
     if (!merge.live[r]) continue;
@@ -124,18 +141,22 @@ void scores_of(int rows, const float* q, const float* k, int64_t D, int begin, i
   }
 }
 
-template <int R>
-void values_of(int rows, const float* p, const float* v, int64_t wide, int begin, int end,
-               const Merge& merge, float* o) {
+// D: the dims that values have; o has `wide` of them.
+template <int R, class Values>
+void values_of(int rows, const float* p, const Values& values, int64_t D, int64_t wide, int begin,
+               int end, const Merge& merge, float* o) {
   if (rows == R) {
     constexpr int V = kVectors<R>;
     int64_t d = 0;
-    for (; d + V * kLanes <= wide; d += V * kLanes) {
-      value_tile<R, V>(p, v + d, wide, begin, end, merge, o + d);
+    for (; d + V * kLanes <= D; d += V * kLanes) {
+      value_tile<R, V>(p, values, d, kLanes, wide, begin, end, merge, o);
     }
-    for (; d < wide; d += kLanes) value_tile<R, 1>(p, v + d, wide, begin, end, merge, o + d);
+    for (; d < D; d += kLanes) {
+      const int64_t n = D - d < kLanes ? D - d : kLanes;
+      value_tile<R, 1>(p, values, d, n, wide, begin, end, merge, o);
+    }
   } else if constexpr (R > 1) {
-    values_of<R - 1>(rows, p, v, wide, begin, end, merge, o);
+    values_of<R - 1>(rows, p, values, D, wide, begin, end, merge, o);
   }
 }
 
@@ -185,37 +206,63 @@ inline void softmax_row(float* s, int begin, int end, const Visible& see, float 
   const F scale = set(factor), shift = set(-*max);
   F total[4] = {zero, zero, zero, zero};
   for (int key = begin; key < end; key += kStep) {
-    const bool whole = key >= see.first && key + kStep <= see.end;
+    float* at = s + key;
+    F x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = exp2_small(fma(load(at + i * kLanes), scale, shift));
+    if (key < see.first || key + kStep > see.end) {
+      for (int i = 0; i < 4; ++i) {
+        x[i] = select_lt(zero, visible_lanes(see, key + i * kLanes), x[i], zero);
+      }
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const int at = key + i * kLanes;
-      F x = exp2_small(fma(load(s + at), scale, shift));
-      if (!whole) x = select_lt(zero, visible_lanes(see, at), x, zero);
-      store(s + at, x);
-      total[i] = total[i] + x;
+      store(at + i * kLanes, x[i]);
+      total[i] = total[i] + x[i];
     }
   }
   *sum = ivr::sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Transposes keys [begin, end) of a chunk into panels [kChunk / kPanel][D][kPanel]; zeros around
-// them up to whole squares.
+// Loads columns [d, d + kLanes) of kLanes rows, zeros beyond D and for rows that are null, and
+// transposes them.
+template <class T>
+inline void load_square(const T* const* rows, int64_t d, int64_t D, F (&x)[kLanes]) {
+  const int64_t n = D - d;
+  if (n >= kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = rows[i] ? load(rows[i] + d) : set(0.0f);
+  } else {
+    for (int i = 0; i < kLanes; ++i) x[i] = rows[i] ? load_n(rows[i] + d, n) : set(0.0f);
+  }
+  transpose(x);
+}
+
+template <class T>
+inline void prefetch_row(const T* row, int64_t D) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
+}
+
+// Packs keys [begin, end) of a chunk, transposed, into panels [kChunk / kPanel][D][kPanel], with
+// zeros around them up to whole squares. Rows may lie far apart (a packed qkv, pages), where no
+// hardware prefetcher helps: while a square is transposed, its values and the next keys are
+// fetched.
 template <class T, class Keys>
 void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, float* out) {
-  for (int key = begin / kLanes * kLanes; key < end; key += kLanes) {
-    float* panel = out + (key / kPanel) * kPanel * D + key % kPanel;
+  for (int first = begin / kLanes * kLanes; first < end; first += kLanes) {
     const T* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      rows[i] = key + i >= begin && key + i < end ? keys.k(chunk + key + i) : nullptr;
+      const int key = first + i;
+      rows[i] = key >= begin && key < end ? keys.k(chunk + key) : nullptr;
+      if (rows[i]) prefetch_row(keys.v(chunk + key), D);
+      if (key + kLanes < end) prefetch_row(keys.k(chunk + key + kLanes), D);
     }
+    float* panel = out + (first / kPanel) * kPanel * D + first % kPanel;
     for (int64_t d = 0; d < D; d += kLanes) {
       const int n = static_cast<int>(D - d < kLanes ? D - d : kLanes);
       F x[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        x[i] = !rows[i] ? set(0.0f) : n == kLanes ? load(rows[i] + d) : load_n(rows[i] + d, n);
-      }
-      transpose(x);
+      load_square(rows, d, D, x);
       for (int i = 0; i < n; ++i) store(panel + (d + i) * kPanel, x[i]);
     }
   }
@@ -273,11 +320,16 @@ class Attention {
     const int64_t first_key = first_visible(item_.first_row / p_.group);
     int64_t end_key = end_visible(last);
     if (prefix_ > end_key) end_key = prefix_;
+    const bool one_query = n_ <= kRows && item_.first_row / p_.group == last;
     for (int64_t chunk = 0; chunk < end_key; chunk += kChunk) {
       if (chunk >= prefix_ && chunk + kChunk <= first_key) continue;
       const int begin = chunk < prefix_ ? 0 : within(first_key - chunk);
       const int end = within(end_key - chunk);
       if (begin >= end) continue;
+      if (one_query && prefix_ == 0) {
+        meet_alone(chunk, begin, end);
+        continue;
+      }
       pack_keys<T>(keys_, chunk, begin, end, p_.D, k_);
       const bool finite = pack_values<T>(keys_, chunk, begin, end, p_.D, wide_, v_);
       for (int64_t row = 0; row < n_; row += kRows) meet(chunk, row, finite);
@@ -305,12 +357,17 @@ class Attention {
 
   // [block][D][rows of the block]
   void pack_queries() {
+    static_assert(kRows <= kLanes, "a block of queries is packed as one square");
     for (int64_t row = 0; row < n_; row += kRows) {
       const int rows = rows_of(row);
-      for (int r = 0; r < rows; ++r) {
-        const T* q = query(row + r);
-        float* out = q_ + row * p_.D + r;
-        for (int64_t d = 0; d < p_.D; ++d) out[d * rows] = to_float(q[d]);
+      const T* q[kLanes];
+      for (int r = 0; r < kLanes; ++r) q[r] = r < rows ? query(row + r) : nullptr;
+      float* out = q_ + row * p_.D;
+      for (int64_t d = 0; d < p_.D; d += kLanes) {
+        const int n = static_cast<int>(p_.D - d < kLanes ? p_.D - d : kLanes);
+        F x[kLanes];
+        load_square(q, d, p_.D, x);
+        for (int i = 0; i < n; ++i) store_n(out + (d + i) * rows, x[i], rows);
       }
     }
   }
@@ -332,7 +389,40 @@ class Attention {
     }
     if (begin >= end) return;
     scores_of<kRows>(rows, q_ + row * p_.D, k_, p_.D, begin, end, s_);
+    const Merge merge = softmax(row, see, begin, end);
+    float* o = o_ + row * wide_;
+    if (finite) {
+      values_of<kRows>(rows, s_, PackedValues{v_, wide_}, wide_, wide_, begin, end, merge, o);
+      return;
+    }
+    for (int r = 0; r < rows; ++r) {
+      if (!merge.live[r]) continue;
+      values_of_visible(s_ + r * kScoreStride, v_, wide_, see[r], merge.keep[r], merge.take[r],
+                        o + r * wide_);
+    }
+  }
 
+  // Rows of a single query, which all see the keys [begin, end) of the chunk: a decode step. The
+  // few rows are no work to pack for: K passes through one panel that stays in L1, V is read in
+  // place. The same chains of additions as in meet.
+  void meet_alone(int64_t chunk, int begin, int end) {
+    const int rows = static_cast<int>(n_);
+    for (int key = begin; key < end;) {
+      const int panel = key / kPanel * kPanel, to = panel + kPanel < end ? panel + kPanel : end;
+      pack_keys<T>(keys_, chunk + panel, key - panel, to - panel, p_.D, k_);
+      scores_of<kRows>(rows, q_, k_, p_.D, key - panel, to - panel, s_ + panel);
+      key = to;
+    }
+    Visible see[kRows];
+    for (int r = 0; r < rows; ++r) see[r] = {begin, end, 0};
+    const Merge merge = softmax(0, see, begin, end);
+    const ValuesInPlace<T, Keys> values = {keys_, chunk};
+    values_of<kRows>(rows, s_, values, p_.D, wide_, begin, end, merge, o_);
+  }
+
+  // Scores of a block's rows to weights, and the running maxima and sums brought up to date.
+  Merge softmax(int64_t row, const Visible* see, int begin, int end) {
+    const int rows = rows_of(row);
     const int from = begin / kPanel * kPanel, to = (end + kPanel - 1) / kPanel * kPanel;
     float* max = max_ + row / kRows * kStateStride;
     float* sum = sum_ + row / kRows * kStateStride;
@@ -358,17 +448,7 @@ class Attention {
       max[r] = next[r];
       sum[r] = fma1(chunk_sum[r], merge.take[r], sum[r] * merge.keep[r]);
     }
-
-    float* o = o_ + row * wide_;
-    if (finite) {
-      values_of<kRows>(rows, s_, v_, wide_, begin, end, merge, o);
-      return;
-    }
-    for (int r = 0; r < rows; ++r) {
-      if (!merge.live[r]) continue;
-      values_of_visible(s_ + r * kScoreStride, v_, wide_, see[r], merge.keep[r], merge.take[r],
-                        o + r * wide_);
-    }
+    return merge;
   }
 
   float sink(int64_t head) const {

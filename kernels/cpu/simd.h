@@ -11,7 +11,11 @@
 #include <string.h>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
+// gcc 12's own headers pass an undefined register to masked builtins and are warned about it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 namespace ivr {
