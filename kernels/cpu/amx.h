@@ -84,12 +84,12 @@ class Tiles {
       for (int m = 0; m < 16; ++m) {
         float* row = reinterpret_cast<float*>(tile_[kC][m]) + v * kLanes;
         const bf16* a = reinterpret_cast<const bf16*>(tile_[kA][m]);
-        F c = load(row);
+        F c = ivr::load(row);
         for (int k = 0; k < 16; ++k) {
           c = flushed(fma(flushed(set(to_float(a[2 * k]))), even[k], c));
           c = flushed(fma(flushed(set(to_float(a[2 * k + 1]))), odd[k], c));
         }
-        store(row, c);
+        ivr::store(row, c);
       }
     }
   }
