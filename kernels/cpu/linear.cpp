@@ -4,7 +4,7 @@
 // AVX-512, 6 x 16 on AVX2) while K goes by. x is widened to fp32 and interleaved once per call into
 // the shared workspace ([groups][K][rows of the group]), so that the inner loop broadcasts from
 // consecutive memory. K is walked in pieces of kDepth, whose sums are added in order: so a chunk's
-// rows of x stay in L2 and a piece of a panel in L1 or L2. Up to kStreamRows rows, a step walks several panels at once: weights come from DRAM
+// rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a step walks several panels at once: weights come from DRAM
 // then, and more streams with prefetch read them faster than one (30 % measured).
 #include "kernels/linear.h"
 
@@ -23,14 +23,16 @@ constexpr int kGroup = 6;
 constexpr int kStreamVectors = 8;
 constexpr int kStreamRows = 1;
 #endif
+// Several streams need to look less far ahead than one.
+template <int Vectors>
+constexpr int kPrefetchBytes = Vectors == 2 ? 2048 : 512;
 constexpr int kPanelVectors = kPanelColumns / kLanes;
-// Part of the result's definition: the same for every M and instruction set. 12 rows of x are 18 KB,
-// a piece of a panel 48 KB.
-constexpr int64_t kDepth = 384;
-constexpr int64_t kRowStep = 120;    // 184 KB of x
-constexpr int64_t kPanelStep = 8;    // 123 KB of partial sums
-constexpr int64_t kWidenRows = 36;   // from here on bf16 weights are widened once per chunk
-constexpr int kPrefetchBytes = 512;
+// Part of the result's definition: the same for every M and instruction set. 12 rows of x are 6 KB, a
+// piece of a panel is 16 KB: both fit L1.
+constexpr int64_t kDepth = 128;
+constexpr int64_t kRowStep = 360;   // 184 KB of x: a piece of a panel is read from memory once
+constexpr int64_t kPanelStep = 8;   // 368 KB of partial sums
+constexpr int64_t kWidenRows = 36;  // from here on a piece is copied once per chunk, in fp32
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -38,6 +40,26 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // x's depth in the workspace: pairs are whole.
 inline int64_t even_depth(const LinearParams& p) {
   return p.dtype == DType::bf16 ? (p.K + 1) / 2 * 2 : p.K;
+}
+
+// Rows of a group whose multiply-adds load x each for itself instead of sharing one load: fewer
+// instructions to decode (32 a step of 12 x 32 instead of 40), which is what limits a core whose
+// sibling thread is busy, as long as the two load ports suffice (22 loads in 12 cycles).
+template <int Rows, int Vectors>
+constexpr int kFused = kLanes == 16 && Vectors == 2 ? Rows * 2 / 3 : 0;
+
+template <int Vectors>
+inline void accumulate(const float* x, bool fused, const F* b, F* acc) {
+#if defined(__AVX512F__)
+  if (fused) {
+    for (int v = 0; v < Vectors; ++v) acc[v] = fma_from(x, b[v], acc[v]);
+    return;
+  }
+#endif
+  (void)fused;
+  const F a = set(*x);
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) acc[v] = fma(a, b[v], acc[v]);
 }
 
 // c[Rows][Vectors * kLanes] (+)= a[K][Rows]^T * w[K][...]. The vectors lie next to each other in
@@ -51,19 +73,18 @@ void multiply(const float* a, const float* w, int64_t panel_size, int64_t K, flo
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) acc[r][v] = set(0.0f);
   }
+#pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
     F b[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       const float* at = w + (v / kPanelVectors) * panel_size + (v % kPanelVectors) * kLanes;
-      if (stream) __builtin_prefetch(at + kPrefetchBytes / 4);
+      if (stream) __builtin_prefetch(at + kPrefetchBytes<Vectors> / 4);
       b[v] = load(at);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const F x = set(a[r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(x, b[v], acc[r][v]);
+      accumulate<Vectors>(a + r, r < kFused<Rows, Vectors>, b, acc[r]);
     }
     a += Rows;
     w += kPanelColumns;
@@ -92,20 +113,16 @@ void multiply(const float* a, const bf16* w, int64_t panel_size, int64_t K, floa
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       const bf16* at = w + (v / kPanelVectors) * panel_size + (v % kPanelVectors) * kLanes * 2;
-      if (stream) __builtin_prefetch(at + kPrefetchBytes / 2);
+      if (stream) __builtin_prefetch(at + kPrefetchBytes<Vectors> / 2);
       load_pairs(at, even[v], odd[v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const F x = set(a[r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(x, even[v], acc[r][v]);
+      accumulate<Vectors>(a + r, r < kFused<Rows, Vectors>, even, acc[r]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const F x = set(a[Rows + r]);
-#pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) acc[r][v] = fma(x, odd[v], acc[r][v]);
+      accumulate<Vectors>(a + Rows + r, r < kFused<Rows, Vectors>, odd, acc[r]);
     }
     a += 2 * Rows;
     w += 2 * kPanelColumns;
@@ -190,16 +207,74 @@ void plan(LinearParams& p, int threads) {
 }
 
 template <class T>
+void interleave(const T* x, int64_t x_m, int64_t k0, int64_t K, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = k0; k < K; ++k) to[k * rows + r] = to_float(x[r * x_m + k]);
+  }
+}
+
+#if defined(__AVX512F__)
+// v[i][j] <-> v[j][i].
+inline void transpose(F (&v)[16]) {
+  __m512 t[16], s[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
+  }
+  const auto low = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  const auto high = [](__m512 a, __m512 b) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+  };
+  // s[i + j], quarter q: rows i to i + 3 of column 4 q + j.
+  for (int i = 0; i < 16; i += 4) {
+    s[i] = low(t[i], t[i + 2]);
+    s[i + 1] = high(t[i], t[i + 2]);
+    s[i + 2] = low(t[i + 1], t[i + 3]);
+    s[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters 0 and 2, or 1 and 3, of both operands
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(s[j], s[4 + j], kEven);
+    const __m512 b = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], kEven);
+    const __m512 c = _mm512_shuffle_f32x4(s[j], s[4 + j], kOdd);
+    const __m512 d = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], kOdd);
+    v[j].v = _mm512_shuffle_f32x4(a, b, kEven);
+    v[4 + j].v = _mm512_shuffle_f32x4(c, d, kEven);
+    v[8 + j].v = _mm512_shuffle_f32x4(a, b, kOdd);
+    v[12 + j].v = _mm512_shuffle_f32x4(c, d, kOdd);
+  }
+}
+
+// The whole vectors of the rows; returns how many k that were. Each line of x is touched once: rows
+// a power of two apart would push each other out of L1.
+template <class T>
+int64_t interleave_vectors(const T* x, int64_t x_m, int64_t K, int64_t rows, float* to) {
+  int64_t k = 0;
+  for (; k + 16 <= K; k += 16) {
+    F v[16];
+    for (int r = 0; r < 16; ++r) v[r] = r < rows ? load(x + r * x_m + k) : set(0.0f);
+    transpose(v);
+    for (int i = 0; i < 16; ++i) store_n(to + (k + i) * rows, v[i], rows);
+  }
+  return k;
+}
+#endif
+
+template <class T>
 void interleave(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t depth = even_depth(p);
   for (int64_t g = begin; g < end; ++g) {
     const int64_t m0 = g * kGroup, rows = least(p.M - m0, kGroup);
+    const T* x = static_cast<const T*>(p.x) + m0 * p.x_m;
     float* to = static_cast<float*>(p.workspace) + m0 * depth;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* from = static_cast<const T*>(p.x) + (m0 + r) * p.x_m;
-      for (int64_t k = 0; k < p.K; ++k) to[k * rows + r] = to_float(from[k]);
-      if (depth > p.K) to[p.K * rows + r] = 0.0f;
-    }
+    int64_t done = 0;
+#if defined(__AVX512F__)
+    done = interleave_vectors(x, p.x_m, p.K, rows, to);
+#endif
+    interleave(x, p.x_m, done, p.K, rows, to);
+    for (int64_t i = p.K * rows; i < depth * rows; ++i) to[i] = 0.0f;
   }
 }
 
@@ -222,7 +297,9 @@ inline void widen(const bf16* w, int64_t K, float* to) {
     }
   }
 }
-inline void widen(const float*, int64_t, float*) {}
+inline void widen(const float* w, int64_t K, float* to) {
+  for (int64_t i = 0; i < K * kPanelColumns; i += kLanes) store(to + i, load(w + i));
+}
 
 template <class W>
 void stream(const LinearParams& p, int64_t begin, int64_t end, float* sums) {
@@ -256,39 +333,64 @@ void stream(const LinearParams& p, int64_t begin, int64_t end, float* sums) {
   }
 }
 
+// One piece of a panel for a chunk's rows. next: the piece that comes after this one, to be fetched
+// meanwhile.
+template <class W>
+void compute_piece(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel, int64_t k0,
+                   const W* next, float* sums, float* wide) {
+  const int64_t depth = even_depth(p), K = least(kDepth, depth - k0);
+  const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
+  const W* w = static_cast<const W*>(p.weight) + panel * size + k0 * kPanelColumns;
+  const char* ahead = reinterpret_cast<const char*>(next);
+  const int64_t groups = ceil_div(m1 - m0, kGroup);
+  const int64_t share = ceil_div(kDepth * kPanelColumns * sizeof(W), groups * 64) * 64;
+  if (wide) widen(w, K, wide);
+  for (int64_t m = m0; m < m1; m += kGroup) {
+    const int64_t rows = least(p.M - m, kGroup);
+    const float* a = static_cast<const float*>(p.workspace) + m * depth + k0 * rows;
+    float* c = sums + (m - m0) * kPanelColumns;
+    if (wide) {
+      for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+      ahead += share;
+    }
+    for (int v = 0; v < kPanelVectors; v += 2) {
+      const int64_t j = v * kLanes;
+      if (wide) {
+        multiply_for<float, 2>(rows)(a, wide + j, 0, K, c + j, kPanelColumns, k0 > 0, false);
+      } else {
+        multiply_for<W, 2>(rows)(a, w + j * (sizeof(W) == 2 ? 2 : 1), 0, K, c + j, kPanelColumns,
+                                 k0 > 0, true);
+      }
+    }
+    if (k0 + K >= depth) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
+  }
+}
+
 template <class W>
 void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
                    float* scratch) {
   const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
   const int64_t depth = even_depth(p);
-  const float* x = static_cast<const float*>(p.workspace);
   const W* weight = static_cast<const W*>(p.weight);
   float* wide = scratch;
   float* sums = scratch + kDepth * kPanelColumns;
-  const bool once = kDepth >= depth;  // no partial sums to keep: one tile's worth is enough
-  const bool widened = sizeof(W) == 2 && m1 - m0 >= kWidenRows;
-  // At least one step: the epilogue of a product over nothing.
-  for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
-    const int64_t K = least(kDepth, depth - k0);
+  // Either way at least one piece: the epilogue of a product over nothing.
+  if (m1 - m0 < kWidenRows) {
+    // Few rows: the weights pass once, in the order of memory.
     for (int64_t panel = panel0; panel < panel1; ++panel) {
-      const W* w = weight + panel * size + k0 * kPanelColumns;
-      if (widened) widen(w, K, wide);
-      for (int64_t m = m0; m < m1; m += kGroup) {
-        const int64_t rows = least(p.M - m, kGroup);
-        const float* a = x + m * depth + k0 * rows;
-        float* c = once ? sums
-                        : sums + ((panel - panel0) * p.row_step + (m - m0)) * kPanelColumns;
-        for (int v = 0; v < kPanelVectors; v += 2) {
-          const int64_t j = v * kLanes;
-          if (widened) {
-            multiply_for<float, 2>(rows)(a, wide + j, 0, K, c + j, kPanelColumns, k0 > 0, false);
-          } else {
-            multiply_for<W, 2>(rows)(a, w + j * (sizeof(W) == 2 ? 2 : 1), 0, K, c + j,
-                                     kPanelColumns, k0 > 0, true);
-          }
-        }
-        if (k0 + K >= depth) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
+      for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
+        compute_piece<W>(p, m0, m1, panel, k0, nullptr, sums, nullptr);
       }
+    }
+    return;
+  }
+  for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
+    for (int64_t panel = panel0; panel < panel1; ++panel) {
+      const bool last = panel + 1 == panel1;
+      const W* next = weight + (last ? panel0 : panel + 1) * size +
+                      (last ? k0 + kDepth : k0) * kPanelColumns;
+      compute_piece<W>(p, m0, m1, panel, k0, next,
+                       sums + (panel - panel0) * p.row_step * kPanelColumns, wide);
     }
   }
 }

@@ -88,6 +88,11 @@ inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// *a times b plus c as one instruction with its load: see linear.cpp.
+inline F fma_from(const float* a, F b, F c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c.v) : "v"(b.v), "m"(*a));
+  return c;
+}
 // min and max return b where either is NaN, as the x86 instructions do.
 inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
