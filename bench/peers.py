@@ -274,3 +274,6 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         sample,
     )
 }
+
+# Peers that draw other random numbers: their distance from our results says nothing.
+OTHER_DRAWS = ("sample",)

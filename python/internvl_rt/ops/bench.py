@@ -95,7 +95,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             *(f"{row[k]:.2f}" for k in ("median_us", "p5_us", "p95_us")),
             *(f"{row[k]:.1f}" for k in ("gb_per_s", "gflop_per_s")),
             f"{row['roofline_share']:.0%}",
-            f"{row['max_error']:.2g}",
+            "" if row["max_error"] is None else f"{row['max_error']:.2g}",
         )
         for row in rows
     ]
