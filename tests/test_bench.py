@@ -65,7 +65,7 @@ def test_real_cases_without_a_shape():
     "op", [o for o in ops.catalogue().values() if o.shaped], ids=lambda op: op.name
 )
 def test_every_shape_help_is_true(op):
-    shape = tuple(range(3, 3 + len(op.shape_help.split("x"))))
+    shape = (8,) * len(op.shape_help.split("x"))
     for dtype in {d for c in op.cases if c.bench for d in c.dtypes}:
         arguments = op.shaped(Inputs(op.name, dtype), shape)
         op.function(**arguments)

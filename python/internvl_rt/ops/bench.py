@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Inputs, Op, catalogue, outputs_of
+from internvl_rt.ops.registry import Cost, Inputs, Op, catalogue, outputs_of
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -75,7 +75,7 @@ def run(
     with same_threads():
         rates = Rates()
         for case, dtype, build in work:
-            rows += _time(found, case, dtype, build, backends, rates)
+            rows += time_case(found, case, dtype, build, backends, rates)
     return rows if shape is None else [row | {"shape": shape} for row in rows]
 
 
@@ -95,7 +95,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             *(f"{row[k]:.2f}" for k in ("median_us", "p5_us", "p95_us")),
             *(f"{row[k]:.1f}" for k in ("gb_per_s", "gflop_per_s")),
             f"{row['roofline_share']:.0%}",
-            f"{row['max_error']:.2g}",
+            "" if row["max_error"] is None else f"{row['max_error']:.2g}",
         )
         for row in rows
     ]
@@ -301,14 +301,19 @@ def _sizes(op: Op, shape: str) -> tuple[int, ...]:
     return sizes
 
 
-def _time(
+def time_case(
     op: Op,
     case: str,
     dtype: torch.dtype,
     build: Build,
     backends: Sequence[str],
     rates: Rates,
+    peers: Mapping[str, Callable[..., Callable[[], Any]]] | None = None,
 ) -> list[dict[str, Any]]:
+    """A row per backend, and per peer: another implementation, peers[name](**arguments)().
+
+    A peer's calls take their turns with ours; it runs on the CPU.
+    """
     arguments = build(dtype)
     cost, shape = op.cost(**arguments), _shape(arguments)
     same = outputs_of(op.reference(**arguments))
@@ -316,11 +321,11 @@ def _time(
     if not op.tolerance.exact:
         truth = outputs_of(op.reference(**{k: _double(v) for k, v in arguments.items()}))
 
-    calls, clocks, facts = {}, {}, {}
+    calls, devices, facts = {}, {}, {}
     for name in backends:
-        backend, device = BACKENDS[name]
+        backend, devices[name] = BACKENDS[name]
         # Arguments of its own: an op that updates a cache must not feed the next one.
-        mine = {k: _on(v, device) for k, v in build(dtype).items()}
+        mine = {k: _on(v, devices[name]) for k, v in build(dtype).items()}
         _C.kernel_counts(reset=True)
         out = op.function(**mine, backend=backend)
         ran = sorted(_C.kernel_counts(reset=True))
@@ -330,37 +335,39 @@ def _time(
             "max_error": _error(produced, truth),
         }
         calls[name] = _call(op, mine, out, backend)
-        clocks[name] = on_gpu if device == "cuda" else on_cpu
+    for name, prepare in (peers or {}).items():
+        devices[name], calls[name] = "cpu", prepare(**build(dtype))
+        error = _error(outputs_of(calls[name]()), truth[: len(same) - len(op.mutates)])
+        facts[name] = {"kernel": name, "max_error": error}
 
-    rows = []
-    for name, samples in take_turns(calls, clocks).items():
-        device = BACKENDS[name][1]
-        figures = summarise(samples)
-        seconds = figures["median_us"] * 1e-6
-        copy = rates.bytes_per_s(cost.bytes, device)
-        floor = cost.bytes / copy
-        row = {
-            "op": op.name,
-            "case": case,
-            "shape": shape,
-            "dtype": _name(dtype),
-            "backend": name,
-            "kernel": facts[name]["kernel"],
-            "threads": _C.num_threads() if device == "cpu" else 1,
-            **figures,
-            "bytes": cost.bytes,
-            "flops": cost.flops,
-            "gb_per_s": cost.bytes / seconds * 1e-9,
-            "gflop_per_s": cost.flops / seconds * 1e-9,
-            "copy_gb_per_s": copy * 1e-9,
-        }
-        if cost.flops:
-            product = rates.flops_per_s(dtype, device)
-            row["product_gflop_per_s"] = product * 1e-9
-            floor = max(floor, cost.flops / product)
-        row |= {"roofline_share": floor / seconds, "max_error": facts[name]["max_error"]}
-        rows.append(row)
-    return rows
+    clocks = {name: on_gpu if device == "cuda" else on_cpu for name, device in devices.items()}
+    head = {"op": op.name, "case": case, "shape": shape, "dtype": _name(dtype)}
+    return [
+        head
+        | {"backend": name, "threads": _C.num_threads() if devices[name] == "cpu" else 1}
+        | _figures(samples, cost, dtype, devices[name], rates)
+        | facts[name]
+        for name, samples in take_turns(calls, clocks).items()
+    ]
+
+
+def _figures(
+    samples: Sequence[float], cost: Cost, dtype: torch.dtype, device: str, rates: Rates
+) -> dict[str, Any]:
+    times = summarise(samples)
+    seconds = times["median_us"] * 1e-6
+    copy = rates.bytes_per_s(cost.bytes, device)
+    product = rates.flops_per_s(dtype, device) if cost.flops else None
+    floor = max(cost.bytes / copy, cost.flops / product if product else 0.0)
+    return times | {
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+        "gb_per_s": cost.bytes / seconds * 1e-9,
+        "gflop_per_s": cost.flops / seconds * 1e-9,
+        "copy_gb_per_s": copy * 1e-9,
+        "product_gflop_per_s": product and product * 1e-9,
+        "roofline_share": floor / seconds,
+    }
 
 
 def _call(op: Op, arguments: dict[str, Any], out: Any, backend: str) -> Callable[[], Any]:

@@ -187,6 +187,11 @@ def _case(
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    T, H, K, D = shape
+    return _case("", [T], (H, K), D).build(make)
+
+
 _op = register(
     Op(
         name="flash_attention",
@@ -195,6 +200,8 @@ _op = register(
         faces={"native": _C.flash_attention},
         cost=cost,
         dims="T queries, Tkv keys, H query heads, K kv heads, D head dim, B sequences",
+        shaped=_shaped,
+        shape_help="TxHxKxD",
         cases=(
             _case("empty", [], (2, 1), 64),
             _case("empty_sequences", [0, 3, 0, 2], (2, 1), 8, kv_lens=[4, 0, 0, 5]),

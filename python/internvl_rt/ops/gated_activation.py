@@ -62,6 +62,10 @@ def _strided(make: Inputs) -> dict[str, Any]:
     return {"x": make.normal(6, 200)[::2, 7:161]}
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    return _case("", *shape).build(make)
+
+
 _op = register(
     Op(
         name="gated_activation",
@@ -70,6 +74,8 @@ _op = register(
         faces={"native": _C.gated_activation},
         cost=cost,
         dims="T tokens, I intermediate channels",
+        shaped=_shaped,
+        shape_help="TxI",
         cases=(
             _case("empty", 0, 64),
             _case("one", 1, 1),

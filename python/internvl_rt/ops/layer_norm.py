@@ -61,6 +61,10 @@ def _strided(make: Inputs) -> dict[str, Any]:
     return {"x": x, "weight": make.normal(213), "bias": make.normal(213), "eps": 1e-5}
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    return _case("", *shape).build(make)
+
+
 _op = register(
     Op(
         name="layer_norm",
@@ -69,6 +73,8 @@ _op = register(
         faces={"native": _C.layer_norm},
         cost=cost,
         dims="T tokens, C channels",
+        shaped=_shaped,
+        shape_help="TxC",
         cases=(
             _case("empty", 0, 64),
             _case("one", 1, 1),

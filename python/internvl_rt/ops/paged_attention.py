@@ -145,6 +145,11 @@ def _case(
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    B, L, H, K, D = shape
+    return _case("", [1] * B, [L] * B, (H, K), D).build(make)
+
+
 _op = register(
     Op(
         name="paged_attention",
@@ -152,7 +157,10 @@ _op = register(
         reference=reference,
         faces={"native": _C.paged_attention},
         cost=cost,
-        dims="T queries, H query heads, K kv heads, D head dim, B sequences, P page size",
+        dims="T queries, H query heads, K kv heads, D head dim, B sequences, P page size, "
+        "L keys of each (bench)",
+        shaped=_shaped,
+        shape_help="BxLxHxKxD",
         cases=(
             _case("empty", [], [], (2, 1), 64),
             _case("empty_sequences", [0, 2, 0], [5, 2, 0], (4, 2), 16, P=4),

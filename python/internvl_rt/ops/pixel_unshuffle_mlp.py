@@ -141,6 +141,11 @@ def _case(
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    t, C, hidden = shape
+    return _case("", t, (32, 32), C, hidden).build(make)
+
+
 _op = register(
     Op(
         name="pixel_unshuffle_mlp",
@@ -149,6 +154,8 @@ _op = register(
         faces={"native": _C.pixel_unshuffle_norm},
         cost=cost,
         dims="t tiles, h x w patches, C channels, r ratio, h1 and h2 projector widths",
+        shaped=_shaped,
+        shape_help="txCxh2",
         cases=(
             _case("empty", 0, (4, 4), 8, 16),
             _case("odd", 2, (4, 6), 5, 33),

@@ -195,6 +195,10 @@ def _case(name: str, H: int, W: int, columns: int, rows: int, S: int, **options:
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    return _case("", *shape, 4, 3, 448, thumbnail=True).build(make)
+
+
 _op = register(
     Op(
         name="preprocess",
@@ -204,6 +208,8 @@ _op = register(
         cost=cost,
         dims="H, W picture, S tile side, t tiles",
         tolerance=Tolerance(exact=True),
+        shaped=_shaped,
+        shape_help="HxW",
         cases=(
             _case("empty", 5, 7, 0, 0, 4),
             _case("odd", 37, 53, 3, 2, 13, thumbnail=True),

@@ -140,6 +140,10 @@ def _case(
     return Case(name, build, **flags)
 
 
+def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
+    return _case("", *shape).build(make)
+
+
 _op = register(
     Op(
         name="rope",
@@ -150,6 +154,8 @@ _op = register(
         dims="T tokens, H query heads, K kv heads, D head dim, R rotated dims, B sequences, "
         "P page size",
         mutates=("k_cache", "v_cache"),
+        shaped=_shaped,
+        shape_help="TxHxKxD",
         cases=(
             _case("empty", 0, 4, 2, 64),
             _case("empty_rotation", 3, 2, 1, 8, R=0),

@@ -1,0 +1,420 @@
+"""Whole models beside Hugging Face transformers, on the same random weights, in the same run.
+
+    python bench/models.py                    # InternVL3-1B's shape in bfloat16, all threads
+    python bench/models.py --dtype f32 --rows vit-1,decode-320
+    python bench/models.py --shape tiny       # seconds: tries the bench, its figures mean nothing
+
+Both sides read the same files (Transformers-native layout), use the same number of threads, and
+take turns call by call, each first in every other round. The peer runs eagerly with its default
+attention (scaled_dot_product_attention, the faster one of its two). Before anything is timed the
+two must agree on picture features and logits. Load time and memory are measured in processes of
+their own, with the files in the page cache.
+
+    vit-T          T tiles of 448 x 448 through tower and projector
+    prefill-N      a prompt of N tokens, logits of the last one, its argmax
+    decode-N       the next token after a context of N; decode-BxN: of B sequences together
+    load           checkpoint to model; first-token: and 8 tokens of prompt to the next token
+    memory         peak resident memory above that after the imports: load, 1 tile, 64 + 8 tokens
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from make_checkpoint import IMAGE_SIZE, SHAPES, make
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "f32": torch.float32,
+    "float32": torch.float32,
+}
+SIDES = ("ours", "transformers")
+ROWS = (
+    "vit-1",
+    "vit-4",
+    "prefill-320",
+    "prefill-1088",
+    "decode-320",
+    "decode-2048",
+    "decode-8x320",
+    "load",
+    "first-token",
+    "memory",
+)
+IN_PROCESSES = ("load", "first-token", "memory")
+# Distance of the two sides' results, relative to their size (both root mean square), above which
+# one of them computes something else. The bfloat16 bound allows for 24 layers of rounding.
+AGREEMENT = {torch.bfloat16: 0.15, torch.float32: 1e-3}
+LEAST, MOST = 3, 50  # rounds of a row
+PAUSE = 0.003  # seconds between calls: the other side's worker threads stop spinning
+
+
+class Ours:
+    def __init__(self, folder: Path, dtype: torch.dtype, threads: int) -> None:
+        import internvl_rt as ivr
+
+        self.model = ivr.load(folder, dtype=dtype, device="cpu", threads=threads)
+        self._decoding: list[Any] = []
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_images(pixels)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model.forward(ids)[:, -1]
+
+    def prefill(self, ids: Tensor) -> list[int]:
+        return [tokens[0] for tokens in self.model.generate(ids, max_new_tokens=1, eos_token_id=-1)]
+
+    def decoder(self, ids: Tensor, steps: int) -> Callable[[], Any]:
+        """A call runs one step of the engine: one token for each row."""
+        from internvl_rt.runtime.request import Request, SamplingParams
+
+        engine = self.model.engine
+        # Rows whose prompts are done first decode while the others are still read.
+        params = SamplingParams(max_new_tokens=steps + ids.numel(), stop_ids=frozenset())
+        requests = [Request(row.tolist(), params) for row in ids]
+        for request in requests:
+            engine.submit(request)
+        stream = engine.stream(requests[0])
+        while not all(request.tokens for request in requests):
+            next(stream)
+
+        def step() -> None:
+            before = len(requests[-1].tokens)
+            next(stream)
+            if len(requests[-1].tokens) != before + 1:
+                raise RuntimeError("a step of the engine gave the last row no token")
+
+        self._decoding = requests
+        return step
+
+    def end_decoding(self) -> None:
+        for request in self._decoding:
+            self.model.engine.cancel(request)
+
+
+class Transformers:
+    def __init__(self, folder: Path, dtype: torch.dtype, threads: int) -> None:
+        from transformers import InternVLForConditionalGeneration
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        self.dtype = dtype
+        self.model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+
+    @property
+    def attention(self) -> str:
+        return self.model.config._attn_implementation
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        out = self.model.get_image_features(pixel_values=pixels.to(self.dtype))
+        return out.pooler_output
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor) -> list[int]:
+        out = self.model(input_ids=ids, logits_to_keep=1, use_cache=True)
+        return out.logits[:, -1].argmax(-1).tolist()
+
+    @torch.inference_mode()
+    def decoder(self, ids: Tensor, steps: int) -> Callable[[], Any]:
+        out = self.model(input_ids=ids, logits_to_keep=1, use_cache=True)
+        state = [out.logits[:, -1].argmax(-1, keepdim=True)]
+        cache = out.past_key_values
+
+        @torch.inference_mode()
+        def step() -> None:
+            out = self.model(input_ids=state[0], past_key_values=cache, logits_to_keep=1)
+            state[0] = out.logits[:, -1].argmax(-1, keepdim=True)
+
+        return step
+
+    def end_decoding(self) -> None:
+        pass
+
+
+KINDS = {"ours": Ours, "transformers": Transformers}
+
+
+def take_turns(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call over as many rounds as fit into the time, LEAST to MOST of them.
+
+    Rounds that are so long that LEAST would take three times the time end after two.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for n in range(MOST):
+        elapsed = time.perf_counter() - start
+        if (n >= LEAST and elapsed >= seconds) or (n >= 2 and elapsed >= 3 * seconds):
+            break
+        for name in sorted(calls, reverse=n % 2 == 1):
+            time.sleep(PAUSE)
+            begin = time.perf_counter()
+            calls[name]()
+            samples[name].append(time.perf_counter() - begin)
+    return samples
+
+
+def agreement(sides: Mapping[str, Any], dtype: torch.dtype) -> dict[str, float]:
+    """Relative distances of features and logits; ValueError where they are too large."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    ids = _ids(1, 64)
+    found = {}
+    for name, call in (
+        ("features", lambda s: s.encode(pixels)),
+        ("logits", lambda s: s.logits(ids)),
+    ):
+        a, b = (call(sides[side]).double() for side in SIDES)
+        distance = float(((a - b).square().mean() / b.square().mean()).sqrt())
+        if not distance <= AGREEMENT[dtype]:
+            raise ValueError(f"{name} of the two sides are {distance:.3g} of their size apart")
+        found[name] = distance
+    return found
+
+
+def time_row(row: str, sides: Mapping[str, Any], seconds: float) -> dict[str, list[float]]:
+    kind, _, size = row.partition("-")
+    if kind == "vit":
+        generator = torch.Generator().manual_seed(2)
+        pixels = torch.randn(int(size), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        return take_turns({n: lambda s=s: s.encode(pixels) for n, s in sides.items()}, seconds)
+    if kind == "prefill":
+        ids = _ids(1, int(size))
+        return take_turns({n: lambda s=s: s.prefill(ids) for n, s in sides.items()}, seconds)
+    batch, _, context = size.rpartition("x")
+    ids = _ids(int(batch or 1), int(context))
+    try:
+        steps = {n: s.decoder(ids, steps=MOST + 2) for n, s in sides.items()}
+        for step in steps.values():
+            step()
+        return take_turns(steps, seconds)
+    finally:
+        for side in sides.values():
+            side.end_decoding()
+
+
+def _ids(batch: int, length: int) -> Tensor:
+    return torch.randint(0, 500, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def child(side: str, folder: Path, dtype: torch.dtype, threads: int, *, work: bool) -> None:
+    """Loads in a process of its own and prints seconds and kilobytes as JSON."""
+    if side == "ours":
+        import internvl_rt  # noqa: F401
+    else:
+        from transformers import InternVLForConditionalGeneration  # noqa: F401
+    imported = _status_kb("VmRSS")
+    start = time.perf_counter()
+    model = KINDS[side](folder, dtype, threads)
+    loaded = time.perf_counter() - start
+    model.prefill(_ids(1, 8))
+    first = time.perf_counter() - start
+    if work:
+        model.encode(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE))
+        step = model.decoder(_ids(1, 64), 8)
+        for _ in range(8):
+            step()
+    peak = _status_kb("VmHWM") - imported
+    print(json.dumps({"load": loaded, "first-token": first, "memory": peak}))
+
+
+def _status_kb(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def measure_processes(
+    sides: Sequence[str], folder: Path, dtype: str, threads: int
+) -> dict[str, dict[str, list[float]]]:
+    """{row: {side: samples}} of IN_PROCESSES; two loads, and one with work for the memory."""
+    for file in folder.iterdir():
+        with file.open("rb") as f:  # into the page cache
+            while f.read(1 << 24):
+                pass
+    found: dict[str, dict[str, list[float]]] = {r: {s: [] for s in sides} for r in IN_PROCESSES}
+    for n in range(3):
+        for side in sides:
+            command = [sys.executable, __file__, "--child", side, "--checkpoint", str(folder)]
+            command += [
+                "--dtype",
+                dtype,
+                "--threads",
+                str(threads),
+                *(["--work"] if n == 2 else []),
+            ]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+                raise RuntimeError(f"loading with {side}: {last}")
+            figures = json.loads(result.stdout.splitlines()[-1])
+            for row in IN_PROCESSES:
+                if row != "memory" or n == 2:
+                    found[row][side].append(figures[row])
+    return found
+
+
+def summary(row: str, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """A row of the result: medians, extremes and ratio; unit kB or seconds, and tokens a second."""
+    out: dict[str, Any] = {"row": row, "unit": "kB" if row == "memory" else "s"}
+    for side, values in samples.items():
+        out[side] = {
+            "median": statistics.median(values),
+            "min": min(values),
+            "max": max(values),
+            "n": len(values),
+        }
+        if row.startswith("decode"):
+            batch = int(row.partition("-")[2].rpartition("x")[0] or 1)
+            out[side]["tokens_per_s"] = batch / out[side]["median"]
+    if len(samples) == 2:
+        ours, peer = (out[side]["median"] for side in SIDES)
+        out["ratio"] = peer / ours
+    return out
+
+
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """The rows as text; ratio is the peer's figure over ours, above 1 is better."""
+    lines = [
+        f"{'row':<14}{'ours':>11} {'[min, max]':<18}{'transformers':>13} {'[min, max]':<18}ratio"
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"{row['row']:<14}{row['error']}")
+            continue
+        line = f"{row['row']:<14}"
+        for side, width in zip(SIDES, (11, 13), strict=True):
+            line += _cell(row, row.get(side), width)
+        lines.append(line + (f"{row['ratio']:.2f}" if "ratio" in row else ""))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(row: Mapping[str, Any], figures: Mapping[str, Any] | None, width: int) -> str:
+    if figures is None:
+        return " " * (width + 19)
+    scale, unit, digits = (1, "s", 2)
+    if row["unit"] == "kB":
+        scale, unit, digits = (1 / 1024, "MiB", 0)
+    elif figures["median"] < 1:
+        scale, unit, digits = (1e3, "ms", 1)
+    median, low, high = (f"{figures[k] * scale:.{digits}f}" for k in ("median", "min", "max"))
+    return f"{f'{median} {unit}':>{width}} {f'[{low}, {high}]':<18}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _options(arguments)
+    dtype = DTYPES[options.dtype]
+    if options.child:
+        child(options.child, options.checkpoint, dtype, options.threads, work=options.work)
+        return 0
+    if options.checkpoint is not None:
+        return bench(options, options.checkpoint, dtype)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch) / "checkpoint"
+        print(f"writing random weights in the shape of {options.shape} ...", file=sys.stderr)
+        make(folder, SHAPES[options.shape], layout="hf")
+        return bench(options, folder, dtype)
+
+
+def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
+    from internvl_rt import num_threads, set_num_threads
+    from internvl_rt.ops.bench import machine, machine_slug
+
+    if options.threads:
+        set_num_threads(options.threads)
+    threads = num_threads()
+    torch.set_num_threads(threads)
+    result: dict[str, Any] = {
+        "machine": machine(),
+        "shape": options.shape,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": threads,
+        "rows": [],
+    }
+    wanted = [r for r in options.rows if r in IN_PROCESSES]
+    if wanted:
+        found = measure_processes(options.sides, folder, options.dtype, threads)
+        result["rows"] += [summary(row, found[row]) for row in wanted]
+    wanted = [r for r in options.rows if r not in IN_PROCESSES]
+    if wanted:
+        sides = {name: KINDS[name](folder, dtype, threads) for name in options.sides}
+        if "transformers" in sides:
+            import transformers
+
+            result["peer"] = f"transformers {transformers.__version__}, eager, " + (
+                f"{sides['transformers'].attention} attention"
+            )
+        if len(sides) == 2:
+            result["agreement"] = agreement(sides, dtype)
+        for row in wanted:
+            print(f"{row} ...", file=sys.stderr)
+            try:
+                result["rows"].append(summary(row, time_row(row, sides, options.seconds)))
+            except Exception as error:
+                # The other rows are worth having; the exit status says that one is missing.
+                result["rows"].append({"row": row, "error": f"{type(error).__name__}: {error}"})
+    result["rows"].sort(key=lambda r: ROWS.index(r["row"]))
+    print(table(result["rows"]))
+    out = options.out or Path(__file__).parent / "results" / machine_slug()
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / f"models-{options.shape}-{result['dtype']}.json"
+    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {file}", file=sys.stderr)
+    return 1 if any("error" in row for row in result["rows"]) else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    def some_of(known: Sequence[str]) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            names = text.split(",")
+            for name in names:
+                if name not in known:
+                    allowed = ", ".join(known)
+                    raise argparse.ArgumentTypeError(f"{name!r}, allowed: {allowed}")
+            return names
+
+        return parse
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="internvl3-1b")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--rows", type=some_of(ROWS), default=list(ROWS), help="comma-separated")
+    parser.add_argument("--sides", type=some_of(SIDES), default=list(SIDES))
+    parser.add_argument("--threads", type=int, default=0, help="0: all of the machine's")
+    parser.add_argument(
+        "--seconds", type=float, default=12.0, help="a row is timed for about so long"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="one in the hf layout, instead of a new one"
+    )
+    parser.add_argument("--scratch", type=Path, help="folder for the new checkpoint (2 GB)")
+    parser.add_argument("--out", type=Path, help="folder for the JSON file")
+    parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""What each op is timed beside: the same work by torch (or Pillow), as one would write it.
+
+A peer gets a case's arguments, prepares what a model would prepare once (plain weights, gathered
+caches), and returns the call to time; None where it has no way to do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from internvl_rt.ops.linear import PackedWeight, unpack
+
+Call = Callable[[], Any]
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_in_fp32: bool = False,
+) -> Call | None:
+    if weight_in_fp32:
+        return None
+    if residual is None:
+        return lambda: F.rms_norm(x, weight.shape, weight, eps)
+
+    def both() -> tuple[Tensor, Tensor]:
+        h = x + residual
+        return F.rms_norm(h, weight.shape, weight, eps), h
+
+    return both
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Call:
+    return lambda: F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Call | None:
+    epilogues = {"none": lambda y: y, "gelu": F.gelu, "silu": F.silu}
+    if activation not in epilogues:
+        return None
+    w, epilogue = _plain(weight), epilogues[activation]
+
+    def call() -> Tensor:
+        y = epilogue(F.linear(x, w, bias))
+        y = y if scale is None else y * scale
+        y = y if residual is None else residual + y
+        return y if out_dtype is None else y.to(out_dtype)
+
+    return call
+
+
+def gated_activation(x: Tensor, kind: str = "silu") -> Call | None:
+    if kind != "silu":
+        return None
+    gate, up = x.chunk(2, dim=-1)
+    return lambda: F.silu(gate) * up
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_kv: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Call | None:
+    if len(cu_q) != 2 or (causal and len(q) != len(k)):
+        return None
+    if window is not None or sinks is not None or prefix is not None:
+        return None
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, H, T, D]
+    return lambda: F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=True
+    )[0].transpose(0, 1)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    prefix: Tensor | None = None,
+) -> Call | None:
+    """Contiguous keys and values, as transformers keeps them; equal lengths only."""
+    if len(set(kv_lens.tolist())) != 1 or len(set(cu_q.diff().tolist())) != 1:
+        return None
+    if window is not None or sinks is not None or prefix is not None:
+        return None
+    B, L, n = len(kv_lens), int(kv_lens[0]), int(cu_q[1])
+    K, D = k_cache.shape[1], k_cache.shape[3]
+
+    def gather(cache: Tensor) -> Tensor:
+        pages = cache[page_table.long()]  # [B, pages, K, P, D]
+        return pages.transpose(1, 2).reshape(B, K, -1, D)[:, :, :L].contiguous()
+
+    k, v = gather(k_cache), gather(v_cache)
+    q = q.unflatten(0, (B, n)).transpose(1, 2)  # [B, H, n, D]
+    mask = None if n == 1 else torch.ones(n, L, dtype=torch.bool).tril(L - n)
+
+    def call() -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        return y.transpose(1, 2).flatten(0, 1)
+
+    return call
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    scale: Tensor,
+    sequence: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Call | None:
+    """The table, the rotation and the cache's update of one layer; all tokens of one sequence."""
+    D = q.shape[-1]
+    if len(inv_freq) != 1 or inv_freq.shape[1] * 2 != D or bool((slots < 0).any()):
+        return None
+    P = k_cache.shape[2]
+    page, offset = slots // P, slots % P
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+    def call() -> Tensor:
+        angle = positions[:, None] * inv_freq
+        angle = torch.cat((angle, angle), dim=-1)[:, None]  # [T, 1, D]
+        cos, sin = ((f(angle) * scale).to(q.dtype) for f in (torch.cos, torch.sin))
+        k_cache[page, :, offset] = turn(k, cos, sin)
+        v_cache[page, :, offset] = v
+        return turn(q, cos, sin)
+
+    return call
+
+
+def embed_scatter(
+    ids: Tensor, table: Tensor, image: Tensor | None = None, image_row: Tensor | None = None
+) -> Call:
+    if image is None or image_row is None:
+        return lambda: F.embedding(ids, table)
+
+    def call() -> Tensor:
+        y = F.embedding(ids, table)
+        here = image_row >= 0
+        y[here] = image[image_row[here]]
+        return y
+
+    return call
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor | None = None,
+    top_p: Tensor | None = None,
+    **other: Any,
+) -> Call | None:
+    """Greedy, or temperature and top-p with torch's own noise: the same work, another draw."""
+    if set(other) - {"seed", "index"}:
+        return None
+    if temperature is None:
+        return lambda: logits.argmax(-1)
+
+    def call() -> Tensor:
+        values, ids = (logits / temperature[:, None]).sort(-1, descending=True)
+        p = values.softmax(-1)
+        if top_p is not None:
+            p = p.masked_fill(p.cumsum(-1) - p >= top_p[:, None], 0)
+        return ids.gather(-1, torch.multinomial(p, 1))[:, 0]
+
+    return call
+
+
+def pixel_unshuffle_mlp(
+    x: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    w1: Tensor | PackedWeight,
+    b1: Tensor,
+    w2: Tensor | PackedWeight,
+    b2: Tensor,
+    grid: tuple[int, int],
+    ratio: int = 2,
+    version: str = "v2",
+    eps: float = 1e-5,
+) -> Call | None:
+    if version != "v2":
+        return None
+    w1, w2 = _plain(w1), _plain(w2)
+    (h, w), r, t, C = grid, ratio, len(x), x.shape[-1]
+
+    def call() -> Tensor:
+        y = x.reshape(t, h // r, r, w // r, r, C).transpose(2, 3).reshape(t, -1, r * r * C)
+        y = F.layer_norm(y, ln_weight.shape, ln_weight, ln_bias, eps)
+        return F.linear(F.gelu(F.linear(y, w1, b1)), w2, b2)
+
+    return call
+
+
+def preprocess(
+    image: Tensor,
+    columns: int,
+    rows: int,
+    image_size: int,
+    thumbnail: bool = False,
+    mean: Any = (0.485, 0.456, 0.406),
+    std: Any = (0.229, 0.224, 0.225),
+    dtype: torch.dtype = torch.float32,
+) -> Call:
+    import numpy as np
+    from PIL import Image
+
+    picture, S = Image.fromarray(image.numpy()), image_size
+    shift, factor = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+
+    def call() -> Tensor:
+        whole = picture.resize((columns * S, rows * S), Image.Resampling.BICUBIC)
+        boxes = [(c * S, r * S, c * S + S, r * S + S) for r in range(rows) for c in range(columns)]
+        tiles = [whole.crop(box) for box in boxes]
+        if thumbnail:
+            tiles.append(picture.resize((S, S), Image.Resampling.BICUBIC))
+        pixels = [torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in tiles]
+        return torch.stack([((p.float() / 255 - shift) / factor).to(dtype) for p in pixels])
+
+    return call
+
+
+def _plain(weight: Tensor | PackedWeight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else unpack(weight).contiguous()
+
+
+# Op -> (what the peer is called in a row, its function).
+PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
+    f.__name__: ("Pillow+torch" if f is preprocess else "torch", f)
+    for f in (
+        embed_scatter,
+        flash_attention,
+        gated_activation,
+        layer_norm,
+        linear,
+        paged_attention,
+        pixel_unshuffle_mlp,
+        preprocess,
+        rms_norm,
+        rope,
+        sample,
+    )
+}
+
+# Peers that draw other random numbers: their distance from our results says nothing.
+OTHER_DRAWS = ("sample",)

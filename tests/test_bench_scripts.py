@@ -1,0 +1,84 @@
+"""The scripts of bench/: peers compute what our ops compute, and whole models are compared."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from internvl_rt import ops
+from internvl_rt.ops.registry import outputs_of
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    for name in ("peers", "ops", "make_checkpoint", "models"):
+        sys.modules.pop(name, None)
+
+
+def quick_cases():
+    return [
+        pytest.param(op, case, id=f"{op.name}-{case.name}")
+        for op in ops.catalogue().values()
+        for case in op.cases
+        if not case.slow and torch.float32 in case.dtypes
+    ]
+
+
+def test_every_op_has_a_peer():
+    from peers import PEERS
+
+    assert set(PEERS) == set(ops.catalogue())
+
+
+@pytest.mark.parametrize(("op", "case"), quick_cases())
+def test_peers_do_the_same_work(op, case):
+    from peers import OTHER_DRAWS, PEERS
+
+    _, prepare = PEERS[op.name]
+    call = prepare(**case.arguments(op.name, torch.float32))
+    if call is None:
+        assert not case.bench, "a real-model case has no peer"
+        return
+    arguments = case.arguments(op.name, torch.float32)
+    expected = outputs_of(op.reference(**arguments))
+    got = outputs_of(call())
+    if op.name in OTHER_DRAWS and "temperature" in arguments:
+        assert [(g.shape, g.dtype) for g in got] == [(e.shape, e.dtype) for e in expected]
+        return
+    for g, e in zip(got, expected[: len(expected) - len(op.mutates)], strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+
+
+def test_models_beside_transformers(tmp_path):
+    """Both sides on one tiny checkpoint; they agree before they are timed."""
+    import make_checkpoint
+
+    shape = replace(make_checkpoint.SHAPES["tiny"], vocab=600)
+    make_checkpoint.make(tmp_path / "model", shape, layout="hf")
+    command = [sys.executable, str(BENCH / "models.py"), "--shape", "tiny", "--seconds", "0"]
+    command += ["--rows", "vit-1,prefill-320,decode-8x320", "--dtype", "f32"]
+    command += ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr + result.stdout
+    written = json.loads((tmp_path / "models-tiny-float32.json").read_text())
+    assert [row["row"] for row in written["rows"]] == ["vit-1", "prefill-320", "decode-8x320"]
+    for row in written["rows"]:
+        assert row["ratio"] == row["transformers"]["median"] / row["ours"]["median"]
+        assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
+    assert 0 < written["agreement"]["logits"] < 1e-3
+    assert "sdpa attention" in written["peer"]
+
+
+def test_models_refuses_what_it_does_not_know():
+    command = [sys.executable, str(BENCH / "models.py"), "--rows", "vit-2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert "'vit-2', allowed: vit-1" in result.stderr
