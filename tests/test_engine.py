@@ -1,6 +1,7 @@
 """The engine's laws: bit-equality, fault containment, pages that come back."""
 
 import os
+import signal
 import threading
 
 import pytest
@@ -245,8 +246,10 @@ def test_a_forked_child_computes(model):
     expected = model.forward(ids)
     child = os.fork()
     if child == 0:
-        # Leave without pytest's teardown, whatever happens.
+        # Leave without pytest's teardown, whatever happens, and in a minute at the latest.
         code = 1
+        signal.alarm(60)
+        torch.set_num_threads(1)  # torch's OpenMP threads do not survive a fork; ours are remade
         try:
             code = 0 if torch.equal(model.forward(ids), expected) else 2
         finally:
