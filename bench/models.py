@@ -57,7 +57,7 @@ ROWS = (
 IN_PROCESSES = ("load", "first-token", "memory")
 # Distance of the two sides' results, relative to their size (both root mean square), above which
 # one of them computes something else. The bfloat16 bound allows for 24 layers of rounding.
-AGREEMENT = {torch.bfloat16: 0.15, torch.float32: 1e-3}
+AGREEMENT = {torch.bfloat16: 0.06, torch.float32: 1e-3}
 LEAST, MOST = 3, 50  # rounds of a row
 PAUSE = 0.003  # seconds between calls: the other side's worker threads stop spinning
 
