@@ -119,7 +119,9 @@ def linear(
         weight = pack(weight)
     if out is None:
         out = torch.empty(
-            (x.shape[0] if x.dim() == 2 else 0, weight.n), dtype=out_dtype or x.dtype, device=x.device
+            (x.shape[0] if x.dim() == 2 else 0, weight.n),
+            dtype=out_dtype or x.dtype,
+            device=x.device,
         )
     elif out_dtype is not None and out.dtype != out_dtype:
         raise ValueError(f"linear: out is {out.dtype}, expected out_dtype {out_dtype}")
@@ -238,7 +240,9 @@ _op = register(
             _case("all", 37, 64, 64, bias=True, activation="gelu", scale=True, residual=True),
             Case("strided", _strided),
             _case("logits", 4, 100, 64, out_dtype=torch.float32, residual=True),
-            _real("internvit_300m_fc1", 1025, 4096, 1024, bias=True, activation="gelu", dtypes=_BF16),
+            _real(
+                "internvit_300m_fc1", 1025, 4096, 1024, bias=True, activation="gelu", dtypes=_BF16
+            ),
             _real("internvit_300m_fc2", 1025, 1024, 4096, bias=True, scale=True, residual=True),
             _real("qwen2_0.5b_qkv", 320, 1152, 896, bias=True),
             _real("qwen2_0.5b_down", 320, 896, 4864, residual=True),
