@@ -423,6 +423,21 @@ void transpose(const void* const* rows, int64_t words, uint32_t* to) {
   constexpr int64_t kBlock = 16;  // one cache line of each row at a time
   for (int64_t k0 = 0; k0 < words; k0 += kBlock) {
     const int64_t n = least(kBlock, words - k0);
+#if defined(__AVX512F__)
+    if (n == kBlock) {
+      for (int64_t r = 0; r < kPanelColumns; r += 16) {
+        F v[16];
+        for (int i = 0; i < 16; ++i) {
+          v[i] = rows[r + i] ? load(static_cast<const float*>(rows[r + i]) + k0) : set(0.0f);
+        }
+        transpose(v);
+        for (int i = 0; i < 16; ++i) {
+          _mm512_storeu_ps(to + (k0 + i) * kPanelColumns + r, v[i].v);
+        }
+      }
+      continue;
+    }
+#endif
     for (int64_t r = 0; r < kPanelColumns; ++r) {
       if (!rows[r]) {
         for (int64_t k = 0; k < n; ++k) to[(k0 + k) * kPanelColumns + r] = 0;
