@@ -3,7 +3,8 @@
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
 // columns, zero-padded.
 //   f32    [ceil(N/32)][K][32]
-//   bf16   [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32: a pair of k stands together. 16 pairs
+//   bf16   [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32: a pair of k stands together. 16
+//   pairs
 //          of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one
 //          512-bit load, whose low halves are the even and whose high halves are the odd k.
 //

@@ -1,8 +1,9 @@
 // pixel_unshuffle_norm: the first half of pixel_unshuffle_mlp; two linear products follow it.
 //
 // Patch features x [t, h * w, C] (row-major cells) become rows of r * r * C channels, one per block
-// of r x r cells, normalised (see layer_norm.h). A row's channels are the block's cells in row-major
-// order. The blocks of a tile follow each other row by row (version v2) or column by column (v1).
+// of r x r cells, normalised (see layer_norm.h). A row's channels are the block's cells in
+// row-major order. The blocks of a tile follow each other row by row (version v2) or column by
+// column (v1).
 #pragma once
 
 #include "kernels/cpu/isa.h"

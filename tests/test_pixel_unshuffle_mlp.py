@@ -49,7 +49,10 @@ def test_order_of_tokens_and_channels(version, first_cells, backend):
 
 REFUSALS = [
     ({"grid": (4, 5)}, r"pixel_unshuffle_mlp: grid is \(4, 5\), expected multiples of ratio=2"),
-    ({"grid": (4, 8)}, r"pixel_unshuffle_mlp: x has shape \[2, 24, 3\], expected \[t, h\*w=32, C\]"),
+    (
+        {"grid": (4, 8)},
+        r"pixel_unshuffle_mlp: x has shape \[2, 24, 3\], expected \[t, h\*w=32, C\]",
+    ),
     ({"version": "v3"}, "pixel_unshuffle_mlp: version is 'v3', allowed: v2, v1"),
     ({"ln_bias": torch.zeros(5)}, r"pixel_unshuffle_mlp: ln_bias has shape \[5\]"),
     ({"b1": torch.zeros(5)}, r"linear: bias has shape \[5\], expected \[N=12\]"),

@@ -12,7 +12,8 @@ IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
 IVR_CPU_KERNEL_OBJECT_AMX(kernel_bf16, "linear_bf16", linear, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 
-// x is prepared for at most this many bytes at a time, so that a call's memory does not grow with M.
+// x is prepared for at most this many bytes at a time, so that a call's memory does not grow with
+// M.
 constexpr int64_t kWorkspaceBytes = 24 << 20;
 // Below this much work per product a second thread does not pay.
 constexpr int64_t kSerialFlops = 1 << 17;
@@ -81,9 +82,9 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> scale, Tensor out) {
   Checker check("linear");
   check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
-  check.require(check["K"] == K, "x has shape " + x.shape_text() + ", expected [M, K=" +
-                                     std::to_string(K) + "] (K from weight [" + std::to_string(N) +
-                                     ", " + std::to_string(K) + "])");
+  check.require(check["K"] == K,
+                "x has shape " + x.shape_text() + ", expected [M, K=" + std::to_string(K) +
+                    "] (K from weight [" + std::to_string(N) + ", " + std::to_string(K) + "])");
   check.require(N >= 0, "weight has N=" + std::to_string(N) + ", expected N >= 0");
   check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
                 "weight format is not implemented, available: f32, bf16");

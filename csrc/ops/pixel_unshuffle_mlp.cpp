@@ -49,8 +49,8 @@ void pixel_unshuffle_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, int64_
 
 IVR_BIND(pixel_unshuffle_mlp) {
   m.def("pixel_unshuffle_norm", &pixel_unshuffle_norm, ReleaseGil(), py::arg("x"),
-        py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("h"), py::arg("w"),
-        py::arg("r"), py::arg("by_columns"), py::arg("eps"));
+        py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("h"), py::arg("w"), py::arg("r"),
+        py::arg("by_columns"), py::arg("eps"));
 }
 
 }  // namespace ivr

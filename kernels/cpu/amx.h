@@ -40,7 +40,10 @@ class Tiles {
   }
   template <int kTile>
   void store(void* base, int64_t stride) {
-    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(kTile), "r"(base), "r"(stride) : "memory");
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)"
+                 :
+                 : "i"(kTile), "r"(base), "r"(stride)
+                 : "memory");
   }
   // C [16][16] fp32 += A [16][16 pairs] * B [16 pairs][16][2], bf16.
   template <int kC, int kA, int kB>

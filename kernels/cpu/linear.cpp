@@ -4,8 +4,9 @@
 // AVX-512, 6 x 16 on AVX2) while K goes by. x is widened to fp32 and interleaved once per call into
 // the shared workspace ([groups][K][rows of the group]), so that the inner loop broadcasts from
 // consecutive memory. K is walked in pieces of kDepth, whose sums are added in order: so a chunk's
-// rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a step walks several panels at once: weights come from DRAM
-// then, and more streams with prefetch read them faster than one (30 % measured).
+// rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a step walks several
+// panels at once: weights come from DRAM then, and more streams with prefetch read them faster than
+// one (30 % measured).
 #include "kernels/linear.h"
 
 #include "kernels/cpu/linear_epilogue.h"
@@ -27,8 +28,8 @@ constexpr int kStreamRows = 1;
 template <int Vectors>
 constexpr int kPrefetchBytes = Vectors == 2 ? 2048 : 512;
 constexpr int kPanelVectors = kPanelColumns / kLanes;
-// Part of the result's definition: the same for every M and instruction set. 12 rows of x are 6 KB, a
-// piece of a panel is 16 KB: both fit L1.
+// Part of the result's definition: the same for every M and instruction set. 12 rows of x are 6 KB,
+// a piece of a panel is 16 KB: both fit L1.
 constexpr int64_t kDepth = 128;
 constexpr int64_t kRowStep = 360;   // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;   // 368 KB of partial sums
@@ -42,11 +43,13 @@ inline int64_t even_depth(const LinearParams& p) {
   return p.dtype == DType::bf16 ? (p.K + 1) / 2 * 2 : p.K;
 }
 
-// Rows of a group whose multiply-adds load x each for itself instead of sharing one load: fewer
-// instructions to decode (32 a step of 12 x 32 instead of 40), which is what limits a core whose
-// sibling thread is busy, as long as the two load ports suffice (22 loads in 12 cycles).
+// Rows of a group whose multiply-adds load x each for itself instead of sharing one load. That
+// saves an instruction and costs a load: with a third of the rows, a step of 12 x 32 has 36
+// instructions and 18 loads in its 12 cycles. Where the core's sibling thread is busy this is 10 %
+// faster than none (40 and 14) and 8 % faster than two thirds (32 and 22); alone the first two are
+// level.
 template <int Rows, int Vectors>
-constexpr int kFused = kLanes == 16 && Vectors == 2 ? Rows * 2 / 3 : 0;
+constexpr int kFused = kLanes == 16 && Vectors == 2 ? Rows / 3 : 0;
 
 template <int Vectors>
 inline void accumulate(const float* x, bool fused, const F* b, F* acc) {
@@ -387,8 +390,8 @@ void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0
   for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const bool last = panel + 1 == panel1;
-      const W* next = weight + (last ? panel0 : panel + 1) * size +
-                      (last ? k0 + kDepth : k0) * kPanelColumns;
+      const W* next =
+          weight + (last ? panel0 : panel + 1) * size + (last ? k0 + kDepth : k0) * kPanelColumns;
       compute_piece<W>(p, m0, m1, panel, k0, next,
                        sums + (panel - panel0) * p.row_step * kPanelColumns, wide);
     }
@@ -420,6 +423,21 @@ void transpose(const void* const* rows, int64_t words, uint32_t* to) {
   constexpr int64_t kBlock = 16;  // one cache line of each row at a time
   for (int64_t k0 = 0; k0 < words; k0 += kBlock) {
     const int64_t n = least(kBlock, words - k0);
+#if defined(__AVX512F__)
+    if (n == kBlock) {
+      for (int64_t r = 0; r < kPanelColumns; r += 16) {
+        F v[16];
+        for (int i = 0; i < 16; ++i) {
+          v[i] = rows[r + i] ? load(static_cast<const float*>(rows[r + i]) + k0) : set(0.0f);
+        }
+        transpose(v);
+        for (int i = 0; i < 16; ++i) {
+          _mm512_storeu_ps(to + (k0 + i) * kPanelColumns + r, v[i].v);
+        }
+      }
+      continue;
+    }
+#endif
     for (int64_t r = 0; r < kPanelColumns; ++r) {
       if (!rows[r]) {
         for (int64_t k = 0; k < n; ++k) to[(k0 + k) * kPanelColumns + r] = 0;

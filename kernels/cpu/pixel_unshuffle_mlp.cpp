@@ -1,5 +1,5 @@
-// pixel_unshuffle_norm on the CPU. A row is gathered into its place in y and normalised there, while
-// it is in L1. Bytes moved: 2 * r * r * C * size per row.
+// pixel_unshuffle_norm on the CPU. A row is gathered into its place in y and normalised there,
+// while it is in L1. Bytes moved: 2 * r * r * C * size per row.
 #include "kernels/pixel_unshuffle_mlp.h"
 
 #include "kernels/cpu/layer_norm_row.h"

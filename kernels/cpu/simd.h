@@ -334,13 +334,12 @@ inline F exp(F x) {
 }
 
 // x * sigmoid(alpha * x).
-inline F silu(F x, float alpha = 1.0f) {
-  return x / (set(1.0f) + exp(x * set(-alpha)));
-}
+inline F silu(F x, float alpha = 1.0f) { return x / (set(1.0f) + exp(x * set(-alpha))); }
 
 // x * Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, within 1.5e-7 (absolute) of the exact value.
-// -log erfc(u / sqrt 2) is a smooth function: a polynomial of degree 8 without constant term, fitted
-// on [0, 7] with the error's weight in the result, where it is off by 9e-9; beyond, it grows on.
+// -log erfc(u / sqrt 2) is a smooth function: a polynomial of degree 8 without constant term,
+// fitted on [0, 7] with the error's weight in the result, where it is off by 9e-9; beyond, it grows
+// on.
 inline F gelu(F x) {
   const F u = max(set(0.0f) - x, x);
   F q = set(1.3183901046e-6f);
