@@ -61,7 +61,13 @@ class Shape:
 SHAPES = {
     "internvl3-1b": Shape(1024, 24, 16, 4096, 896, 24, 14, 2, 4864, 151674),
     "tiny": Shape(64, 2, 4, 128, 96, 2, 6, 2, 160, 151674),
+    # As small as it gets, with a vocabulary of bytes that needs no tokenizer files.
+    "bytes": Shape(64, 2, 4, 128, 96, 2, 6, 2, 160, 268),
 }
+BYTE_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"),
+    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,8 @@ def make(
     folder.mkdir(parents=True, exist_ok=True)
     for file in copies:
         shutil.copyfile(file, folder / file.name)
+    if not copies and shape == SHAPES["bytes"]:
+        _write_byte_tokenizer(folder)
     tensors = list(original(shape) if layout == "original" else native(shape))
     configs = original_config if layout == "original" else native_config
     for name, config in configs(shape, str(dtype).removeprefix("torch.")).items():
@@ -393,6 +401,16 @@ def _tokenizer_files(folder: Path | None) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{folder}: none of {', '.join(TOKENIZER_FILES)}")
     return found
+
+
+def _write_byte_tokenizer(folder: Path) -> None:
+    """A token for each byte, in the alphabet of byte-level vocabularies, then InternVL's own."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    letters = sorted([*map(chr, printable), *(chr(256 + i) for i in range(len(others)))])
+    _write_json(folder / "vocab.json", {letter: i for i, letter in enumerate(letters)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    _write_json(folder / "added_tokens.json", {t: 256 + i for i, t in enumerate(BYTE_TOKENS)})
 
 
 def _shards(tensors: Sequence[Stored], limit: int, dtype: torch.dtype) -> list[list[Stored]]:

@@ -96,7 +96,8 @@ def test_info_and_plan(chat_folder):
     plan = run("info", "--plan", chat_folder)
     assert plan.returncode == 0, plan.stderr
     assert "weights, packed" in plan.stdout
-    assert run("info", "--plan", chat_folder / "config.json").stdout == plan.stdout
+    again = run("info", "--plan", chat_folder / "config.json").stdout
+    assert again.splitlines()[:4] == plan.stdout.splitlines()[:4]  # below: what memory is free
 
 
 def test_ops_lists_the_catalogue():

@@ -14,7 +14,14 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse settles an optional positional before the options that stand between it and the one
+    # before, as in `chat MODEL -i picture.jpg "question"`.
+    if "question" in options and options.question is None and rest and rest[0][:1] != "-":
+        options.question = rest.pop(0)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
     except KeyboardInterrupt:
