@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import secrets
@@ -162,15 +163,18 @@ class Model:
 
     @property
     def image_token_id(self) -> int:
-        """The id whose embeddings the picture features replace."""
+        """The id whose embeddings the picture features replace.
+
+        Looked up by name where there is a tokenizer: some converted configs store a wrong one.
+        """
         given = self._image_token_id
-        if given is None:
-            given = self.config.image_token_id
         if given is None:
             try:
                 given = self.tokenizer.special_id(IMG_CONTEXT)
             except FileNotFoundError as error:
-                raise ValueError(f"image_token_id is not known: {error}") from None
+                given = self.config.image_token_id
+                if given is None:
+                    raise ValueError(f"image_token_id is not known: {error}") from None
         if given is None or not 0 <= given < self.config.text.vocab_size:
             raise ValueError(
                 f"image_token_id is {given}, expected 0 to {self.config.text.vocab_size - 1}"
@@ -409,23 +413,17 @@ class Model:
         """Decodes the pictures, so that their tiles can be counted before anything is computed."""
         out = []
         config = self.config
-        limit = max_tiles if config.dynamic_image_size else 1
         for kind, source in media:
+            most = max_tiles if kind == "image" and config.dynamic_image_size else 1
             picture = pictures.load_image(source)
             height, width = picture.shape[:2]
-            columns, rows = pictures.tile_grid(
-                width, height, 1 if kind == "frame" else limit, config.image_size
-            )
+            columns, rows = pictures.tile_grid(width, height, most, config.image_size)
             count = columns * rows
             if config.use_thumbnail and count > 1:
                 count += 1
-            most = 1 if kind == "frame" else limit
-
-            def pixels(picture: Any = picture, most: int = most) -> Tensor:
-                return pictures.preprocess(
-                    picture, most, config.image_size, use_thumbnail=config.use_thumbnail
-                )
-
+            pixels = functools.partial(
+                pictures.preprocess, picture, most, config.image_size, config.use_thumbnail
+            )
             out.append(_Tiles(count, pixels))
         return out
 
