@@ -46,9 +46,7 @@ def test_every_form_of_a_picture(model, tmp_path):
 
 def test_stream_gives_the_same_answer(model):
     pieces = list(model.chat("Hello world", images=picture(), stream=True, max_new_tokens=20))
-    assert "".join(pieces).strip() == model.chat(
-        "Hello world", images=picture(), max_new_tokens=20
-    )
+    assert "".join(pieces).strip() == model.chat("Hello world", images=picture(), max_new_tokens=20)
 
 
 def test_closing_a_stream_frees_its_pages(model):

@@ -1,8 +1,8 @@
 """Custom-kernel inference runtime for the InternVL family of vision-language models.
 
-    import internvl_rt as ivr
-    model = ivr.load("path/to/InternVL3-1B")
-    print(model.chat("What is in the picture?", images="photo.jpg"))
+import internvl_rt as ivr
+model = ivr.load("path/to/InternVL3-1B")
+print(model.chat("What is in the picture?", images="photo.jpg"))
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -48,9 +48,7 @@ class Engine:
             model.dtype,
         )
         # Longest prompt and answer together.
-        self.context = min(
-            text.max_position_embeddings, self.cache.allocator.capacity * PAGE_SIZE
-        )
+        self.context = min(text.max_position_embeddings, self.cache.allocator.capacity * PAGE_SIZE)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._turn = threading.Condition()
@@ -257,4 +255,3 @@ class Engine:
         for queue in (self._running, self._waiting):
             if request in queue:
                 queue.remove(request)
-

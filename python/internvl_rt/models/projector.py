@@ -14,7 +14,9 @@ from internvl_rt.parameters import Parameters
 class Projector:
     EPS = 1e-5  # torch's default for LayerNorm: no config carries it
 
-    def __init__(self, config: ModelConfig, w: Parameters, opset: OpSet, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, w: Parameters, opset: OpSet, dtype: torch.dtype
+    ) -> None:
         self.ops, self.ratio, self.version = opset, config.unshuffle, config.ps_version
         self.norm = LayerNorm(opset, *w.pair("proj.ln"), self.EPS, dtype)
         self.fc1 = Linear(opset, *w.linear("proj.fc1"), dtype)

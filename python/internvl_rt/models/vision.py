@@ -61,9 +61,7 @@ class VisionTower:
         self.layers = [VisionLayer(config, w, i, opset, dtype) for i in range(layers)]
         self._positions: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(
-        self, pixels: Tensor, each: Callable[[Tensor], None] | None = None
-    ) -> Tensor:
+    def __call__(self, pixels: Tensor, each: Callable[[Tensor], None] | None = None) -> Tensor:
         """pixels [t, 3, height, width] -> features [t, 1 + n, C], the CLS token first.
 
         height and width are multiples of the patch size. each is called with the embeddings and
