@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 import tiny_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from test_golden import GOLDEN, golden
 
 import internvl_rt as ivr
 from internvl_rt import _C
@@ -14,6 +13,7 @@ from internvl_rt.engine import Engine
 from internvl_rt.runtime.batch import Chunk, make_batch
 from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
 from internvl_rt.runtime.request import Request, SamplingParams
+from test_golden import GOLDEN
 
 CASE = "internvl3-qwen2_5"
 IMAGE = 595

@@ -90,7 +90,7 @@ def load_vision(
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
 ) -> VisionModel:
-    """Loads the vision tower alone: of a standalone InternViT checkpoint or of a chat checkpoint."""
+    """Loads the vision tower alone, of a standalone InternViT or of a chat checkpoint."""
     _check_device(device)
     opset = OpSet(backend)
     folder = resolve_path(path_or_repo_id)

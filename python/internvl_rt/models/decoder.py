@@ -8,9 +8,9 @@ from torch import Tensor
 from internvl_rt.config import TextConfig
 from internvl_rt.layers import Linear, RmsNorm
 from internvl_rt.ops import OpSet
+from internvl_rt.parameters import Parameters
 from internvl_rt.runtime.batch import Batch
 from internvl_rt.runtime.kv_cache import KvCache
-from internvl_rt.parameters import Parameters
 
 
 class DecoderLayer:

@@ -87,7 +87,7 @@ class VisionTower:
         return x
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
-        """[1 + rows*columns, C]: the trained grid, resized (bicubic, a = -0.75) where it differs."""
+        """[1 + rows*columns, C]: the trained grid, resized (bicubic, a = -0.75) if it differs."""
         found = self._positions.get((rows, columns))
         if found is None:
             g, C = self.config.grid, self.config.hidden_size
