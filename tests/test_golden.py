@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import internvl_rt as ivr
 from internvl_rt import _C
+from internvl_rt.config import load_config
+from internvl_rt.engine import Engine
+from internvl_rt.models.internvl import InternVL
+from internvl_rt.ops import OpSet
+from internvl_rt.parameters import Parameters
+from internvl_rt.weights import Checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT_CASES = (
@@ -214,3 +220,71 @@ def test_end_to_end_picture(backend):
         GOLDEN / picture["file"], picture["max_num"], picture["image_size"]
     )
     assert torch.equal(pixels, g["e2e.pixel_values"].float())
+
+
+def _rewritten(folder, source, tensors, shards=1):
+    """The checkpoint `source` with other tensors, in one file or several with an index."""
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "preprocessor_config.json"):
+        if (source / name).exists():
+            (folder / name).write_bytes((source / name).read_bytes())
+    names = sorted(tensors)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    where = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {n: tensors[n] for n in names[i::shards]}
+        save_file(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _logits(folder, dtype="float32"):
+    inputs = golden("internvl3-qwen2_5").inputs("dyn")
+    return ivr.load(folder, dtype=dtype, image_token_id=595).forward(**inputs)
+
+
+def test_shards_spellings_and_stored_dtypes_give_the_same_bits(tmp_path):
+    original, native = golden("internvl3-qwen2_5").folder, golden("internvl3-qwen2_5-hf").folder
+    expected = _logits(original)
+    tensors = load_file(original / "model.safetensors")
+    assert torch.equal(_logits(_rewritten(tmp_path / "shards", original, tensors, 3)), expected)
+    wide = {n: t.float() for n, t in tensors.items()}
+    assert torch.equal(_logits(_rewritten(tmp_path / "wide", original, wide)), expected)
+    older = load_file(native / "model.safetensors")
+    newer = {
+        "model." + n.replace("language_model.model.", "language_model."): t
+        for n, t in older.items()
+        if "lm_head" not in n
+    }
+    newer["lm_head.weight"] = older["language_model.lm_head.weight"]
+    assert torch.equal(_logits(native), expected)
+    assert torch.equal(_logits(_rewritten(tmp_path / "newer", native, newer)), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tied_head_is_the_embedding(tmp_path, dtype):
+    source = golden("internvl3-qwen2_5").folder
+    tensors = load_file(source / "model.safetensors")
+    embedding = tensors["language_model.model.embed_tokens.weight"]
+    tensors["language_model.lm_head.weight"] = embedding.clone()
+    untied = _logits(_rewritten(tmp_path / "untied", source, tensors), dtype)
+    del tensors["language_model.lm_head.weight"]
+    tied = _logits(_rewritten(tmp_path / "tied", source, tensors), dtype)
+    assert torch.equal(tied, untied)
+
+
+def test_one_op_can_be_swapped_for_its_reference():
+    """A wrong number can be bisected to one op: every single swap stays within tolerance."""
+    g = golden("internvl3-qwen2_5")
+    config = load_config(g.folder)
+    inputs = g.inputs("image1")
+    for name in ivr.ops.catalogue():
+        parameters = Parameters.of_model(Checkpoint(g.folder), config)
+        core = InternVL(config, parameters, OpSet("native", {name: "reference"}), torch.float32)
+        model = ivr.Model(g.folder, config, core, Engine(core, kv_tokens=128), g.image_token)
+        assert_close(name, model.forward(**inputs), g["image1.logits"], law=fp32)
