@@ -217,39 +217,6 @@ void interleave(const T* x, int64_t x_m, int64_t k0, int64_t K, int64_t rows, fl
 }
 
 #if defined(__AVX512F__)
-// v[i][j] <-> v[j][i].
-inline void transpose(F (&v)[16]) {
-  __m512 t[16], s[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i].v, v[i + 1].v);
-    t[i + 1] = _mm512_unpackhi_ps(v[i].v, v[i + 1].v);
-  }
-  const auto low = [](__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-  };
-  const auto high = [](__m512 a, __m512 b) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
-  };
-  // s[i + j], quarter q: rows i to i + 3 of column 4 q + j.
-  for (int i = 0; i < 16; i += 4) {
-    s[i] = low(t[i], t[i + 2]);
-    s[i + 1] = high(t[i], t[i + 2]);
-    s[i + 2] = low(t[i + 1], t[i + 3]);
-    s[i + 3] = high(t[i + 1], t[i + 3]);
-  }
-  constexpr int kEven = 0x88, kOdd = 0xdd;  // quarters 0 and 2, or 1 and 3, of both operands
-  for (int j = 0; j < 4; ++j) {
-    const __m512 a = _mm512_shuffle_f32x4(s[j], s[4 + j], kEven);
-    const __m512 b = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], kEven);
-    const __m512 c = _mm512_shuffle_f32x4(s[j], s[4 + j], kOdd);
-    const __m512 d = _mm512_shuffle_f32x4(s[8 + j], s[12 + j], kOdd);
-    v[j].v = _mm512_shuffle_f32x4(a, b, kEven);
-    v[4 + j].v = _mm512_shuffle_f32x4(c, d, kEven);
-    v[8 + j].v = _mm512_shuffle_f32x4(a, b, kOdd);
-    v[12 + j].v = _mm512_shuffle_f32x4(c, d, kOdd);
-  }
-}
-
 // The whole vectors of the rows; returns how many k that were. Each line of x is touched once: rows
 // a power of two apart would push each other out of L1.
 template <class T>
@@ -419,7 +386,7 @@ void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
 }
 
 // [32 rows][words] -> [words][32]: a word is one float or a pair of bf16.
-void transpose(const void* const* rows, int64_t words, uint32_t* to) {
+void transpose_rows(const void* const* rows, int64_t words, uint32_t* to) {
   constexpr int64_t kBlock = 16;  // one cache line of each row at a time
   for (int64_t k0 = 0; k0 < words; k0 += kBlock) {
     const int64_t n = least(kBlock, words - k0);
@@ -457,8 +424,8 @@ void linear(LinearSteps& steps) { steps = {plan, prepare, compute}; }
 
 void pack_panel(const void* const* rows, int64_t K, WeightFormat format, void* panel) {
   uint32_t* to = static_cast<uint32_t*>(panel);
-  if (format == WeightFormat::f32) return transpose(rows, K, to);
-  transpose(rows, K / 2, to);
+  if (format == WeightFormat::f32) return transpose_rows(rows, K, to);
+  transpose_rows(rows, K / 2, to);
   bf16* tail = reinterpret_cast<bf16*>(to + K / 2 * kPanelColumns);
   memset(tail, 0, static_cast<size_t>(panel_size(format, K) - K / 2 * 2 * kPanelColumns) * 2);
   if (K % 2) {
