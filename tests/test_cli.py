@@ -57,8 +57,9 @@ def test_show_prompt(chat_folder):
 
 
 def test_interrupt_ends_quietly(chat_folder):
+    length = ("--min-new-tokens", 30000, "--max-new-tokens", 30000)
     process = subprocess.Popen(
-        command("chat", chat_folder, "Hello", "--max-new-tokens", 30000, "--temperature", 1),
+        command("chat", chat_folder, "Hello", "--temperature", 1, *length),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-tiles", type=int, default=12)
     chat.add_argument("--system", help="system message; '' for none")
     chat.add_argument("--max-new-tokens", type=int, default=1024)
+    chat.add_argument("--min-new-tokens", type=int, default=0)
     chat.add_argument("--temperature", type=float, default=0.0)
     chat.add_argument("--top-k", type=int, default=0)
     chat.add_argument("--top-p", type=float, default=1.0)
@@ -106,6 +107,7 @@ def _chat(options: argparse.Namespace) -> int:
         "max_tiles": options.max_tiles,
         "num_frames": options.num_frames,
         "max_new_tokens": options.max_new_tokens,
+        "min_new_tokens": options.min_new_tokens,
         "temperature": options.temperature,
         "top_k": options.top_k,
         "top_p": options.top_p,
