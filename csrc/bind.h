@@ -12,7 +12,24 @@
 #include "csrc/parallel.h"
 #include "csrc/tensor.h"
 
+namespace pybind11::detail {
+
+template <>
+struct type_caster<ivr::Tensor> {
+  PYBIND11_TYPE_CASTER(ivr::Tensor, const_name("torch.Tensor"));
+  bool load(handle src, bool) {
+    // None belongs to std::optional<Tensor>; anything else is read or refused with a reason.
+    if (src.is_none()) return false;
+    value = ivr::view(src.ptr());
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail
+
 namespace ivr {
+
+namespace py = pybind11;
 
 struct Binding {
   using Fn = void (*)(py::module_& m);

@@ -1,11 +1,12 @@
 #include "csrc/check.h"
 
 #include <cctype>
+#include <stdexcept>
 
 namespace ivr {
 
 void Checker::fail(const std::string& what) const {
-  throw py::value_error(std::string(op_) + ": " + what);
+  throw std::invalid_argument(std::string(op_) + ": " + what);
 }
 
 const Checker::Binding* Checker::find(const std::string& name) const {

@@ -1,6 +1,5 @@
 #include "csrc/scratch.h"
 
-#include <memory>
 #include <new>
 
 namespace ivr {
@@ -8,26 +7,23 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};
 
-struct Free {
-  void operator()(float* p) const { ::operator delete(p, kAlignment); }
-};
-
-struct Buffer {
-  std::unique_ptr<float, Free> data;
-  int64_t floats = 0;
-};
-
 }  // namespace
 
-float* thread_scratch(int64_t floats) noexcept {
-  thread_local Buffer buffer;
-  if (buffer.floats < floats) {
-    buffer.data.reset();
-    const size_t bytes = static_cast<size_t>(floats) * sizeof(float);
-    buffer.data.reset(static_cast<float*>(::operator new(bytes, kAlignment)));
-    buffer.floats = floats;
+void Scratch::Free::operator()(void* p) const { ::operator delete(p, kAlignment); }
+
+void* Scratch::reserve(int64_t bytes) {
+  if (bytes_ < bytes) {
+    memory_.reset();
+    bytes_ = 0;
+    memory_.reset(::operator new(static_cast<size_t>(bytes), kAlignment));
+    bytes_ = bytes;
   }
-  return buffer.data.get();
+  return memory_.get();
+}
+
+float* thread_scratch(int64_t floats) noexcept {
+  thread_local Scratch scratch;
+  return static_cast<float*>(scratch.reserve(floats * static_cast<int64_t>(sizeof(float))));
 }
 
 }  // namespace ivr

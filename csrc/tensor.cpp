@@ -1,6 +1,11 @@
 #include "csrc/tensor.h"
 
+#include <pybind11/pybind11.h>
+
 namespace ivr {
+
+namespace py = pybind11;
+
 namespace {
 
 // The part of DLPack 1.x that is used here, as its specification lays it out.
@@ -107,13 +112,12 @@ void init_exchange_api() {
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
 }
 
-Tensor view(py::handle object) {
-  if (!PyObject_TypeCheck(object.ptr(), tensor_type)) {
-    throw py::type_error(std::string("expected a torch.Tensor, got ") +
-                         Py_TYPE(object.ptr())->tp_name);
+Tensor view(PyObject* object) {
+  if (!PyObject_TypeCheck(object, tensor_type)) {
+    throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object)->tp_name);
   }
   DLTensor t;
-  if (api->tensor_from_object(object.ptr(), &t) != 0) {
+  if (api->tensor_from_object(object, &t) != 0) {
     if (PyErr_Occurred()) throw py::error_already_set();
     throw py::type_error("tensor cannot be read through DLPack");
   }

@@ -5,17 +5,15 @@
 // build serves every torch version that has it (2.10 and later).
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <array>
 #include <cstdint>
 #include <string>
 
 #include "kernels/dtype.h"
 
-namespace ivr {
+struct _object;  // PyObject: reading pybind11 here would cost every host file seconds
 
-namespace py = pybind11;
+namespace ivr {
 
 enum class Device : int32_t { cpu = 1, cuda = 2 };  // DLPack's numbers
 
@@ -47,25 +45,10 @@ const char* name_of(DType t);
 // Reads the exchange API of torch.Tensor once; throws ImportError where torch is too old.
 void init_exchange_api();
 
-// Throws py::type_error for anything that is not a tensor of a supported dtype and device.
-Tensor view(py::handle object);
+// Raises TypeError for anything that is not a tensor of a supported dtype and device.
+Tensor view(_object* object);
 
 // The stream that torch currently uses on a CUDA device.
 void* current_stream(int device_index);
 
 }  // namespace ivr
-
-namespace pybind11::detail {
-
-template <>
-struct type_caster<ivr::Tensor> {
-  PYBIND11_TYPE_CASTER(ivr::Tensor, const_name("torch.Tensor"));
-  bool load(handle src, bool) {
-    // None belongs to std::optional<Tensor>; anything else is read or refused with a reason.
-    if (src.is_none()) return false;
-    value = ivr::view(src);
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail

@@ -1,9 +1,9 @@
 #include "kernels/linear.h"
 
-#include <cstdlib>
-#include <memory>
+#include <algorithm>
 
 #include "csrc/bind.h"
+#include "csrc/scratch.h"
 
 namespace ivr {
 namespace {
@@ -19,36 +19,13 @@ constexpr int64_t kWorkspaceBytes = 24 << 20;
 constexpr int64_t kSerialFlops = 1 << 17;
 constexpr int64_t kPrepareElements = 16384;
 
-// Memory that a thread keeps between calls and frees when it ends.
-class Buffer {
- public:
-  void* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64;
-      memory_.reset(std::aligned_alloc(64, rounded));
-      if (!memory_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  std::unique_ptr<void, Free> memory_;
-  int64_t size_ = 0;
-};
-
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
   return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
               : nullptr;
 }
 
 void run(const LinearParams& whole, LinearSteps steps) {
-  thread_local Buffer workspace;
+  thread_local Scratch workspace;
   const int64_t row_bytes = std::max<int64_t>(whole.K * 4, 1);
   const int64_t passes = (whole.M * row_bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
   // A multiple of every instruction set's row group.
@@ -71,8 +48,7 @@ void run(const LinearParams& whole, LinearSteps steps) {
     }
     const int64_t chunks = p.row_blocks * p.panel_blocks;
     parallel_for(chunks, serial ? chunks : 1, [&](int64_t begin, int64_t end) {
-      thread_local Buffer scratch;
-      steps.compute(p, begin, end, scratch.reserve(p.scratch_size));
+      steps.compute(p, begin, end, thread_scratch(p.scratch_size / 4 + 1));
     });
   }
 }
