@@ -2,11 +2,10 @@
 //
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
 // columns, zero-padded.
-//   f32    [ceil(N/32)][K][32]
-//   bf16   [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32: a pair of k stands together. 16
-//   pairs
-//          of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one
-//          512-bit load, whose low halves are the even and whose high halves are the odd k.
+// f32: [ceil(N/32)][K][32].
+// bf16: [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32. A pair of k stands together: 16 pairs
+// of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one 512-bit
+// load, whose low halves are the even and whose high halves are the odd k.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order (on matrix tiles
