@@ -9,12 +9,14 @@
 
 namespace ivr {
 
-// Refuses tensors on a device that the op has no kernel for in this build.
-[[noreturn]] inline void no_cuda_kernel(const Checker& check) {
+// For ops without a CUDA kernel: refuses tensors on a CUDA device.
+inline void require_cpu(const Checker& check, const Tensor& t) {
 #if defined(IVR_CUDA)
-  check.fail("tensors are on a CUDA device, and this op has no CUDA kernel");
+  check.require(t.device == Device::cpu,
+                "tensors are on a CUDA device: this op has no CUDA kernel");
 #else
-  check.fail("tensors are on a CUDA device, and this build has no CUDA kernels");
+  check.require(t.device == Device::cpu,
+                "tensors are on a CUDA device: this build has no CUDA kernels");
 #endif
 }
 

@@ -35,7 +35,7 @@ void embed_scatter(Tensor ids, Tensor table, std::optional<Tensor> image,
     p.image_row = static_cast<const int64_t*>(image_row->data);
     N = check["N"];
   }
-  if (table.device == Device::cuda) no_cuda_kernel(check);
+  require_cpu(check, table);
   const int64_t T = check["T"], V = check["V"];
   for (int64_t t = 0; t < T; ++t) {
     const int64_t row = p.image_row ? p.image_row[t] : -1;

@@ -2,6 +2,7 @@
 
 #include "csrc/attention.h"
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 #include "csrc/scratch.h"
 
 namespace ivr {
@@ -26,7 +27,7 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, do
                                .v_t = v.stride(0),
                                .v_h = v.stride(1)};
   check.tensor("cu_kv", cu_kv, {DType::i32}, {"B+1"});
-  check.require(q.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, q);
   check_offsets(check, "cu_q", cu_q, "T");
   check_offsets(check, "cu_kv", cu_kv, "Tkv");
   check_prefix(check, p.a, check["B"], [&](int64_t b) { return p.cu_kv[b + 1] - p.cu_kv[b]; });

@@ -1,6 +1,7 @@
 #include "kernels/gated_activation.h"
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -25,7 +26,7 @@ void gated_activation(Tensor x, Tensor y, Gate gate) {
                                 .gate = gate,
                                 .dtype = x.dtype};
   if (p.T * p.I == 0) return;
-  check.require(x.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, x);
   const auto run = kernel.pick();
   parallel_for(p.T, kGrainElements / p.I, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }

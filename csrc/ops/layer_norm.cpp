@@ -1,6 +1,7 @@
 #include "kernels/layer_norm.h"
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -27,7 +28,7 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, float eps) {
                           .eps = eps,
                           .dtype = x.dtype};
   if (p.T * p.C == 0) return;
-  check.require(x.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, x);
   const auto run = kernel.pick();
   parallel_for(p.T, kGrainElements / p.C, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 #include "csrc/scratch.h"
 
 namespace ivr {
@@ -97,7 +98,7 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.dtype = x.dtype;
   p.out_dtype = out.dtype;
   if (p.M * p.N == 0) return;
-  check.require(x.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, x);
   LinearSteps steps;
   (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
   run(p, steps);
@@ -122,7 +123,7 @@ void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
   check.bind("P", panels * size, "packed size");
   check.tensor("data", data, {dtype}, {"P"});
   if (panels * size == 0) return;
-  check.require(data.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, data);
   rows.resize(panels * kPanelColumns, nullptr);
   const auto run_panel = pack_kernel.pick();
   parallel_for(panels, kPrepareElements / size + 1, [&](int64_t begin, int64_t end) {

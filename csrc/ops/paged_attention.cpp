@@ -4,6 +4,7 @@
 
 #include "csrc/attention.h"
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 #include "csrc/scratch.h"
 
 namespace ivr {
@@ -64,7 +65,7 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
                                .v_h = v_cache.stride(1),
                                .v_p = v_cache.stride(2),
                                .page_shift = shift};
-  check.require(q.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, q);
   check_offsets(check, "cu_q", cu_q, "T");
   check_pages(check, p, check["pages"], P);
   check_prefix(check, p.a, check["B"], [&](int64_t b) { return p.kv_lens[b]; });

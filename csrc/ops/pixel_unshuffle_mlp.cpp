@@ -1,6 +1,7 @@
 #include "kernels/pixel_unshuffle_mlp.h"
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -39,7 +40,7 @@ void pixel_unshuffle_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, int64_
                                .by_columns = by_columns,
                                .dtype = x.dtype};
   if (y.numel() == 0) return;
-  check.require(x.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, x);
   const auto run = kernel.pick();
   parallel_for(check["rows"], kGrainElements / check["width"],
                [&](int64_t begin, int64_t end) { run(p, begin, end); });

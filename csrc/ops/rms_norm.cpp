@@ -55,7 +55,7 @@ void rms_norm(Tensor x, Tensor weight, std::optional<Tensor> residual, Tensor y,
 #if defined(IVR_CUDA)
     return launch_cuda(check, cuda::rms_norm, p, x);
 #else
-    no_cuda_kernel(check);
+    require_cpu(check, x);
 #endif
   }
   const auto run = kernel.pick();

@@ -1,6 +1,7 @@
 #include "kernels/rope.h"
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -30,7 +31,7 @@ void rope(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor inv_freq, Tenso
                                       std::to_string(kRopeMaxDim) + " allowed");
   check.require(2 * half <= D, "inv_freq has R/2 = " + std::to_string(half) +
                                    " columns, at most D/2 = " + std::to_string(D / 2) + " allowed");
-  check.require(q.device == Device::cpu, "no CUDA kernel in this build");
+  require_cpu(check, q);
   const RopeParams p{.q = q.data,
                      .k = k.data,
                      .v = v.data,

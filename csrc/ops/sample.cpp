@@ -44,7 +44,7 @@ void sample(Tensor logits, std::optional<Tensor> temperature, std::optional<Tens
                  .V = check["V"],
                  .logits_b = logits.stride(0)};
   const int64_t B = check["B"];
-  if (logits.device == Device::cuda) no_cuda_kernel(check);
+  require_cpu(check, logits);
   // Written so that NaN fails too.
   for (int64_t b = 0; b < B; ++b) {
     const std::string row = "[" + std::to_string(b) + "]";

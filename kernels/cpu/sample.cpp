@@ -13,20 +13,14 @@ namespace {
 // cannot win, so no noise is drawn for it.
 constexpr float kGumbelReach = 20.0f;
 
+// The caller has refused NaN.
 float row_max(const float* x, int64_t n) {
   F m = set(-INFINITY);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t left = n - i;
-    // max keeps its second operand where either is NaN, so a NaN in x survives or is overwritten;
-    // has_bad_value looks for it separately.
-    m = left >= kLanes ? max(load(x + i), m) : m;
-    if (left < kLanes) {
-      float best = largest(m);
-      for (; i < n; ++i) best = x[i] > best ? x[i] : best;
-      return best;
-    }
-  }
-  return largest(m);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) m = max(load(x + i), m);
+  float best = largest(m);
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
 }
 
 // NaN or +inf anywhere: x - x is NaN for both, and for -inf, which is a legal "never".

@@ -96,18 +96,13 @@ class Engine:
         """Drives all requests to their ends. Errors stay with the requests."""
         try:
             for request in requests:
-                for _ in self._drain(request):
-                    pass
+                while not request.finished:
+                    self._wait(request)
+                    request.events.clear()
         finally:
             for request in requests:
                 if not request.finished:
                     self.cancel(request)
-
-    def _drain(self, request: Request) -> Iterator[None]:
-        while not request.finished:
-            self._wait(request)
-            request.events.clear()
-            yield
 
     def _wait(self, request: Request) -> None:
         """Returns when the request has events or is finished, stepping if nobody else does."""
