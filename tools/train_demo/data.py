@@ -1,0 +1,110 @@
+"""Batches of pictures and conversations, drawn in a process of their own."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import draw
+from tokens import Writer, make_tokenizer, pad
+
+_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+# A task joins the mixture when this share of the stage is over: circuits form faster alone.
+JOINS = {"number": 0.0, "shape and colour": 0.1, "emoji": 0.2, "relation": 0.3, "count": 0.45}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is fed: `pages` or scenes, pictures in a batch for each side in pixels."""
+
+    name: str
+    pages: bool
+    sizes: tuple[tuple[int, int], ...]  # (side, pictures in a batch), taken in turn
+    staged: bool = False  # tasks join one after the other
+    vocab: int = 0
+    seed: int = 0
+
+
+def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, Any]:
+    """Arrays of one batch: pixels, kinds, colours and, for scenes, before, after and answers."""
+    rng = np.random.default_rng([plan.seed, *plan.name.encode(), index])
+    side, count = plan.sizes[index % len(plan.sizes)]
+    if plan.pages:
+        return _arrays([draw.page(rng, side) for _ in range(count)])
+    tasks = [t for t, start in JOINS.items() if progress >= start or not plan.staged]
+    weights = np.ones(len(tasks))
+    weights[-1] = 2 if plan.staged and len(tasks) < len(JOINS) else 1
+    pictures, talks = [], []
+    for task in rng.choice(tasks, count, p=weights / weights.sum()):
+        picture = draw.scene(rng, str(task), side)
+        turns = [picture.turns[i] for i in rng.permutation(len(picture.turns))]
+        talks.append(writer.conversation([t[1:] for t in turns[: int(rng.integers(1, 3))]]))
+        pictures.append(picture)
+    arrays = _arrays(pictures)
+    arrays["before"] = np.array([t.before for t in talks])
+    arrays["after"] = pad([t.after for t in talks], 0)
+    arrays["answers"] = pad([t.answers for t in talks], False)
+    return arrays
+
+
+def _arrays(pictures: list[draw.Picture]) -> dict[str, np.ndarray]:
+    kinds, colours = zip(*(p.labels() for p in pictures), strict=True)
+    pixels = np.stack([p.pixels for p in pictures])
+    return {"pixels": pixels, "kinds": np.stack(kinds), "colours": np.stack(colours)}
+
+
+def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list[draw.Picture]:
+    """Fresh pictures for one task; turns[0] is the one to ask."""
+    rng = np.random.default_rng([seed, *f"exam {task} {side}".encode()])
+    pictures = []
+    while len(pictures) < count:
+        picture = draw.scene(rng, task, side, held_out)
+        if picture.turns[0][0] == task:  # "count" has another task for six to nine
+            pictures.append(picture)
+    return pictures
+
+
+def normalise(pixels: np.ndarray | Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """uint8 [B, S, S, 3] -> [B, 3, S, S]."""
+    x = torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 255
+    return ((x - _MEAN) / _STD).to(device, dtype)
+
+
+class Loader:
+    """Batches of a plan, drawn ahead by worker processes; `progress` is told to them."""
+
+    def __init__(self, plan: Plan, workers: int) -> None:
+        context = mp.get_context("spawn")
+        self.progress = context.Value("d", 0.0)
+        self._queues = [context.Queue(4) for _ in range(workers)]
+        self._workers = [
+            context.Process(target=_work, args=(plan, q, self.progress, i, workers), daemon=True)
+            for i, q in enumerate(self._queues)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        index = 0
+        while True:
+            yield self._queues[index % len(self._queues)].get()
+            index += 1
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+def _work(plan: Plan, queue: Any, progress: Any, first: int, step: int) -> None:
+    writer = Writer(make_tokenizer(plan.vocab)) if plan.vocab else None
+    index = first
+    while True:
+        queue.put(batch(plan, writer, index, progress.value))
+        index += step
