@@ -31,7 +31,7 @@ SMALL = Sizes(
 
 def scenes(task, count=20, side=112):
     rng = np.random.default_rng([7, *task.encode()])
-    return [draw.scene(rng, task, side) for _ in range(count)]
+    return [draw.scene(rng, task, side, side) for _ in range(count)]
 
 
 @pytest.mark.parametrize("task", ["shape and colour", "count", "relation", "emoji"])
@@ -78,7 +78,7 @@ def test_relation_agrees_with_the_boxes():
 
 
 def test_labels_cover_the_thing_and_nothing_else():
-    canvas = draw.Canvas(np.random.default_rng(0), 112)
+    canvas = draw.Canvas(np.random.default_rng(0), 112, 112)
     canvas.shape("square", "red", 42, (14, 28))
     kinds, colours = (x.reshape(8, 8) for x in canvas.picture().labels())
     inside = np.zeros((8, 8), bool)
@@ -153,3 +153,28 @@ def test_the_exported_checkpoint_is_the_trained_model(tmp_path):
     assert isinstance(
         loaded.chat(picture.turns[0][1], images=picture.pixels, max_new_tokens=3), str
     )
+
+
+def test_tiles_are_those_of_preprocess():
+    rng = np.random.default_rng(3)
+    picture = draw.scene(rng, "emoji", 300, 200)
+    tiles = data.tiles_of(picture.pixels, 112)
+    whole = ivr.image.preprocess(picture.pixels, max_tiles=data.MAX_TILES, image_size=112)
+    assert len(tiles) == len(whole) - 1 > 1
+    assert torch.allclose(data.normalise(tiles, "cpu", torch.float32), whole[:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scene", "thumbnail", "tiles"])
+def test_a_batch_of_every_source(kind, monkeypatch):
+    monkeypatch.setattr(data, "JOINS", {"emoji": 0.0, "relation": 0.5})
+    writer = tokens.Writer(tokens.make_tokenizer(700))
+    plan = data.Plan("test", (data.Source(kind, 112, 3),), staged=True)
+    arrays = data.batch(plan, writer, 0, 0.1)
+    assert arrays["pixels"].shape == (3, 112, 112, 3)
+    assert arrays["kinds"].shape == arrays["colours"].shape == (3, 64)
+    assert (arrays["kinds"] >= world.EMOJI_CLASS).any(1).all()  # relation has not joined
+    assert arrays["after"].shape == arrays["answers"].shape
+    assert arrays["answers"].any(1).all()
+    assert ("tiles" in arrays) == (kind == "tiles")
+    again = data.batch(plan, writer, 0, 0.1)
+    assert all(np.array_equal(arrays[k], again[k]) for k in arrays)

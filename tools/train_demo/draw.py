@@ -30,14 +30,25 @@ class Item:
 
 @dataclass
 class Picture:
-    """pixels uint8 [S, S, 3]; turns: (task, question, answer), any of which may be asked."""
+    """pixels uint8 [height, width, 3]; turns: (task, question, answer) to choose from."""
 
     pixels: np.ndarray
     items: list[Item]
     turns: list[tuple[str, str, str]] = field(default_factory=list)
 
+    def resized(self, side: int) -> Picture:
+        """Squeezed into a square, as a thumbnail is."""
+        height, width = self.pixels.shape[:2]
+        image = Image.fromarray(self.pixels).resize((side, side), Image.Resampling.BICUBIC)
+        sx, sy = side / width, side / height
+        items = [
+            Item(i.kind, i.colour, (i.box[0] * sx, i.box[1] * sy, i.box[2] * sx, i.box[3] * sy))
+            for i in self.items
+        ]
+        return Picture(np.array(image), items, self.turns)
+
     def labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Dense class and colour of every patch, int64 [S/14 * S/14]; IGNORE where unclear."""
+        """Dense class and colour of every patch of a square picture, int64 [n]; or IGNORE."""
         g = self.pixels.shape[0] // PATCH
         kinds, colours = np.zeros((g, g), np.int64), np.full((g, g), IGNORE, np.int64)
         for item in self.items:
@@ -66,18 +77,22 @@ def _covered(low: float, high: float, g: int) -> slice:
 class Canvas:
     """A picture being drawn: keeps things apart and readable against the background."""
 
-    def __init__(self, rng: np.random.Generator, size: int) -> None:
-        self.rng, self.size, self.items = rng, size, []
+    def __init__(self, rng: np.random.Generator, width: int, height: int) -> None:
+        self.rng, self.width, self.height, self.items = rng, width, height, []
+        self.size = min(width, height)
         kind = rng.random()
         level = rng.uniform(225, 256) if kind < 0.7 else rng.uniform(0, 45) if kind < 0.85 else 128
         tint = rng.uniform(-22, 22, 3) if kind < 0.85 else rng.uniform(-100, 100, 3)
         self.base = np.clip(level + tint, 0, 255)
-        ground = np.broadcast_to(self.base, (size, size, 3))
+        ground = np.broadcast_to(self.base, (height, width, 3))
         if rng.random() < 0.25:  # a gentle slope
-            slope = np.linspace(-1, 1, size)[:, None] * rng.uniform(-18, 18, (1, 3))
-            ground = ground + (slope[:, None] if rng.random() < 0.5 else slope[None])
+            reach = rng.uniform(-18, 18, 3)
+            if rng.random() < 0.5:
+                ground = ground + np.linspace(-1, 1, height)[:, None, None] * reach
+            else:
+                ground = ground + np.linspace(-1, 1, width)[:, None] * reach
         if rng.random() < 0.2:
-            ground = ground + rng.normal(0, rng.uniform(2, 8), (size, size, 3))
+            ground = ground + rng.normal(0, rng.uniform(2, 8), (height, width, 3))
         self.image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
 
     def picture(self) -> Picture:
@@ -95,11 +110,11 @@ class Canvas:
 
     def free(self, width: float, height: float, gap: float = 3) -> tuple[int, int] | None:
         """A place for a box that touches no other, or None if there seems to be none."""
-        if width > self.size or height > self.size:
+        if width > self.width or height > self.height:
             return None
         for _ in range(25):
-            x = int(self.rng.integers(0, int(self.size - width) + 1))
-            y = int(self.rng.integers(0, int(self.size - height) + 1))
+            x = int(self.rng.integers(0, int(self.width - width) + 1))
+            y = int(self.rng.integers(0, int(self.height - height) + 1))
             if all(
                 x >= b[2] + gap
                 or x + width <= b[0] - gap
@@ -199,7 +214,7 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 def page(rng: np.random.Generator, size: int, held_out: bool = False) -> Picture:
     """A picture full of digits, shapes and emoji, for dense labels; nothing is asked about it."""
-    canvas = Canvas(rng, size)
+    canvas = Canvas(rng, size, size)
     for _ in range(round(rng.uniform(4, 8) * (size / 112) ** 2)):
         kind = rng.random()
         side = int(_between(rng, 18, 48) if rng.random() < 0.8 else _between(rng, 48, 0.8 * size))
@@ -218,10 +233,12 @@ def page(rng: np.random.Generator, size: int, held_out: bool = False) -> Picture
     return canvas.picture()
 
 
-def scene(rng: np.random.Generator, task: str, size: int, held_out: bool = False) -> Picture:
+def scene(
+    rng: np.random.Generator, task: str, width: int, height: int, held_out: bool = False
+) -> Picture:
     """A picture for one of world.TASKS, with all its turns."""
     while True:
-        canvas = Canvas(rng, size)
+        canvas = Canvas(rng, width, height)
         turns = _SCENES[task](canvas, rng, held_out)
         if turns is not None:
             picture = canvas.picture()

@@ -3,11 +3,12 @@
     python tools/train_demo/train.py --out /tmp/demo                    # all stages
     python tools/train_demo/train.py --out /tmp/demo --stages whole --minutes 30   # goes on
 
-Stages: `tower` teaches the vision tower what lies in every patch, `answer` the decoder with the
-tower frozen, one task after the other, `whole` all of it, at 112 and at 224 pixels, with the dense
-loss kept. A stage runs for its minutes: the learning rate and the mixture follow the clock, so a
-faster machine sees more pictures. OUT/state.pt is written every few minutes and read at the start;
-OUT/log.jsonl gets loss and held-out accuracy. Uses a GPU when there is one.
+Stages: `tower` teaches the vision tower what lies in every patch; `answer` the decoder with the
+tower frozen, one task after the other; `whole` all of it, at 112 and at 224 pixels, with the dense
+loss kept; `tiles` the same with pictures of any shape, as a thumbnail or as several tiles. A stage
+runs for its minutes: the learning rate and the mixture follow the clock, so a faster machine sees
+more pictures. OUT/state.pt is written every few minutes and read at the start; OUT/log.jsonl gets
+loss and held-out accuracy. Uses a GPU when there is one.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,27 +46,18 @@ class Stage:
     exam_side: int
 
 
+_PAGES = data.Source("page", 112, 64)
+_SMALL, _LARGE = data.Source("scene", 112, 64), data.Source("scene", 224, 20)
+_THUMBNAILS, _TILES = data.Source("thumbnail", 224, 20), data.Source("tiles", 224, 4)
+_TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
+_TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
+_ALL = {"vision_model.": 4e-4, "dense.": 4e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
 STAGES = {
-    "tower": Stage(
-        30,
-        {"vision_model.": 2e-3, "dense.": 2e-3},
-        data.Plan("tower", True, ((112, 64),)),
-        1.0,
-        112,
-    ),
-    "answer": Stage(
-        20,
-        {"mlp1.": 2e-3, "language_model.": 2e-3},
-        data.Plan("answer", False, ((112, 64),), staged=True),
-        0.0,
-        112,
-    ),
-    "whole": Stage(
-        25,
-        {"vision_model.": 4e-4, "dense.": 4e-4, "mlp1.": 1e-3, "language_model.": 1e-3},
-        data.Plan("whole", False, ((112, 64), (224, 20))),
-        0.5,
-        224,
+    "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
+    "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
+    "whole": Stage(29, _ALL, data.Plan("whole", (_SMALL, _LARGE)), 0.5, 224),
+    "tiles": Stage(
+        30, _ALL, data.Plan("tiles", (_LARGE, _THUMBNAILS, _SMALL, _THUMBNAILS, _TILES)), 0.5, 224
     ),
 }
 
@@ -94,7 +86,7 @@ class Trainer:
             self.optimizer.load(torch.load(state, map_location=device))
 
     def run(self, name: str, stage: Stage, minutes: float, workers: int) -> None:
-        plan = data.Plan(**{**asdict(stage.plan), "vocab": self.sizes.vocab})
+        plan = replace(stage.plan, vocab=self.sizes.vocab)
         loader = data.Loader(plan, workers)
         begin = saved = shown = time.monotonic()
         seen = steps = 0
@@ -142,18 +134,30 @@ class Trainer:
             found["kind"] = stage.dense * F.cross_entropy(kind, kinds, self.kind_weight)
             found["colour"] = 0.3 * stage.dense * F.cross_entropy(colour, colours[colours >= 0])
         if "after" in arrays:
-            found["answer"] = self.answer_loss(features, arrays)
+            pictures = self.model.project(features)
+            if "tiles" in arrays:
+                pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
+            found["answer"] = self.answer_loss(pictures, arrays)
         return found
 
-    def answer_loss(self, features: Tensor, arrays: dict[str, np.ndarray]) -> Tensor:
+    def tiles(self, tiles: np.ndarray) -> Tensor:
+        """uint8 [B, t, S, S, 3] -> embeddings [B, t * n, W], without gradient: they come first."""
+        B, t = tiles.shape[:2]
+        pixels = data.normalise(tiles.reshape(B * t, *tiles.shape[2:]), self.device, torch.bfloat16)
+        with torch.no_grad():
+            found = self.model.project(self.model.vision_model(pixels))
+        return found.reshape(B, -1, found.shape[-1])
+
+    def answer_loss(self, pictures: Tensor, arrays: dict[str, np.ndarray]) -> Tensor:
         before, after = (torch.as_tensor(arrays[k]).to(self.device) for k in ("before", "after"))
-        states = self.states(before, features, after[:, :-1])
+        states = self.states(before, pictures, after[:, :-1])
         answers = torch.as_tensor(arrays["answers"]).to(self.device)
         last = states[:, -after.shape[1] :]  # the states that predict `after`
         return F.cross_entropy(self.model.logits(last[answers]), after[answers])
 
-    def states(self, before: Tensor, features: Tensor, after: Tensor) -> Tensor:
-        parts = (self.model.embed(before), self.model.project(features), self.model.embed(after))
+    def states(self, before: Tensor, pictures: Tensor, after: Tensor) -> Tensor:
+        """before, after: ids [B, T]; pictures: embeddings [B, n, W] that stand between them."""
+        parts = (self.model.embed(before), pictures, self.model.embed(after))
         return self.model.decode(torch.cat(parts, 1))
 
     # Exams
@@ -162,14 +166,15 @@ class Trainer:
     def answers(self, pictures: list[draw.Picture], turn: int = 0) -> list[str]:
         """Greedy answers to one turn of every picture."""
         pixels = np.stack([p.pixels for p in pictures])
-        features = self.model.vision_model(data.normalise(pixels, self.device, torch.bfloat16))
+        pixels = data.normalise(pixels, self.device, torch.bfloat16)
+        embedded = self.model.project(self.model.vision_model(pixels))
         talks = [self.writer.conversation([p.turns[turn][1:]], last_answer=False) for p in pictures]
         before = torch.tensor([t.before for t in talks], device=self.device)
         rows = [list(t.after) for t in talks]
         starts, end = [len(r) for r in rows], self.tokenizer.token_to_id("<|im_end|>")
         for _ in range(12):
             after = torch.as_tensor(pad(rows, 0)).to(self.device)
-            states = self.states(before, features, after)[:, -after.shape[1] :]
+            states = self.states(before, embedded, after)[:, -after.shape[1] :]
             at = torch.tensor([len(r) - 1 for r in rows], device=self.device)
             best = self.model.logits(states[torch.arange(len(rows)), at]).argmax(-1).tolist()
             for row, token in zip(rows, best, strict=True):
@@ -230,7 +235,7 @@ class Trainer:
         entry = {"stage": name, "pictures": seen, "seconds": round(seconds)}
         entry |= {k: round(v, 4) for k, v in losses.items()}
         entry["patches"] = self.examine_patches(stage.exam_side, count)
-        if not stage.plan.pages:
+        if stage.plan.sources[0].kind != "page":
             entry["answers"] = self.examine(stage.exam_side, count)
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
