@@ -229,7 +229,6 @@ _op = register(
             _case("odd_rows", [1, 4, 0, 13], 33, 31, tokens=5, bias=True),
             _case("tail_many", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, bias=True),
             Case("strided", _strided),
-            _case("tail_passes", [250, 0, 700, 3], 70, 4500, packed=True, slow=True),
             # An eighth of the outputs: wide enough for every path, small enough to build often.
             _case("gpt_oss_20b_up", [2, 0, 1, 1], 720, 2880, tokens=2, bias=True, slow=True),
             _case(
