@@ -302,7 +302,8 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     llm.{i}.{norm1,qkv,q_norm,k_norm,o,norm2,gate_up,down}, llm.norm.weight, llm.head.weight.
     Everything but cls, pos, ls1 and ls2 ends in .weight or .bias. The head is the embedding's
     tensor where the checkpoint stores none. Vision layers behind the selected one are known,
-    checked and left out. Raises ValueError naming what is missing, left over, misshaped or of another dtype.
+    checked and left out. Raises ValueError naming what is missing, left over, misshaped or of
+    another dtype.
     """
     names = _ORIGINAL
     if config.layout == "hf":
