@@ -9,11 +9,12 @@ import internvl_rt
 from internvl_rt import _C, ops
 from internvl_rt.ops.flash_attention import attend, offsets
 from internvl_rt.ops.registry import Inputs
+from isas import ISAS
 
 FLOATS = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=_C.supported_isas())
+@pytest.fixture(params=ISAS)
 def isa(request):
     _C.force_isa(request.param)
     yield request.param

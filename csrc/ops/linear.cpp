@@ -11,7 +11,7 @@ namespace ivr {
 namespace {
 
 IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
-IVR_CPU_KERNEL_OBJECT_AMX(kernel_bf16, "linear_bf16", linear, linear_amx);
+IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
