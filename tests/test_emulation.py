@@ -312,14 +312,29 @@ FINDINGS = {
     "missing_lane": r"lane \d+ calls __shfl_xor_sync with mask|deadlock in block",
     "exited_lane": r"__shfl_xor_sync: mask ffffffff names lane \d+, which has exited",
     "wrong_lane": r"__shfl_xor_sync: lane \d+ reads lane \d+, which mask 0000ffff leaves out",
+    "async_no_wait": r"read of shared memory that an asynchronous copy of thread \d+ has not",
+    "async_wrong_wait": r"read of shared memory that an asynchronous copy of thread \d+ has not",
+    "async_missing_barrier": r"read of shared memory that (an asynchronous copy|no thread)"
+    r"|race: thread \d+ reads shared memory that thread \d+ wrote",
+    "async_early_reuse": r"race: thread \d+ writes shared memory that another thread reads"
+    r"|read of shared memory that an asynchronous copy of thread \d+ has not",
+    "async_past_row": r"out-of-bounds read of 16 bytes at 0x\w+: x\[\d\] \+ 4096, which has 4096",
+    "async_misaligned": r"misaligned read of 16 bytes at 0x",
+    "tile_row_off_by_one": r"out-of-bounds read of 2 bytes of shared memory: offset 512 of an array",
+    "tile_uncommitted": r"read of shared memory that an asynchronous copy of thread \d+ has not",
+    "tile_unsynchronised": r"race: thread \d+ reads shared memory that thread \d+ wrote",
+    "tile_misaligned": r"ldmatrix: row of lane \d+ is misaligned",
+    "tile_divergent": r"lane \d+ calls mma.sync with mask|mma.sync: mask ffffffff names lane \d+",
+    "tile_mixed_transposition": r"ldmatrix: lanes differ in .trans",
 }
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FINDINGS)
 def test_planted_bug_is_found(emulator, name, seed):
+    x = torch.ones({"async": (3, 1024), "tile": (32, 16)}.get(name.split("_")[0], (3, 100)))
     with pytest.raises(Finding) as finding:
-        _planted(emulator, name, torch.ones(3, 100), seed)
+        _planted(emulator, name, x, seed)
     assert re.search(FINDINGS[name], str(finding.value)), finding.value
 
 
@@ -353,6 +368,28 @@ def test_collectives(emulator, seed):
     assert y[5].tolist() == [ballot >> s & 255 for s in segment.tolist()]
     assert torch.equal(y[6], torch.where(lane < 16, x[6, lane ^ 1], torch.tensor(1.0)))
     assert torch.equal(y[7], torch.where(lane < 16, x[7, lane ^ 16], x[7, 2]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_asynchronous_copies(emulator, seed):
+    x = Inputs("async", torch.float32).normal(3, 2048)
+    y = _planted(emulator, "async_copy", x, seed)
+    assert torch.equal(y, x.unflatten(1, (4, 512)).flip(2).flatten(1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tensor_core_tiles(emulator, seed):
+    x = Inputs("tile", torch.bfloat16).integers(-9, 9, 32, 16).float()
+    product = x[:16] @ x[16:]
+    assert torch.equal(_planted(emulator, "tile_product", x, seed)[:16], product)
+    # Fragments of the wrong place give numbers, and wrong ones.
+    for name, wrong in (
+        ("tile_swapped_matrices", x[:16].roll(8, 1) @ x[16:]),
+        ("tile_not_transposed", None),
+    ):
+        y = _planted(emulator, name, x, seed)[:16]
+        assert not torch.equal(y, product)
+        assert wrong is None or torch.equal(y, wrong)
 
 
 def test_portable_switch(objects, tmp_path):
