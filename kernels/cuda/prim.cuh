@@ -110,6 +110,7 @@ template <typename U>
 IVR_DEVICE void store_raw(void* p, const U& value) {
   *static_cast<U*>(p) = value;
 }
+using Bits64 = uint2;
 using Bits128 = uint4;
 
 #else
@@ -126,6 +127,9 @@ void store_raw(void* p, const U& value) {
   emu::check_write(p, sizeof(U), alignof(U));
   __builtin_memcpy(p, &value, sizeof(U));
 }
+struct alignas(8) Bits64 {
+  uint32_t x, y;
+};
 struct alignas(16) Bits128 {
   uint32_t x, y, z, w;
 };
@@ -142,6 +146,32 @@ IVR_DEVICE Vec<T> load16(const T* p) {
 template <typename T>
 IVR_DEVICE void store16(T* p, const Vec<T>& v) {
   store_raw(p, Bits128{v.words[0], v.words[1], v.words[2], v.words[3]});
+}
+
+// Four elements as floats; p is aligned to four elements.
+IVR_DEVICE void load_quad(const float* p, float (&f)[4]) { unpack(load16(p), f); }
+
+IVR_DEVICE void load_quad(const bf16* p, float (&f)[4]) {
+  const auto bits = load_raw<Bits64>(p);
+  f[0] = low_half_to_float(bits.x);
+  f[1] = high_half_to_float(bits.x);
+  f[2] = low_half_to_float(bits.y);
+  f[3] = high_half_to_float(bits.y);
+}
+
+IVR_DEVICE void store_quad(float* p, const float (&f)[4]) {
+  Vec<float> v;
+  pack(f, v);
+  store16(p, v);
+}
+
+IVR_DEVICE void store_quad(bf16* p, const float (&f)[4]) {
+  store_raw(p, Bits64{pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3])});
+}
+
+IVR_DEVICE float load_float(const void* base, int64_t i, bool in_fp32) {
+  return in_fp32 ? __uint_as_float(load_raw<uint32_t>(static_cast<const float*>(base) + i))
+                 : low_half_to_float(load_raw<uint16_t>(static_cast<const bf16*>(base) + i));
 }
 
 // The first n elements one by one, zeros after them; p has the alignment of T alone.
@@ -308,7 +338,16 @@ IVR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
 #endif
 }
 
-// 2^x; 0 for x = -inf. Relative error about 2^-22.
+// a b, rounded: never the first half of a fused multiply-add.
+IVR_DEVICE float multiply_rounded(float a, float b) {
+#if defined(__CUDACC__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// 2^x; 0 for x = -inf, exactly 1 for 0. Relative error about 2^-22.
 IVR_DEVICE float exp2_fast(float x) {
 #if defined(__CUDACC__)
   float y;

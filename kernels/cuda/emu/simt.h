@@ -229,4 +229,7 @@ inline uint32_t __float_as_uint(float f) {
   std::memcpy(&bits, &f, sizeof(bits));
   return bits;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
