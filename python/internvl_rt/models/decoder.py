@@ -50,9 +50,9 @@ class Decoder:
     def __init__(self, config: TextConfig, w: Parameters, opset: OpSet, dtype: torch.dtype) -> None:
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
+        self.head = Linear(opset, *w.linear("llm.head"), dtype)
         self.layers = [DecoderLayer(config, w, i, opset, dtype) for i in range(config.num_layers)]
         self.norm = RmsNorm(opset, w["llm.norm.weight"], config.rms_norm_eps, dtype)
-        self.head = Linear(opset, *w.linear("llm.head"), dtype)
         D = config.head_dim
         exponent = torch.arange(0, D, 2, dtype=torch.float32) / D
         self.inv_freq = 1.0 / config.rope_theta**exponent  # [D/2]
