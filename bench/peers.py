@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internvl_rt.ops.grouped_linear import PackedExperts
 from internvl_rt.ops.linear import PackedWeight, unpack
 
 Call = Callable[[], Any]
@@ -60,6 +61,63 @@ def linear(
         y = y if scale is None else y * scale
         y = y if residual is None else residual + y
         return y if out_dtype is None else y.to(out_dtype)
+
+    return call
+
+
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor | PackedExperts,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Call:
+    experts = [_plain(weight[e]) for e in range(weight.shape[0])]
+    bounds = offsets.tolist()
+
+    def call() -> Tensor:
+        sorted_x = x if rows is None else x[rows]
+        parts = [
+            F.linear(sorted_x[begin:end], w, None if bias is None else bias[e])
+            for e, (w, begin, end) in enumerate(zip(experts, bounds, bounds[1:], strict=True))
+        ]
+        return torch.cat(parts)
+
+    return call
+
+
+def moe_route(logits: Tensor, top_k: int, normalize: bool) -> Call:
+    E = logits.shape[1]
+
+    def call() -> tuple[Tensor, ...]:
+        weights, ids = logits.float().softmax(1).topk(top_k)
+        if normalize:
+            weights = weights / weights.sum(1, keepdim=True)
+        order = ids.flatten().argsort(stable=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
+        offsets = F.pad(torch.bincount(ids.flatten(), minlength=E).cumsum(0), (1, 0))
+        return ids, weights, order // top_k, places.view_as(ids), offsets
+
+    return call
+
+
+def moe_combine(x: Tensor, weights: Tensor, places: Tensor, residual: Tensor | None = None) -> Call:
+    def call() -> Tensor:
+        y = (x[places] * weights[..., None]).sum(1).to(x.dtype)
+        return y if residual is None else residual + y
+
+    return call
+
+
+_MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def mxfp4_unpack(blocks: Tensor, scales: Tensor) -> Call:
+    table = _MXFP4.bfloat16()
+
+    def call() -> Tensor:
+        values = torch.stack((table[(blocks & 15).int()], table[(blocks >> 4).int()]), -1)
+        return torch.ldexp(values.flatten(-2), scales.int()[..., None] - 127).flatten(-2).bfloat16()
 
     return call
 
@@ -267,8 +325,12 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         embed_scatter,
         flash_attention,
         gated_activation,
+        grouped_linear,
         layer_norm,
         linear,
+        moe_combine,
+        moe_route,
+        mxfp4_unpack,
         paged_attention,
         pixel_unshuffle_mlp,
         preprocess,
