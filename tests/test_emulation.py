@@ -199,13 +199,48 @@ def flash_attention_params(
     return FlashAttentionParams(a, *map(_pointer, (k, v, cu_kv)), *_strides(k), *_strides(v))
 
 
+class PagedAttentionParams(ctypes.Structure):
+    _fields_ = (
+        ("a", AttentionParams),
+        *((n, ctypes.c_void_p) for n in ("k_cache", "v_cache", "page_table", "kv_lens")),
+        *((n, ctypes.c_int64) for n in ("pages", "max_pages", "page_table_b")),
+        *((n, ctypes.c_int64) for n in ("k_page", "k_h", "k_p", "v_page", "v_h", "v_p")),
+        ("page_shift", ctypes.c_int),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+def paged_attention_params(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    workspace: Tensor | None,
+    out: Tensor,
+) -> PagedAttentionParams:
+    pages, K, P, _ = k_cache.shape
+    a = attention_params(q, cu_q, K, scale, True, window, sinks, prefix, out)
+    pointers = map(_pointer, (k_cache, v_cache, page_table, kv_lens))
+    sizes = (pages, page_table.shape[1], page_table.stride(0))
+    strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
+    shift = P.bit_length() - 1
+    return PagedAttentionParams(a, *pointers, *sizes, *strides, shift, _pointer(workspace))
+
+
 # A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
 PARAMS = {
     "flash_attention": flash_attention_params,
+    "paged_attention": paged_attention_params,
     "rms_norm": rms_norm_params,
 }
 # Ops whose slow cases would take minutes here.
-HEAVY = {"flash_attention"}
+HEAVY = {"flash_attention", "paged_attention"}
 
 
 @pytest.fixture
@@ -246,6 +281,116 @@ def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
     assert sources == set(emulator.ops()) == set(PARAMS)
     assert sources <= set(ops.catalogue())
+
+
+# ---- attention: decode, broken page tables, who shares the batch --------------------------------
+
+PAGED = ops.catalogue()["paged_attention"]
+DECODE = [
+    c
+    for c in PAGED.cases
+    if not c.slow and c.build(Inputs(c.name, torch.bfloat16))["q"].shape[2] in (64, 128)
+]
+
+
+def _workspace(q: Tensor, k_cache: Tensor, page_table: Tensor) -> Tensor:
+    T, H, D = q.shape
+    splits = max(1, -(-page_table.shape[1] * k_cache.shape[2] // (16384 // D)))
+    return torch.full((max(splits * T * H * (D + 2), 4),), float("nan"))
+
+
+def _decode_params(*arguments: Any) -> PagedAttentionParams:
+    *given, _, out = arguments
+    workspace = _workspace(given[0], given[1], given[3])
+    params = paged_attention_params(*given, workspace, out)
+    params.keep = workspace
+    return params
+
+
+@pytest.mark.parametrize("case", DECODE, ids=_id)
+def test_paged_attention_splits(case, emulate, monkeypatch):
+    monkeypatch.setitem(PARAMS, "paged_attention", _decode_params)
+    for seed in SEEDS:
+        config = emulate(PAGED, case, torch.bfloat16, seed)
+        assert config == "empty" or "splits=0" not in config
+
+
+def _attend(
+    emulator: Emulator, arguments: dict[str, Any], params: Any = paged_attention_params
+) -> Tensor:
+    names = "q k_cache v_cache page_table cu_q kv_lens scale window sinks prefix".split()
+    out = torch.full_like(arguments["q"], float("nan"), memory_format=torch.contiguous_format)
+    emulator.run("paged_attention", params(*(arguments.get(n) for n in names), None, out))
+    return out
+
+
+PHASES = {"prefill": paged_attention_params, "decode": _decode_params}
+# D, group, dtype, phase: every kernel of paged_attention.
+KERNELS = [
+    (64, 7, torch.bfloat16, "prefill"),
+    (64, 7, torch.bfloat16, "decode"),
+    (128, 3, torch.bfloat16, "prefill"),
+    (128, 3, torch.bfloat16, "decode"),
+    (20, 2, torch.bfloat16, "prefill"),
+    (64, 2, torch.float32, "prefill"),
+]
+
+
+@pytest.mark.parametrize(("D", "group", "dtype", "phase"), KERNELS, ids=_id)
+def test_paged_attention_bits_depend_on_the_sequence_alone(emulator, D, group, dtype, phase):
+    # Alone and with a short table, or in company, in chunks, at other pages of a wider table.
+    make = Inputs(f"alone/{D}", dtype)
+    lengths, P = (200, 330, 1), 16
+    q = make.normal(6, 2 * group, D)
+    table = make.permutation(200)[: 3 * 50].int().view(3, 50)
+    caches = {n: make.normal(200, 2, P, D) for n in ("k_cache", "v_cache")}
+    together = {
+        "q": q,
+        **caches,
+        "page_table": table,
+        "cu_q": torch.tensor([0, 1, 5, 6], dtype=torch.int32),
+        "kv_lens": torch.tensor(lengths, dtype=torch.int32),
+        "scale": D**-0.5,
+        "window": 290,
+    }
+    y = _attend(emulator, together, PHASES[phase])
+    for rows, length in (((0, 1), 200), ((1, 2), 327), ((2, 5), 330), ((5, 6), 1)):
+        sequence = 0 if rows[0] == 0 else 2 if rows[0] == 5 else 1
+        pages = -(-length // P)
+        alone = together | {
+            "q": q[slice(*rows)],
+            "page_table": table[sequence : sequence + 1, :pages].clone(),
+            "cu_q": torch.tensor([0, rows[1] - rows[0]], dtype=torch.int32),
+            "kv_lens": torch.tensor([length], dtype=torch.int32),
+        }
+        assert torch.equal(_attend(emulator, alone, PHASES[phase]), y[slice(*rows)])
+
+
+@pytest.mark.parametrize("page", [-1, 200, 2**31 - 1, "behind the table"])
+@pytest.mark.parametrize(("D", "group", "dtype", "phase"), KERNELS, ids=_id)
+def test_a_broken_page_table_harms_its_own_sequence(emulator, D, group, dtype, phase, page):
+    make = Inputs(f"broken/{D}", dtype)
+    table = make.permutation(200)[: 2 * 20].int().view(2, 20)
+    arguments = {
+        "q": make.normal(2, 2 * group, D),
+        "k_cache": make.normal(200, 2, 16, D),
+        "v_cache": make.normal(200, 2, 16, D),
+        "page_table": table,
+        "cu_q": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "kv_lens": torch.tensor([300, 290], dtype=torch.int32),
+        "scale": D**-0.5,
+    }
+    good = _attend(emulator, arguments, PHASES[phase])
+    assert bool(good.isfinite().all())
+    if page == "behind the table":
+        arguments["kv_lens"] = torch.tensor([20 * 16 + 1, 290], dtype=torch.int32)
+    else:
+        arguments["page_table"] = table.index_put(
+            (torch.tensor(0), torch.tensor(7)), torch.tensor(page, dtype=torch.int32)
+        )
+    broken = _attend(emulator, arguments, PHASES[phase])
+    assert bool(broken[0].isnan().all())
+    assert torch.equal(broken[1], good[1])
 
 
 # ---- rms_norm: what the catalogue's shapes leave out -------------------------------------------

@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/emu/planted.h"
 #include "kernels/flash_attention.h"
+#include "kernels/paged_attention.h"
 #include "kernels/rms_norm.h"
 
 namespace ivr::emu {
@@ -28,6 +29,7 @@ namespace {
 
 constexpr Op kOps[] = {
     {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
+    {"paged_attention", sizeof(PagedAttentionParams), run_paged_attention},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
 };
 
