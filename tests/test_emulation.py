@@ -7,6 +7,8 @@ planted bug each.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import itertools
 import re
 import shutil
@@ -233,14 +235,52 @@ def paged_attention_params(
     return PagedAttentionParams(a, *pointers, *sizes, *strides, shift, _pointer(workspace))
 
 
+class LinearParams(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("x", "weight", "bias", "residual", "scale", "out")),
+        *((n, ctypes.c_int64) for n in ("M", "N", "K", "x_m", "residual_m", "out_m")),
+        *((n, ctypes.c_int32) for n in ("activation", "dtype", "out_dtype")),
+        ("decode", ctypes.c_bool),
+        *((n, ctypes.c_int64) for n in ("row_step", "panel_step", "row_blocks", "panel_blocks")),
+        *((n, ctypes.c_int64) for n in ("items", "workspace_size", "scratch_size")),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+def linear_params(
+    x: Tensor,
+    packed: Tensor,
+    N: int,
+    K: int,
+    weight_format: Any,
+    bias: Tensor | None,
+    activation: Any,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    decode: bool | None,
+    out: Tensor,
+) -> LinearParams:
+    # The weight is packed for a CPU here, and plain on a GPU.
+    weight = ops.unpack(ops.PackedWeight(packed, N, K, weight_format)).contiguous()
+    params = LinearParams(
+        *map(_pointer, (x, weight, bias, residual, scale, out)),
+        *(len(x), N, K, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0)),
+        *(int(activation), DTYPES[x.dtype], DTYPES[out.dtype]),
+        len(x) <= 16 if decode is None else decode,
+    )
+    params.keep = weight
+    return params
+
+
 # A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
 PARAMS = {
     "flash_attention": flash_attention_params,
+    "linear": linear_params,
     "paged_attention": paged_attention_params,
     "rms_norm": rms_norm_params,
 }
-# Ops whose slow cases would take minutes here.
-HEAVY = {"flash_attention", "paged_attention"}
+# Ops that take seconds here: one seed, and no slow cases.
+HEAVY = {"flash_attention", "linear", "paged_attention"}
 
 
 @pytest.fixture
@@ -267,13 +307,13 @@ def _id(value: object) -> str:
 CATALOGUE = [
     (o, c, d)
     for o, c, d in all_cases()
-    if o.name in PARAMS and not (c.slow and o.name in HEAVY)
+    if o.name in PARAMS and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
 ]
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
 def test_catalogue(op, case, dtype, emulate):
-    for seed in SEEDS[: 1 if case.slow else None]:
+    for seed in SEEDS[: 1 if case.slow or op.name in HEAVY else None]:
         emulate(op, case, dtype, seed)
 
 
@@ -310,15 +350,15 @@ def _decode_params(*arguments: Any) -> PagedAttentionParams:
 @pytest.mark.parametrize("case", DECODE, ids=_id)
 def test_paged_attention_splits(case, emulate, monkeypatch):
     monkeypatch.setitem(PARAMS, "paged_attention", _decode_params)
-    for seed in SEEDS:
-        config = emulate(PAGED, case, torch.bfloat16, seed)
-        assert config == "empty" or "splits=0" not in config
+    config = emulate(PAGED, case, torch.bfloat16, seed=1)
+    assert config == "empty" or "splits=0" not in config
 
 
 def _attend(
     emulator: Emulator, arguments: dict[str, Any], params: Any = paged_attention_params
 ) -> Tensor:
-    names = "q k_cache v_cache page_table cu_q kv_lens scale window sinks prefix".split()
+    names = ("q", "k_cache", "v_cache", "page_table", "cu_q", "kv_lens", "scale")
+    names += ("window", "sinks", "prefix")
     out = torch.full_like(arguments["q"], float("nan"), memory_format=torch.contiguous_format)
     emulator.run("paged_attention", params(*(arguments.get(n) for n in names), None, out))
     return out
@@ -391,6 +431,74 @@ def test_a_broken_page_table_harms_its_own_sequence(emulator, D, group, dtype, p
     broken = _attend(emulator, arguments, PHASES[phase])
     assert bool(broken[0].isnan().all())
     assert torch.equal(broken[1], good[1])
+
+
+# ---- linear: every kernel, and what a row's bits depend on --------------------------------------
+
+LINEAR = ops.catalogue()["linear"]
+
+
+def _linear_case(M: int, N: int, K: int, offset: int = 0, **options: Any) -> Case:
+    """All of the epilogue; x starts `offset` elements behind an aligned address."""
+
+    def build(make: Inputs) -> dict[str, Any]:
+        return {
+            "x": make.normal(M, K + 8)[:, offset : offset + K],
+            "weight": make.normal(N, K, std=K**-0.5),
+            "bias": make.normal(N),
+            "scale": make.normal(N),
+            "residual": make.normal(M, N),
+            "activation": "silu",
+        } | options
+
+    return Case(f"{M}x{N}x{K}+{offset}", build)
+
+
+# (case, phase, expected configuration) in bfloat16.
+LINEARS = [
+    (_linear_case(1, 40, 264), "decode", "rows 16x8 aligned=1 grid=5x1"),
+    (_linear_case(17, 40, 520), "decode", "rows 64x8 aligned=1 grid=5x1"),
+    (_linear_case(65, 24, 40), "decode", "rows 64x8 aligned=1 grid=3x2"),
+    (_linear_case(3, 4096, 32), "decode", "rows 16x32 aligned=1 grid=128x1"),
+    (_linear_case(20, 4100, 24), "decode", "rows 64x32 aligned=1 grid=129x1"),
+    (_linear_case(18, 41, 264), "decode", "rows 16x8 aligned=0 grid=6x2"),
+    (_linear_case(18, 40, 264, 1), "decode", "rows 16x8 aligned=0 grid=5x2"),
+    (_linear_case(70, 130, 136), "prefill", "tiles 64x64 aligned=1 grid=3x2"),
+    (_linear_case(70, 130, 137), "prefill", "tiles 64x64 aligned=0 grid=3x2"),
+    (_linear_case(1, 6, 8), "prefill", "tiles 64x64 aligned=1 grid=1x1"),
+    (_linear_case(129, 64 * 128, 72), "prefill", "tiles 128x128 aligned=1 grid=64x2"),
+]
+
+
+@pytest.mark.parametrize(("case", "phase", "config"), LINEARS, ids=_id)
+def test_linear_configurations(case, phase, config, emulator, monkeypatch):
+    def face(*arguments: Any) -> None:
+        assert emulator.run("linear", linear_params(*arguments), seed=3) == config
+
+    monkeypatch.setitem(LINEAR.faces, "emulated", face)
+    phased = functools.partial(LINEAR.function, phase=phase)
+    check(dataclasses.replace(LINEAR, function=phased), case, torch.bfloat16, "emulated")
+
+
+def _linear(emulator: Emulator, x: Tensor, weight: ops.PackedWeight, *, decode: bool) -> Tensor:
+    out = torch.full((len(x), weight.n), float("nan"), dtype=x.dtype)
+    arguments = (weight.data, weight.n, weight.k, weight.format, None, 0, None, None, decode, out)
+    emulator.run("linear", linear_params(x, *arguments))
+    return out
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(("N", "K"), [(72, 328), (4104, 40), (33, 77)])
+def test_linear_bits_depend_on_the_row_alone(emulator, N, K, decode):
+    make = Inputs(f"rows/{N}", torch.bfloat16)
+    x, weight = make.normal(80, K), ops.pack(make.normal(N, K))
+    y = _linear(emulator, x, weight, decode=decode)
+    for rows in (slice(0, 1), slice(79, 80), slice(5, 22)):
+        assert torch.equal(_linear(emulator, x[rows], weight, decode=decode), y[rows])
+    # Nor on how operands are fetched.
+    shifted = make.normal(80, K + 9)
+    shifted[:, 1 : K + 1] = x
+    assert torch.equal(_linear(emulator, shifted[:, 1 : K + 1], weight, decode=decode), y)
 
 
 # ---- rms_norm: what the catalogue's shapes leave out -------------------------------------------

@@ -6,12 +6,14 @@
 #include <cuda_runtime_api.h>
 
 #include "kernels/flash_attention.h"
+#include "kernels/linear.h"
 #include "kernels/paged_attention.h"
 #include "kernels/rms_norm.h"
 
 namespace ivr::cuda {
 
 cudaError_t flash_attention(const FlashAttentionParams& params, cudaStream_t stream);
+cudaError_t linear(const LinearParams& params, cudaStream_t stream);
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 

@@ -174,6 +174,30 @@ IVR_DEVICE float load_float(const void* base, int64_t i, bool in_fp32) {
                  : low_half_to_float(load_raw<uint16_t>(static_cast<const bf16*>(base) + i));
 }
 
+IVR_DEVICE void store_float(void* base, int64_t i, float v, bool in_fp32) {
+  in_fp32 ? store_raw(static_cast<float*>(base) + i, __float_as_uint(v))
+          : store_raw(static_cast<bf16*>(base) + i, static_cast<uint16_t>(pack_bf16(v, 0.0f)));
+}
+
+// Elements i and i + 1; their address is a multiple of both together.
+IVR_DEVICE void load_pair(const void* base, int64_t i, bool in_fp32, float (&f)[2]) {
+  if (in_fp32) {
+    const auto bits = load_raw<Bits64>(static_cast<const float*>(base) + i);
+    f[0] = __uint_as_float(bits.x);
+    f[1] = __uint_as_float(bits.y);
+  } else {
+    const auto bits = load_raw<uint32_t>(static_cast<const bf16*>(base) + i);
+    f[0] = low_half_to_float(bits);
+    f[1] = high_half_to_float(bits);
+  }
+}
+
+IVR_DEVICE void store_pair(void* base, int64_t i, bool in_fp32, float f0, float f1) {
+  in_fp32
+      ? store_raw(static_cast<float*>(base) + i, Bits64{__float_as_uint(f0), __float_as_uint(f1)})
+      : store_raw(static_cast<bf16*>(base) + i, pack_bf16(f0, f1));
+}
+
 // The first n elements one by one, zeros after them; p has the alignment of T alone.
 template <typename T>
 IVR_DEVICE Vec<T> load_elements(const T* p, int n) {

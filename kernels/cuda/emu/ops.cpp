@@ -8,6 +8,7 @@
 
 #include "kernels/cuda/emu/planted.h"
 #include "kernels/flash_attention.h"
+#include "kernels/linear.h"
 #include "kernels/paged_attention.h"
 #include "kernels/rms_norm.h"
 
@@ -29,6 +30,7 @@ namespace {
 
 constexpr Op kOps[] = {
     {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
+    {"linear", sizeof(LinearParams), run_linear},
     {"paged_attention", sizeof(PagedAttentionParams), run_paged_attention},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
 };

@@ -29,6 +29,7 @@ void allow_rows(Machine& machine, Access access, const char* name, const void* b
 void allow_attention(Machine& machine, const AttentionParams& a);
 
 bool run_flash_attention(Machine& machine, const void* params, std::string& config);
+bool run_linear(Machine& machine, const void* params, std::string& config);
 bool run_paged_attention(Machine& machine, const void* params, std::string& config);
 bool run_rms_norm(Machine& machine, const void* params, std::string& config);
 

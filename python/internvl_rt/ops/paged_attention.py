@@ -44,8 +44,8 @@ def paged_attention(
     cu_q: [B+1] int32 offsets of the sequences' queries (1 each in decode steps).
     kv_lens: [B] int32, keys of each sequence, those of its queries included.
     scale, window, sinks, prefix: as in flash_attention; prefix[b] <= kv_lens[b].
-    phase: "decode" splits the keys over blocks of the GPU, "prefill" does not; where it is not said,
-        one query a sequence is decode. On the CPU both are the same.
+    phase: "decode" splits the keys over blocks of the GPU, "prefill" does not; None: decode where
+        T = B. On the CPU both are the same.
     Returns [T, H, D]. out may be q.
     Raises ValueError for shapes, dtypes, offsets, lengths or pages that do not fit. On CUDA offsets
     and lengths are trusted, and a sequence whose table names no page gets NaN.
