@@ -11,9 +11,10 @@
 // load, whose low halves are the even and whose high halves are the odd k.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
-// multiply-adds from zero over pieces of fixed length, the pieces added in order (on matrix tiles
-// one chain of pairs, where denormals count as zero). So a row's bits depend neither on the other
-// rows nor on how the work is cut.
+// multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
+// pairs and matrix tiles take the odd or the even k of a pair first and count denormals as zero;
+// on tiles all of K is one chain. So a row's bits depend neither on the other rows nor on how the
+// work is cut.
 #pragma once
 
 #include "kernels/cpu/isa.h"
@@ -67,6 +68,7 @@ struct LinearSteps {
 };
 
 IVR_CPU_KERNEL(linear, LinearSteps& steps)
+IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)
 IVR_AMX_KERNEL(linear_amx, LinearSteps& steps)
 
 // Packs one panel. rows: 32 pointers to K elements, null for columns beyond N.
