@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulated
 from internvl_rt import ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 
@@ -102,47 +103,7 @@ def emulator(objects):
     return _link(objects, objects[0].parent / "emulator.so")
 
 
-# ---- ops: the native face's arguments as a params struct ---------------------------------------
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int32: 3, torch.int64: 4}
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
-
-
-class RmsNormParams(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "residual", "weight", "y", "residual_out")),
-        *((n, ctypes.c_int64) for n in ("T", "H", "C")),
-        *((n, ctypes.c_int64) for n in ("x_t", "x_h", "residual_t", "residual_h")),
-        *((n, ctypes.c_int64) for n in ("y_t", "y_h", "residual_out_t", "residual_out_h")),
-        ("eps", ctypes.c_float),
-        ("weight_in_fp32", ctypes.c_bool),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-def rms_norm_params(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    residual_out: Tensor | None,
-    eps: float,
-    weight_in_fp32: bool,
-) -> RmsNormParams:
-    pointers = map(_pointer, (x, residual, weight, y, residual_out))
-    strides = sum(map(_strides, (x, residual, y, residual_out)), ())
-    return RmsNormParams(*pointers, *x.shape, *strides, eps, weight_in_fp32, DTYPES[x.dtype])
-
-
-# A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
-PARAMS = {"rms_norm": rms_norm_params}
+# ---- ops ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,7 +114,7 @@ def emulate(emulator, monkeypatch):
         configs: list[str] = []
 
         def face(*arguments: Any) -> None:
-            configs.append(emulator.run(op.name, PARAMS[op.name](*arguments), seed))
+            configs.append(emulator.run(op.name, emulated.PARAMS[op.name](*arguments), seed))
 
         monkeypatch.setitem(op.faces, "emulated", face)
         check(op, case, dtype, "emulated")
@@ -166,7 +127,7 @@ def _id(value: object) -> str:
     return getattr(value, "name", str(value).removeprefix("torch."))
 
 
-CATALOGUE = [(o, c, d) for o, c, d in all_cases() if o.name in PARAMS]
+CATALOGUE = [(o, c, d) for o, c, d in all_cases() if o.name in emulated.PARAMS]
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
@@ -177,7 +138,7 @@ def test_catalogue(op, case, dtype, emulate):
 
 def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
-    assert sources == set(emulator.ops()) == set(PARAMS)
+    assert sources == set(emulator.ops()) == set(emulated.PARAMS)
     assert sources <= set(ops.catalogue())
 
 
@@ -198,15 +159,15 @@ def _rms_norm_case(T: int, C: int, offset: int = 0, residual: bool = False) -> C
 # (case, dtype, expected configuration): every kernel of the table, at the edges of its range.
 RMS_NORM = [
     (_rms_norm_case(5, 256), torch.bfloat16, "vectors=1 aligned=1 block=32x4 grid=2"),
-    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=0 aligned=0 block=32x4 grid=2"),
     (_rms_norm_case(70, 8), torch.bfloat16, "vectors=1 aligned=1 block=1x128 grid=1"),
-    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=0 aligned=0 block=32x4 grid=2"),
     (_rms_norm_case(5, 264), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=2"),
     (_rms_norm_case(3, 1024), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=1"),
     (_rms_norm_case(3, 1032, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=64x1 grid=3"),
     (_rms_norm_case(2, 4096, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=128x1 grid=2"),
     (_rms_norm_case(2, 4096), torch.float32, "vectors=4 aligned=1 block=256x1 grid=2"),
-    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=4 aligned=0 block=512x1 grid=2"),
+    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=0 aligned=0 block=512x1 grid=2"),
     (_rms_norm_case(1, 32768), torch.bfloat16, "vectors=4 aligned=1 block=1024x1 grid=1"),
     (_rms_norm_case(1, 32776, 0, True), torch.bfloat16, "vectors=0 aligned=1 block=1024x1 grid=1"),
     (_rms_norm_case(1, 16391, 1, True), torch.float32, "vectors=0 aligned=0 block=1024x1 grid=1"),
@@ -223,7 +184,7 @@ def _rms_norm(emulator: Emulator, x: Tensor, weight: Tensor, y: Tensor, **option
     residual, residual_out = options.get("residual"), options.get("residual_out")
     return emulator.run(
         "rms_norm",
-        rms_norm_params(
+        emulated.rms_norm(
             x.unsqueeze(1),
             weight,
             None if residual is None else residual.unsqueeze(1),
@@ -268,7 +229,7 @@ def test_rms_norm_rounds_where_the_contract_says(emulator, weight_in_fp32):
     x = torch.tensor([1.0, 7.0]).repeat(64).bfloat16().view(1, 1, 128)
     weight = (1 + torch.arange(128) / 128).bfloat16()
     y = torch.full_like(x, float("nan"))
-    emulator.run("rms_norm", rms_norm_params(x, weight, None, y, None, 0.0, weight_in_fp32))
+    emulator.run("rms_norm", emulated.rms_norm(x, weight, None, y, None, 0.0, weight_in_fp32))
     once = (x.double() * 0.2 * weight.double()).bfloat16()
     twice = (x.double() * 0.2).bfloat16() * weight
     assert not torch.equal(once, twice)

@@ -7,6 +7,10 @@
 #include <iterator>
 
 #include "kernels/cuda/emu/planted.h"
+#include "kernels/embed_scatter.h"
+#include "kernels/gated_activation.h"
+#include "kernels/layer_norm.h"
+#include "kernels/pixel_unshuffle_mlp.h"
 #include "kernels/rms_norm.h"
 
 namespace ivr::emu {
@@ -26,6 +30,10 @@ void allow_rows(Machine& machine, Access access, const char* name, const void* b
 namespace {
 
 constexpr Op kOps[] = {
+    {"embed_scatter", sizeof(EmbedScatterParams), run_embed_scatter},
+    {"gated_activation", sizeof(GatedActivationParams), run_gated_activation},
+    {"layer_norm", sizeof(LayerNormParams), run_layer_norm},
+    {"pixel_unshuffle_mlp", sizeof(PixelUnshuffleParams), run_pixel_unshuffle_norm},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
 };
 

@@ -24,6 +24,10 @@ enum class Access { read, write };
 void allow_rows(Machine& machine, Access access, const char* name, const void* base, int64_t rows,
                 int64_t heads, int64_t bytes, int64_t row_stride, int64_t head_stride);
 
+bool run_embed_scatter(Machine& machine, const void* params, std::string& config);
+bool run_gated_activation(Machine& machine, const void* params, std::string& config);
+bool run_layer_norm(Machine& machine, const void* params, std::string& config);
+bool run_pixel_unshuffle_norm(Machine& machine, const void* params, std::string& config);
 bool run_rms_norm(Machine& machine, const void* params, std::string& config);
 
 // Kernels with a known bug each, and correct ones beside them: the test of the emulator itself.
