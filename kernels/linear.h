@@ -38,7 +38,7 @@ constexpr int64_t panel_size(WeightFormat format, int64_t K) {
 
 struct LinearParams {
   const void* x;         // [M, K]
-  const void* weight;    // packed
+  const void* weight;    // packed; on CUDA [N, K]
   const void* bias;      // [N] or null
   const void* residual;  // [M, N] or null; may be out
   const void* scale;     // [N] or null

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulated
 from internvl_rt import ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 
@@ -104,181 +105,8 @@ def emulator(objects):
     return _link(objects, objects[0].parent / "emulator.so")
 
 
-# ---- ops: the native face's arguments as a params struct ---------------------------------------
+# ---- ops ---------------------------------------------------------------------------------------
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int32: 3, torch.int64: 4}
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
-
-
-class RmsNormParams(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "residual", "weight", "y", "residual_out")),
-        *((n, ctypes.c_int64) for n in ("T", "H", "C")),
-        *((n, ctypes.c_int64) for n in ("x_t", "x_h", "residual_t", "residual_h")),
-        *((n, ctypes.c_int64) for n in ("y_t", "y_h", "residual_out_t", "residual_out_h")),
-        ("eps", ctypes.c_float),
-        ("weight_in_fp32", ctypes.c_bool),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-def rms_norm_params(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    residual_out: Tensor | None,
-    eps: float,
-    weight_in_fp32: bool,
-) -> RmsNormParams:
-    pointers = map(_pointer, (x, residual, weight, y, residual_out))
-    strides = sum(map(_strides, (x, residual, y, residual_out)), ())
-    return RmsNormParams(*pointers, *x.shape, *strides, eps, weight_in_fp32, DTYPES[x.dtype])
-
-
-NO_WINDOW = 2**63 - 1
-
-
-class AttentionParams(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("q", "out", "sinks", "cu_q", "prefix")),
-        *((n, ctypes.c_int64) for n in ("T", "B", "K", "q_t", "q_h", "out_t", "out_h")),
-        *((n, ctypes.c_int64) for n in ("D", "group", "window")),
-        ("scale", ctypes.c_float),
-        ("causal", ctypes.c_bool),
-        ("dtype", ctypes.c_int32),
-        ("sinks_dtype", ctypes.c_int32),
-    )
-
-
-def attention_params(
-    q: Tensor,
-    cu_q: Tensor,
-    K: int,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: Tensor | None,
-    out: Tensor,
-) -> AttentionParams:
-    T, H, D = q.shape
-    pointers = map(_pointer, (q, out, sinks, cu_q, prefix))
-    sizes = (T, len(cu_q) - 1, K, *_strides(q), *_strides(out), D, H // K)
-    dtypes = DTYPES[q.dtype], DTYPES[torch.float32 if sinks is None else sinks.dtype]
-    return AttentionParams(*pointers, *sizes, window or NO_WINDOW, scale, causal, *dtypes)
-
-
-class FlashAttentionParams(ctypes.Structure):
-    _fields_ = (
-        ("a", AttentionParams),
-        *((n, ctypes.c_void_p) for n in ("k", "v", "cu_kv")),
-        *((n, ctypes.c_int64) for n in ("k_t", "k_h", "v_t", "v_h")),
-    )
-
-
-def flash_attention_params(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_kv: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: Tensor | None,
-    out: Tensor,
-) -> FlashAttentionParams:
-    a = attention_params(q, cu_q, k.shape[1], scale, causal, window, sinks, prefix, out)
-    return FlashAttentionParams(a, *map(_pointer, (k, v, cu_kv)), *_strides(k), *_strides(v))
-
-
-class PagedAttentionParams(ctypes.Structure):
-    _fields_ = (
-        ("a", AttentionParams),
-        *((n, ctypes.c_void_p) for n in ("k_cache", "v_cache", "page_table", "kv_lens")),
-        *((n, ctypes.c_int64) for n in ("pages", "max_pages", "page_table_b")),
-        *((n, ctypes.c_int64) for n in ("k_page", "k_h", "k_p", "v_page", "v_h", "v_p")),
-        ("page_shift", ctypes.c_int),
-        ("workspace", ctypes.c_void_p),
-    )
-
-
-def paged_attention_params(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor,
-    cu_q: Tensor,
-    kv_lens: Tensor,
-    scale: float,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: Tensor | None,
-    workspace: Tensor | None,
-    out: Tensor,
-) -> PagedAttentionParams:
-    pages, K, P, _ = k_cache.shape
-    a = attention_params(q, cu_q, K, scale, True, window, sinks, prefix, out)
-    pointers = map(_pointer, (k_cache, v_cache, page_table, kv_lens))
-    sizes = (pages, page_table.shape[1], page_table.stride(0))
-    strides = (*k_cache.stride()[:3], *v_cache.stride()[:3])
-    shift = P.bit_length() - 1
-    return PagedAttentionParams(a, *pointers, *sizes, *strides, shift, _pointer(workspace))
-
-
-class LinearParams(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "weight", "bias", "residual", "scale", "out")),
-        *((n, ctypes.c_int64) for n in ("M", "N", "K", "x_m", "residual_m", "out_m")),
-        *((n, ctypes.c_int32) for n in ("activation", "dtype", "out_dtype")),
-        ("decode", ctypes.c_bool),
-        *((n, ctypes.c_int64) for n in ("row_step", "panel_step", "row_blocks", "panel_blocks")),
-        *((n, ctypes.c_int64) for n in ("items", "workspace_size", "scratch_size")),
-        ("workspace", ctypes.c_void_p),
-    )
-
-
-def linear_params(
-    x: Tensor,
-    packed: Tensor,
-    N: int,
-    K: int,
-    weight_format: Any,
-    bias: Tensor | None,
-    activation: Any,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    decode: bool | None,
-    out: Tensor,
-) -> LinearParams:
-    # The weight is packed for a CPU here, and plain on a GPU.
-    weight = ops.unpack(ops.PackedWeight(packed, N, K, weight_format)).contiguous()
-    params = LinearParams(
-        *map(_pointer, (x, weight, bias, residual, scale, out)),
-        *(len(x), N, K, x.stride(0), 0 if residual is None else residual.stride(0), out.stride(0)),
-        *(int(activation), DTYPES[x.dtype], DTYPES[out.dtype]),
-        len(x) <= 16 if decode is None else decode,
-    )
-    params.keep = weight
-    return params
-
-
-# A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
-PARAMS = {
-    "flash_attention": flash_attention_params,
-    "linear": linear_params,
-    "paged_attention": paged_attention_params,
-    "rms_norm": rms_norm_params,
-}
 # Ops that take seconds here: one seed, and no slow cases.
 HEAVY = {"flash_attention", "linear", "paged_attention"}
 
@@ -291,7 +119,7 @@ def emulate(emulator, monkeypatch):
         configs: list[str] = []
 
         def face(*arguments: Any) -> None:
-            configs.append(emulator.run(op.name, PARAMS[op.name](*arguments), seed))
+            configs.append(emulator.run(op.name, emulated.PARAMS[op.name](*arguments), seed))
 
         monkeypatch.setitem(op.faces, "emulated", face)
         check(op, case, dtype, "emulated")
@@ -307,7 +135,8 @@ def _id(value: object) -> str:
 CATALOGUE = [
     (o, c, d)
     for o, c, d in all_cases()
-    if o.name in PARAMS and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
+    if o.name in emulated.PARAMS
+    and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
 ]
 
 
@@ -319,7 +148,7 @@ def test_catalogue(op, case, dtype, emulate):
 
 def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
-    assert sources == set(emulator.ops()) == set(PARAMS)
+    assert sources == set(emulator.ops()) == set(emulated.PARAMS)
     assert sources <= set(ops.catalogue())
 
 
@@ -339,23 +168,20 @@ def _workspace(q: Tensor, k_cache: Tensor, page_table: Tensor) -> Tensor:
     return torch.full((max(splits * T * H * (D + 2), 4),), float("nan"))
 
 
-def _decode_params(*arguments: Any) -> PagedAttentionParams:
+def _decode_params(*arguments: Any) -> ctypes.Structure:
     *given, _, out = arguments
-    workspace = _workspace(given[0], given[1], given[3])
-    params = paged_attention_params(*given, workspace, out)
-    params.keep = workspace
-    return params
+    return emulated.paged_attention(*given, _workspace(given[0], given[1], given[3]), out)
 
 
 @pytest.mark.parametrize("case", DECODE, ids=_id)
 def test_paged_attention_splits(case, emulate, monkeypatch):
-    monkeypatch.setitem(PARAMS, "paged_attention", _decode_params)
+    monkeypatch.setitem(emulated.PARAMS, "paged_attention", _decode_params)
     config = emulate(PAGED, case, torch.bfloat16, seed=1)
     assert config == "empty" or "splits=0" not in config
 
 
 def _attend(
-    emulator: Emulator, arguments: dict[str, Any], params: Any = paged_attention_params
+    emulator: Emulator, arguments: dict[str, Any], params: Any = emulated.paged_attention
 ) -> Tensor:
     names = ("q", "k_cache", "v_cache", "page_table", "cu_q", "kv_lens", "scale")
     names += ("window", "sinks", "prefix")
@@ -364,7 +190,7 @@ def _attend(
     return out
 
 
-PHASES = {"prefill": paged_attention_params, "decode": _decode_params}
+PHASES = {"prefill": emulated.paged_attention, "decode": _decode_params}
 # D, group, dtype, phase: every kernel of paged_attention.
 KERNELS = [
     (64, 7, torch.bfloat16, "prefill"),
@@ -473,7 +299,7 @@ LINEARS = [
 @pytest.mark.parametrize(("case", "phase", "config"), LINEARS, ids=_id)
 def test_linear_configurations(case, phase, config, emulator, monkeypatch):
     def face(*arguments: Any) -> None:
-        assert emulator.run("linear", linear_params(*arguments), seed=3) == config
+        assert emulator.run("linear", emulated.linear(*arguments), seed=3) == config
 
     monkeypatch.setitem(LINEAR.faces, "emulated", face)
     phased = functools.partial(LINEAR.function, phase=phase)
@@ -483,7 +309,7 @@ def test_linear_configurations(case, phase, config, emulator, monkeypatch):
 def _linear(emulator: Emulator, x: Tensor, weight: ops.PackedWeight, *, decode: bool) -> Tensor:
     out = torch.full((len(x), weight.n), float("nan"), dtype=x.dtype)
     arguments = (weight.data, weight.n, weight.k, weight.format, None, 0, None, None, decode, out)
-    emulator.run("linear", linear_params(x, *arguments))
+    emulator.run("linear", emulated.linear(x, *arguments))
     return out
 
 
@@ -518,15 +344,15 @@ def _rms_norm_case(T: int, C: int, offset: int = 0, residual: bool = False) -> C
 # (case, dtype, expected configuration): every kernel of the table, at the edges of its range.
 RMS_NORM = [
     (_rms_norm_case(5, 256), torch.bfloat16, "vectors=1 aligned=1 block=32x4 grid=2"),
-    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=0 aligned=0 block=32x4 grid=2"),
     (_rms_norm_case(70, 8), torch.bfloat16, "vectors=1 aligned=1 block=1x128 grid=1"),
-    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=0 aligned=0 block=32x4 grid=2"),
     (_rms_norm_case(5, 264), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=2"),
     (_rms_norm_case(3, 1024), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=1"),
     (_rms_norm_case(3, 1032, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=64x1 grid=3"),
     (_rms_norm_case(2, 4096, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=128x1 grid=2"),
     (_rms_norm_case(2, 4096), torch.float32, "vectors=4 aligned=1 block=256x1 grid=2"),
-    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=4 aligned=0 block=512x1 grid=2"),
+    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=0 aligned=0 block=512x1 grid=2"),
     (_rms_norm_case(1, 32768), torch.bfloat16, "vectors=4 aligned=1 block=1024x1 grid=1"),
     (_rms_norm_case(1, 32776, 0, True), torch.bfloat16, "vectors=0 aligned=1 block=1024x1 grid=1"),
     (_rms_norm_case(1, 16391, 1, True), torch.float32, "vectors=0 aligned=0 block=1024x1 grid=1"),
@@ -543,7 +369,7 @@ def _rms_norm(emulator: Emulator, x: Tensor, weight: Tensor, y: Tensor, **option
     residual, residual_out = options.get("residual"), options.get("residual_out")
     return emulator.run(
         "rms_norm",
-        rms_norm_params(
+        emulated.rms_norm(
             x.unsqueeze(1),
             weight,
             None if residual is None else residual.unsqueeze(1),
@@ -588,7 +414,7 @@ def test_rms_norm_rounds_where_the_contract_says(emulator, weight_in_fp32):
     x = torch.tensor([1.0, 7.0]).repeat(64).bfloat16().view(1, 1, 128)
     weight = (1 + torch.arange(128) / 128).bfloat16()
     y = torch.full_like(x, float("nan"))
-    emulator.run("rms_norm", rms_norm_params(x, weight, None, y, None, 0.0, weight_in_fp32))
+    emulator.run("rms_norm", emulated.rms_norm(x, weight, None, y, None, 0.0, weight_in_fp32))
     once = (x.double() * 0.2 * weight.double()).bfloat16()
     twice = (x.double() * 0.2).bfloat16() * weight
     assert not torch.equal(once, twice)

@@ -65,8 +65,8 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
   check.require(x.dtype == dtype, std::string("x is ") + name_of(x.dtype) +
                                       ", expected the weight's " + name_of(dtype));
-  const bool on_cuda = x.device == Device::cuda;
-  check.bind("P", on_cuda ? N * K : panel_count(N) * panel_size(format, K), "packed size");
+  check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
+             "packed size");
   check.bind("N", N, "weight");
   check.tensor("weight", weight, {dtype}, {"P"});
   if (x.dtype == DType::bf16) {
@@ -95,13 +95,7 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.out_dtype = out.dtype;
   p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return;
-  if (on_cuda) {
-#if defined(IVR_CUDA)
-    return launch_cuda(check, cuda::linear, p, x);
-#else
-    require_cpu(check, x);
-#endif
-  }
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(linear), p, x)) return;
   run(p, linear_steps(dtype));
 }
 

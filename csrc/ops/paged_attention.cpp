@@ -36,6 +36,17 @@ void check_pages(const Checker& check, const PagedAttentionParams& p, int64_t pa
   }
 }
 
+int64_t workspace_floats(const Checker& check, [[maybe_unused]] const PagedAttentionParams& p,
+                         const Tensor& q) {
+  check.require(q.device == Device::cuda, "a workspace is for tensors on a CUDA device");
+#if defined(IVR_CUDA)
+  return cuda::paged_attention_workspace(p);
+#else
+  require_cpu(check, q);
+  return 0;
+#endif
+}
+
 void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_q,
                      Tensor kv_lens, double scale, std::optional<int64_t> window,
                      std::optional<Tensor> sinks, std::optional<Tensor> prefix,
@@ -72,17 +83,13 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
   if (q.device == Device::cuda) {
     check_cuda_rows(check, p.a,
                     {{"q", &q}, {"k_cache", &k_cache}, {"v_cache", &v_cache}, {"out", &out}});
-#if defined(IVR_CUDA)
-    if (workspace) {
-      check.bind("W", cuda::paged_attention_workspace(p), "workspace size");
-      check.tensor("workspace", *workspace, {DType::f32}, {"W"});
-      p.workspace = static_cast<float*>(workspace->data);
-    }
-    return launch_cuda(check, cuda::paged_attention, p, q);
-#else
-    require_cpu(check, q);
-#endif
   }
+  if (workspace) {
+    check.bind("W", workspace_floats(check, p, q), "workspace size");
+    check.tensor("workspace", *workspace, {DType::f32}, {"W"});
+    p.workspace = static_cast<float*>(workspace->data);
+  }
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(paged_attention), p, q)) return;
   check_offsets(check, "cu_q", cu_q, "T");
   check_pages(check, p, check["pages"], P);
   check_prefix(check, p.a, check["B"], [&](int64_t b) { return p.kv_lens[b]; });
@@ -95,14 +102,13 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
   });
 }
 
-// Floats that a decode step of these shapes needs on CUDA.
+// Floats that a decode step of these shapes needs.
 int64_t workspace_size(Tensor q, Tensor k_cache, Tensor page_table) {
   Checker check("paged_attention");
   check.tensor("q", q, {DType::f32, DType::bf16}, {"T", "H", "D"});
   check.tensor("k_cache", k_cache, {q.dtype}, {"pages", "K", "P", "D"});
   check.tensor("page_table", page_table, {DType::i32}, {"B", "max_pages"});
   check.require(check["K"] >= 1, "K is 0, expected at least one kv head");
-#if defined(IVR_CUDA)
   PagedAttentionParams p{};
   p.a.T = check["T"];
   p.a.K = check["K"];
@@ -110,11 +116,7 @@ int64_t workspace_size(Tensor q, Tensor k_cache, Tensor page_table) {
   p.a.group = check["H"] / p.a.K;
   p.a.dtype = q.dtype;
   p.max_pages = check["max_pages"] * check["P"];
-  return cuda::paged_attention_workspace(p);
-#else
-  require_cpu(check, q);
-  return 0;
-#endif
+  return workspace_floats(check, p, q);
 }
 
 }  // namespace

@@ -72,6 +72,15 @@ IVR_DEVICE void pack(const float (&f)[8], Vec<bf16>& v) {
   for (int i = 0; i < 4; ++i) v.words[i] = pack_bf16(f[2 * i], f[2 * i + 1]);
 }
 
+// a / b within 2 ulp; 0 for b beyond 2^126.
+IVR_DEVICE float fast_divide(float a, float b) {
+#if defined(__CUDACC__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // Rounds to the dtype and back.
 template <typename T, int kSize>
 IVR_DEVICE void round_to(float (&f)[kSize]) {

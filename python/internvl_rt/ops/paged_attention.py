@@ -168,7 +168,7 @@ _op = register(
         name="paged_attention",
         function=paged_attention,
         reference=reference,
-        faces={"native": _C.paged_attention},
+        faces={"native": _C.paged_attention, "cuda": _C.paged_attention},
         cost=cost,
         dims="T queries, H query heads, K kv heads, D head dim, B sequences, P page size, "
         "L keys of each (bench)",
