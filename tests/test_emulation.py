@@ -466,6 +466,18 @@ FINDINGS = {
     r"|read of shared memory that an asynchronous copy of thread \d+ has not",
     "async_past_row": r"out-of-bounds read of 16 bytes at 0x\w+: x\[\d\] \+ 4096, which has 4096",
     "async_misaligned": r"misaligned read of 16 bytes at 0x",
+    "bulk_no_wait": r"read of shared memory that (an asynchronous copy|no thread)",
+    "bulk_wrong_phase": r"read of shared memory that (an asynchronous copy|no thread)",
+    "bulk_wrong_bytes": r"deadlock in block .* 128 at an mbarrier",
+    "bulk_early_reuse": r"race: thread 0 writes shared memory that another thread reads"
+    r"|read of shared memory that an asynchronous copy of thread 0 has not reached",
+    "bulk_missing_arrival": r"deadlock in block .* at an mbarrier",
+    "bulk_extra_arrival": r"race: thread 0 writes shared memory|deadlock|more than 128 arrivals"
+    r"|read of shared memory that an asynchronous copy of thread 0 has not reached",
+    "bulk_unknown_barrier": r"mbarrier used before|race: thread \d+ reads shared memory that thread"
+    r"|read of shared memory that no thread has written",
+    "bulk_past_row": r"out-of-bounds read of 2048 bytes at 0x",
+    "bulk_unawaited": r"block \(\d, 0, 0\) ends with a bulk copy on its way",
     "tile_row_off_by_one": r"out-of-bounds read of 2 bytes of shared memory: offset 512 of an",
     "tile_uncommitted": r"read of shared memory that an asynchronous copy of thread \d+ has not",
     "tile_unsynchronised": r"race: thread \d+ reads shared memory that thread \d+ wrote",
@@ -478,7 +490,9 @@ FINDINGS = {
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FINDINGS)
 def test_planted_bug_is_found(emulator, name, seed):
-    x = torch.ones({"async": (3, 1024), "tile": (32, 16)}.get(name.split("_")[0], (3, 100)))
+    x = torch.ones(
+        {"async": (3, 1024), "bulk": (3, 2048), "tile": (32, 16)}.get(name.split("_")[0], (3, 100))
+    )
     with pytest.raises(Finding) as finding:
         _planted(emulator, name, x, seed)
     assert re.search(FINDINGS[name], str(finding.value)), finding.value
@@ -517,9 +531,10 @@ def test_collectives(emulator, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_asynchronous_copies(emulator, seed):
+@pytest.mark.parametrize("name", ["async_copy", "bulk_copy"])
+def test_asynchronous_copies(emulator, name, seed):
     x = Inputs("async", torch.float32).normal(3, 2048)
-    y = _planted(emulator, "async_copy", x, seed)
+    y = _planted(emulator, name, x, seed)
     assert torch.equal(y, x.unflatten(1, (4, 512)).flip(2).flatten(1))
 
 

@@ -330,6 +330,86 @@ IVR_DEVICE void wait_copies() {
 #endif
 }
 
+// ---- mbarriers and bulk copies, sm_90 -----------------------------------------------------------
+//
+// A barrier's phases count from 0; a phase is over after its arrivals and the bytes that they
+// expect. A wait for the phase before the first returns at once.
+
+using Barrier = uint64_t;
+
+// By one thread; the others know of it after __syncthreads.
+IVR_DEVICE void barrier_init(Shared<Barrier> barrier, int arrivals) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;\n"
+      "fence.proxy.async.shared::cta;" ::"r"(address),
+      "r"(arrivals)
+      : "memory");
+#else
+  emu::barrier_init(barrier.get(), arrivals);
+#endif
+}
+
+IVR_DEVICE void barrier_arrive(Shared<Barrier> barrier) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+#else
+  emu::barrier_arrive(barrier.get(), 0);
+#endif
+}
+
+// Arrives, and lets the phase wait for so many bytes of bulk copies.
+IVR_DEVICE void barrier_expect(Shared<Barrier> barrier, int bytes) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+#else
+  emu::barrier_arrive(barrier.get(), bytes);
+#endif
+}
+
+// Returns once phase `phase` is over, of the last two.
+IVR_DEVICE void barrier_wait(Shared<Barrier> barrier, int phase) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(address), "r"(phase & 1)
+        : "memory");
+  }
+#else
+  emu::barrier_wait(barrier.get(), phase & 1);
+#endif
+}
+
+// A multiple of 16 bytes from global to shared memory, both aligned, by one thread; the barrier
+// gets the bytes.
+template <typename T>
+IVR_DEVICE void copy_bulk(Shared<T> to, const T* from, int bytes, Shared<Barrier> barrier) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const auto signal = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(address),
+      "l"(from), "r"(bytes), "r"(signal)
+      : "memory");
+#else
+  emu::copy_bulk(to.get(), from, static_cast<size_t>(bytes), barrier.get());
+#endif
+}
+
 // ---- tensor cores -------------------------------------------------------------------------------
 //
 // Fragments of lane l, with g = l / 4 and j = 2 (l % 4); every register is a pair of bf16:
