@@ -7,6 +7,7 @@ caches), and returns the call to time; None where it has no way to do the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def grouped_linear(
         sorted_x = x if rows is None else x[rows]
         parts = [
             F.linear(sorted_x[begin:end], w, None if bias is None else bias[e])
-            for e, (w, begin, end) in enumerate(zip(experts, bounds, bounds[1:], strict=True))
+            for e, (w, (begin, end)) in enumerate(zip(experts, pairwise(bounds), strict=True))
         ]
         return torch.cat(parts)
 
@@ -90,13 +91,14 @@ def moe_route(logits: Tensor, top_k: int, normalize: bool) -> Call:
     E = logits.shape[1]
 
     def call() -> tuple[Tensor, ...]:
-        weights, ids = logits.float().softmax(1).topk(top_k)
+        scores = logits.float().softmax(1)
+        weights, ids = (t[:, :top_k] for t in scores.sort(descending=True, stable=True))
         if normalize:
             weights = weights / weights.sum(1, keepdim=True)
         order = ids.flatten().argsort(stable=True)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
         offsets = F.pad(torch.bincount(ids.flatten(), minlength=E).cumsum(0), (1, 0))
-        return ids, weights, order // top_k, places.view_as(ids), offsets
+        return ids.int(), weights, (order // top_k).int(), places.view_as(ids).int(), offsets.int()
 
     return call
 
@@ -151,6 +153,17 @@ def flash_attention(
     )[0].transpose(0, 1)
 
 
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float
+) -> Tensor:
+    """Eager attention on [B, H, n, D], as transformers runs GPT-OSS."""
+    B, H, n, _ = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -torch.inf)
+    extra = sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, n, 1)
+    return torch.cat((scores, extra), -1).softmax(-1)[..., :-1] @ v
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -166,7 +179,7 @@ def paged_attention(
     """Contiguous keys and values, as transformers keeps them; equal lengths only."""
     if len(set(kv_lens.tolist())) != 1 or len(set(cu_q.diff().tolist())) != 1:
         return None
-    if window is not None or sinks is not None or prefix is not None:
+    if prefix is not None or (sinks is None and window is not None):
         return None
     B, L, n = len(kv_lens), int(kv_lens[0]), int(cu_q[1])
     K, D = k_cache.shape[1], k_cache.shape[3]
@@ -178,9 +191,16 @@ def paged_attention(
     k, v = gather(k_cache), gather(v_cache)
     q = q.unflatten(0, (B, n)).transpose(1, 2)  # [B, H, n, D]
     mask = None if n == 1 else torch.ones(n, L, dtype=torch.bool).tril(L - n)
+    if sinks is not None:
+        mask = torch.ones(n, L, dtype=torch.bool).tril(L - n).triu(L - n + 1 - (window or L))
 
     def call() -> Tensor:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        if sinks is not None:
+            y = _with_sinks(q, k, v, mask, sinks, scale)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
+            )
         return y.transpose(1, 2).flatten(0, 1)
 
     return call
