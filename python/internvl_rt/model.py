@@ -80,7 +80,7 @@ def load(
     parameters = Parameters.of_model(checkpoint, config)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
-    plan = make_plan(config, kind, tied=parameters.tied, prefill_chunk=chunk)
+    plan = make_plan(config, kind, prefill_chunk=chunk)
     plan.require_fit()
     core = InternVL(config, parameters, opset, kind)
     parameters.finish()
