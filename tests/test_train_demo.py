@@ -34,7 +34,7 @@ def scenes(task, count=20, side=112):
     return [draw.scene(rng, task, side, side) for _ in range(count)]
 
 
-@pytest.mark.parametrize("task", ["shape and colour", "count", "relation", "emoji"])
+@pytest.mark.parametrize("task", ["shape and colour", "count", "relation", "emoji", "outside"])
 def test_the_same_generator_draws_the_same(task):
     a, b = scenes(task, 3), scenes(task, 3)
     assert all(

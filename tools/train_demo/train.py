@@ -194,7 +194,7 @@ class Trainer:
     def examine(self, side: int, count: int) -> dict[str, float]:
         """Per cent of exact answers per task, unseen pictures and fonts."""
         scores = {}
-        for task in world.TASKS:
+        for task in (*world.TASKS, "outside"):
             pictures = data.exam(task, side, count, held_out=True, seed=1)
             right = 0
             for i in range(0, count, 50):
