@@ -324,7 +324,8 @@ def _relation(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list 
         a, b, dx, dy = b, a, -dx, -dy
     word = (("left", "right")[int(dx < 0)], ("above", "below")[int(dy < 0)])[along]
     full = f"{word} of the {b}" if along == 0 else f"{word} the {b}"
-    both = " and ".join(world.article(f"{c} {n}") for n, c in names)
+    ordered = [names[i] for i in np.argsort(centres[:, along])]  # from the left, or from above
+    both = " and ".join(world.article(f"{c} {n}") for n, c in ordered)
     group = ("sides", "heights")[along]
     return [
         ("relation", _ask(rng, group, a=a, b=b), word),

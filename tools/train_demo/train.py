@@ -55,9 +55,16 @@ _ALL = {"vision_model.": 4e-4, "dense.": 4e-4, "mlp1.": 1e-3, "language_model.":
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
-    "whole": Stage(29, _ALL, data.Plan("whole", (_SMALL, _LARGE)), 0.5, 224),
+    "whole": Stage(22, _ALL, data.Plan("whole", (_SMALL, _SMALL, _SMALL, _LARGE)), 0.5, 112),
     "tiles": Stage(
-        30, _ALL, data.Plan("tiles", (_LARGE, _THUMBNAILS, _SMALL, _THUMBNAILS, _TILES)), 0.5, 224
+        33,
+        _ALL,
+        data.Plan(
+            "tiles",
+            (_LARGE, _SMALL, _THUMBNAILS, _PAGES, _SMALL, _THUMBNAILS, _TILES, _SMALL),
+        ),
+        0.5,
+        224,
     ),
 }
 

@@ -146,9 +146,9 @@ class Decoder:
     def __init__(self, config: TextConfig, w: Parameters, opset: OpSet, dtype: torch.dtype) -> None:
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
+        self.head = Linear(opset, *w.linear("llm.head"), dtype)
         self.layers = [DecoderLayer(config, w, i, opset, dtype) for i in range(config.num_layers)]
         self.norm = _norm(config, w, "llm.norm", opset, dtype)
-        self.head = Linear(opset, *w.linear("llm.head"), dtype)
         self.rotary = Rotary(config)
 
     def __call__(self, batch: Batch, cache: KvCache) -> Tensor | None:

@@ -46,7 +46,8 @@ def pack_experts(
     """Packs the weights of a layer's experts.
 
     weights: [E, N, K], or one entry per expert as in `pack`: a weight [N, K], or several with one
-        K whose outputs then stand side by side (gate and up). All float32 or all bfloat16 on the
+        K whose outputs then stand side by side, as gated_activation wants gate and up (GPT-OSS
+        stores them as alternating rows: w[0::2] and w[1::2]). All float32 or all bfloat16 on the
         CPU, contiguous in K, of one shape. They are read one expert at a time, so a generator may
         convert or read them as they are needed.
     count: the number of experts, needed where weights has no length.
