@@ -62,7 +62,6 @@ WIDE = {
             attention_bias=False,
             norm_type="rms_norm",
             use_qk_norm=True,
-            image_size=[224, 224],
         ),
         qwen2("qwen2_896"),
     ),
