@@ -6,7 +6,7 @@
 //           fragments (16 bytes a lane, no shared memory), and their sums are added in order.
 //   tiles   prefill, bf16: 128x128 or 64x64 outputs a block, 64 k a step, three stages of
 //           asynchronous copies, ldmatrix and mma.sync.
-//   plain   f32: 32x64 outputs a block, multiply-adds.
+//   plain   f32: 32x64 outputs a block, multiply-adds; pieces of 128 k are added in order.
 //
 // Bits       an element is one sum over k whose order depends on the kernel and on K alone: neither
 //            M, nor the shape of a tile, nor alignment changes a row's bits. `rows` and `tiles`
@@ -41,6 +41,8 @@ constexpr int kLinearRowsWarps = 8;
 constexpr int kLinearDepth = 64;  // k per stage of the tiles kernel
 constexpr int kLinearStages = 3;
 constexpr int kPlainM = 32, kPlainN = 64, kPlainDepth = 16, kPlainThreads = 128;
+// One chain of additions over a K of thousands costs more accuracy than float32 models allow.
+constexpr int kPlainPiece = 128;
 
 // From here on a block of the rows kernel takes 32 columns: x is fetched less often, and there are
 // enough blocks all the same.
@@ -50,9 +52,11 @@ constexpr int64_t kLinearFewTiles = 128;
 
 inline bool linear_supported(const LinearParams& p) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 2;
+  constexpr int64_t kMaxRows =
+      65535 * 16;  // the grid's second dimension, in the least rows a block
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return false;
   if (p.activation == Activation::swiglu) return false;
-  return p.M <= kMax && p.N <= kMax && p.K <= kMax && (p.M + kPlainM - 1) / kPlainM <= 65535;
+  return p.M <= kMaxRows && p.N <= kMax && p.K <= kMax;
 }
 
 inline bool linear_aligned(const LinearParams& p) {
@@ -365,9 +369,17 @@ IVR_DEVICE void linear_plain_block(const LinearParams& p) {
   const float* x = static_cast<const float*>(p.x) + m * p.x_m;
   const float* weight = static_cast<const float*>(p.weight) + n * p.K;
 
-  float sum[4][4] = {};
+  float sum[4][4] = {}, piece[4][4] = {};
+  const auto add_piece = [&] {
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      sum[e / 4][e % 4] += piece[e / 4][e % 4];
+      piece[e / 4][e % 4] = 0.0f;
+    }
+  };
   for (int k = 0; k < K; k += kPlainDepth) {
     if (k > 0) __syncthreads();
+    if (k % kPlainPiece == 0) add_piece();
     stage_transposed<4, kStrideM>(x, m < M, k, K, a_tile, thread % 4 * 4, thread / 4);
     stage_transposed<8, kStrideN>(weight, n < N, k, K, b_tile, thread % 2 * 8, thread / 2);
     __syncthreads();
@@ -377,9 +389,10 @@ IVR_DEVICE void linear_plain_block(const LinearParams& p) {
       unpack(load16_shared(a_tile + i * kStrideM + row), a);
       unpack(load16_shared(b_tile + i * kStrideN + column), b);
 #pragma unroll
-      for (int e = 0; e < 16; ++e) sum[e / 4][e % 4] += a[e / 4] * b[e % 4];
+      for (int e = 0; e < 16; ++e) piece[e / 4][e % 4] += a[e / 4] * b[e % 4];
     }
   }
+  add_piece();
 #pragma unroll
   for (int e = 0; e < 16; ++e) {
     const int i = m0 + row + e / 4, j = n0 + column + e % 4;
