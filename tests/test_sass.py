@@ -31,6 +31,8 @@ class Budget:
 
 
 HMMA, LDSM, LDGSTS = r"\bHMMA\.16816\.F32\.BF16\b", r"\bLDSM\b", r"\bLDGSTS\.E.*\.128\b"
+# 16 bytes past the L1 cache.
+ONCE = r"\bLDG\.E\.NA\.128\.CONSTANT\b"
 # Tensor cores fed by asynchronous copies of 16 bytes.
 MATRIX = (HMMA, LDSM, LDGSTS)
 
@@ -46,7 +48,9 @@ BUDGETS = {
     "linear": (
         # 256 threads: two blocks an SM.
         Budget(r"linear_kernel", registers=128),
-        Budget(r"linear_kernel.*KernelE0ELi\d+ELi\d+ELb1E", registers=128, needs=(HMMA, LOAD)),
+        Budget(
+            r"linear_kernel.*KernelE0ELi\d+ELi\d+ELb1E", registers=128, needs=(HMMA, LOAD, ONCE)
+        ),
         Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb1E", registers=128, needs=MATRIX),
         Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb0E", registers=128, needs=(HMMA, LDSM)),
     ),

@@ -19,7 +19,7 @@
 #include <cstdio>
 #include <limits>
 
-#include "kernels/cuda/prim.cuh"
+#include "kernels/cuda/tiles.cuh"
 #include "kernels/linear.h"
 
 namespace ivr::cuda {
@@ -158,12 +158,13 @@ IVR_DEVICE void store_pair(const LinearParams& p, int m, int n, float v0, float 
 
 // ---- rows: few rows, the weight streams by ------------------------------------------------------
 
-// Eight elements at k of a row of K; zeros where the row or k does not exist.
-template <bool kAligned>
+// Eight elements at k of a row of K; zeros where the row or k does not exist. kOnce: nobody else
+// reads them.
+template <bool kAligned, bool kOnce>
 IVR_DEVICE Vec<bf16> load_depth(const bf16* row, bool exists, int k, int K) {
   if constexpr (!kAligned) return load_elements(row + k, exists ? K - k : 0);
   Vec<bf16> v{};
-  if (exists && k < K) v = load16(row + k);
+  if (exists && k < K) v = kOnce ? load16_once(row + k) : load16(row + k);
   return v;
 }
 
@@ -191,12 +192,12 @@ IVR_DEVICE void linear_rows_block(const LinearParams& p) {
 #pragma unroll
       for (int t = 0; t < kTilesN; ++t) {
         const int n = n0 + t * 8 + lane / 4;
-        w[i][t] = load_depth<kAligned>(weight + n * p.K, n < N, k, K);
+        w[i][t] = load_depth<kAligned, true>(weight + n * p.K, n < N, k, K);
       }
 #pragma unroll
       for (int t = 0; t < kTilesM * 2; ++t) {
         const int m = m0 + t * 8 + lane / 4;
-        a[i][t / 2][t % 2] = load_depth<kAligned>(x + m * p.x_m, m < M, k, K);
+        a[i][t / 2][t % 2] = load_depth<kAligned, false>(x + m * p.x_m, m < M, k, K);
       }
     }
 #pragma unroll
@@ -240,11 +241,6 @@ IVR_DEVICE void linear_rows_block(const LinearParams& p) {
 
 // ---- tiles --------------------------------------------------------------------------------------
 
-// Where chunk c (8 of 64 k) of a tile's row lies.
-IVR_DEVICE int linear_offset(int row, int chunk) {
-  return row * kLinearDepth + (chunk ^ (row & 7)) * 8;
-}
-
 // Asks for rows [first, first + kRows) of `rows` and k to k + 64, by kThreads threads.
 template <int kRows, int kThreads, bool kAligned>
 IVR_DEVICE void load_stage(const bf16* base, int64_t stride, int first, int rows, int k, int K,
@@ -256,7 +252,7 @@ IVR_DEVICE void load_stage(const bf16* base, int64_t stride, int first, int rows
     const int depth = k + chunk * 8;
     const bool exists = first + row < rows && depth < K;
     const bf16* from = base + (exists ? (first + row) * stride + depth : 0);
-    const Shared<bf16> to = tile + linear_offset(row, chunk);
+    const Shared<bf16> to = tile + tile_offset<kLinearDepth>(row, chunk);
     if constexpr (kAligned) {
       copy16_async(to, from, exists);
     } else {
@@ -303,14 +299,10 @@ IVR_DEVICE void linear_tiles_block(const LinearParams& p) {
     for (int k = 0; k < kLinearDepth / 16; ++k) {
       uint32_t a[kTilesM][4], b[kTilesN / 2][4];
 #pragma unroll
-      for (int t = 0; t < kTilesM; ++t) {
-        const int row = warp_m + t * 16 + lane % 16;
-        load_matrices<false>(a[t], a_tile + linear_offset(row, 2 * k + lane / 16));
-      }
+      for (int t = 0; t < kTilesM; ++t) load_a<kLinearDepth>(a[t], a_tile, warp_m + t * 16, k);
 #pragma unroll
       for (int t = 0; t < kTilesN / 2; ++t) {
-        const int row = warp_n + t * 16 + lane / 16 * 8 + lane % 8;
-        load_matrices<false>(b[t], b_tile + linear_offset(row, 2 * k + lane / 8 % 2));
+        load_b<kLinearDepth>(b[t], b_tile, warp_n + t * 16, k);
       }
 #pragma unroll
       for (int tm = 0; tm < kTilesM; ++tm) {
