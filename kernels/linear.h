@@ -34,8 +34,11 @@ constexpr int64_t panel_size(WeightFormat format, int64_t K) {
 }
 
 struct LinearParams {
-  const void* x;         // [M, K]
-  const void* weight;    // packed
+  const void* x;       // [M, K]
+  const void* weight;  // packed, null where rows are given
+  // The rows of an unpacked weight, null where it is packed: panel_count(N) * 32 pointers to K
+  // elements each, any row beyond N, and one panel more that is fetched from but not read.
+  const void* const* rows;
   const void* bias;      // [N] or null
   const void* residual;  // [M, N] or null; may be out
   const void* scale;     // [N] or null

@@ -7,7 +7,7 @@ from internvl_rt.ops.embed_scatter import embed_scatter
 from internvl_rt.ops.flash_attention import flash_attention
 from internvl_rt.ops.gated_activation import gated_activation
 from internvl_rt.ops.layer_norm import layer_norm
-from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.linear import PackedWeight, WeightRows, hold, linear, pack, unpack
 from internvl_rt.ops.paged_attention import paged_attention
 from internvl_rt.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from internvl_rt.ops.preprocess import preprocess
@@ -20,10 +20,12 @@ __all__ = [
     "Op",
     "OpSet",
     "PackedWeight",
+    "WeightRows",
     "catalogue",
     "embed_scatter",
     "flash_attention",
     "gated_activation",
+    "hold",
     "layer_norm",
     "linear",
     "pack",
