@@ -22,9 +22,6 @@ struct AttentionOptions {
 AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& out,
                                  const Tensor& cu_q, const AttentionOptions& options);
 
-// cu is 0 = cu[0] <= cu[1] .. <= cu[B] = total. On the CPU only.
-void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total);
-
 // 0 <= prefix[b] <= kv_len(b). On the CPU only.
 template <class KvLen>
 void check_prefix(const Checker& check, const AttentionParams& p, int64_t B, KvLen&& kv_len) {

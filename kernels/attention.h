@@ -29,6 +29,7 @@ struct AttentionParams {
   const void* sinks;      // [H] or null: a logit per head that takes weight and gives no value
   const int32_t* cu_q;    // [B + 1]: queries cu_q[b] .. cu_q[b + 1] belong to sequence b
   const int32_t* prefix;  // [B] or null: the first prefix[b] keys are visible to every query
+  int64_t T, B, K;                 // queries, sequences, kv heads
   int64_t q_t, q_h, out_t, out_h;  // strides in elements
   int64_t D;                       // a multiple of 4 in [4, kAttentionMaxHeadDim]
   int64_t group;                   // query heads per kv head

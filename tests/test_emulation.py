@@ -141,8 +141,71 @@ def rms_norm_params(
     return RmsNormParams(*pointers, *x.shape, *strides, eps, weight_in_fp32, DTYPES[x.dtype])
 
 
+NO_WINDOW = 2**63 - 1
+
+
+class AttentionParams(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("q", "out", "sinks", "cu_q", "prefix")),
+        *((n, ctypes.c_int64) for n in ("T", "B", "K", "q_t", "q_h", "out_t", "out_h")),
+        *((n, ctypes.c_int64) for n in ("D", "group", "window")),
+        ("scale", ctypes.c_float),
+        ("causal", ctypes.c_bool),
+        ("dtype", ctypes.c_int32),
+        ("sinks_dtype", ctypes.c_int32),
+    )
+
+
+def attention_params(
+    q: Tensor,
+    cu_q: Tensor,
+    K: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    out: Tensor,
+) -> AttentionParams:
+    T, H, D = q.shape
+    pointers = map(_pointer, (q, out, sinks, cu_q, prefix))
+    sizes = (T, len(cu_q) - 1, K, *_strides(q), *_strides(out), D, H // K)
+    dtypes = DTYPES[q.dtype], DTYPES[torch.float32 if sinks is None else sinks.dtype]
+    return AttentionParams(*pointers, *sizes, window or NO_WINDOW, scale, causal, *dtypes)
+
+
+class FlashAttentionParams(ctypes.Structure):
+    _fields_ = (
+        ("a", AttentionParams),
+        *((n, ctypes.c_void_p) for n in ("k", "v", "cu_kv")),
+        *((n, ctypes.c_int64) for n in ("k_t", "k_h", "v_t", "v_h")),
+    )
+
+
+def flash_attention_params(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_kv: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    out: Tensor,
+) -> FlashAttentionParams:
+    a = attention_params(q, cu_q, k.shape[1], scale, causal, window, sinks, prefix, out)
+    return FlashAttentionParams(a, *map(_pointer, (k, v, cu_kv)), *_strides(k), *_strides(v))
+
+
 # A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
-PARAMS = {"rms_norm": rms_norm_params}
+PARAMS = {
+    "flash_attention": flash_attention_params,
+    "rms_norm": rms_norm_params,
+}
+# Ops whose slow cases would take minutes here.
+HEAVY = {"flash_attention"}
 
 
 @pytest.fixture
@@ -166,7 +229,11 @@ def _id(value: object) -> str:
     return getattr(value, "name", str(value).removeprefix("torch."))
 
 
-CATALOGUE = [(o, c, d) for o, c, d in all_cases() if o.name in PARAMS]
+CATALOGUE = [
+    (o, c, d)
+    for o, c, d in all_cases()
+    if o.name in PARAMS and not (c.slow and o.name in HEAVY)
+]
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
@@ -312,14 +379,29 @@ FINDINGS = {
     "missing_lane": r"lane \d+ calls __shfl_xor_sync with mask|deadlock in block",
     "exited_lane": r"__shfl_xor_sync: mask ffffffff names lane \d+, which has exited",
     "wrong_lane": r"__shfl_xor_sync: lane \d+ reads lane \d+, which mask 0000ffff leaves out",
+    "async_no_wait": r"read of shared memory that an asynchronous copy of thread \d+ has not",
+    "async_wrong_wait": r"read of shared memory that an asynchronous copy of thread \d+ has not",
+    "async_missing_barrier": r"read of shared memory that (an asynchronous copy|no thread)"
+    r"|race: thread \d+ reads shared memory that thread \d+ wrote",
+    "async_early_reuse": r"race: thread \d+ writes shared memory that another thread reads"
+    r"|read of shared memory that an asynchronous copy of thread \d+ has not",
+    "async_past_row": r"out-of-bounds read of 16 bytes at 0x\w+: x\[\d\] \+ 4096, which has 4096",
+    "async_misaligned": r"misaligned read of 16 bytes at 0x",
+    "tile_row_off_by_one": r"out-of-bounds read of 2 bytes of shared memory: offset 512 of an",
+    "tile_uncommitted": r"read of shared memory that an asynchronous copy of thread \d+ has not",
+    "tile_unsynchronised": r"race: thread \d+ reads shared memory that thread \d+ wrote",
+    "tile_misaligned": r"ldmatrix: row of lane \d+ is misaligned",
+    "tile_divergent": r"lane \d+ calls mma.sync with mask|mma.sync: mask ffffffff names lane \d+",
+    "tile_mixed_transposition": r"ldmatrix: lanes differ in .trans",
 }
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FINDINGS)
 def test_planted_bug_is_found(emulator, name, seed):
+    x = torch.ones({"async": (3, 1024), "tile": (32, 16)}.get(name.split("_")[0], (3, 100)))
     with pytest.raises(Finding) as finding:
-        _planted(emulator, name, torch.ones(3, 100), seed)
+        _planted(emulator, name, x, seed)
     assert re.search(FINDINGS[name], str(finding.value)), finding.value
 
 
@@ -353,6 +435,28 @@ def test_collectives(emulator, seed):
     assert y[5].tolist() == [ballot >> s & 255 for s in segment.tolist()]
     assert torch.equal(y[6], torch.where(lane < 16, x[6, lane ^ 1], torch.tensor(1.0)))
     assert torch.equal(y[7], torch.where(lane < 16, x[7, lane ^ 16], x[7, 2]))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_asynchronous_copies(emulator, seed):
+    x = Inputs("async", torch.float32).normal(3, 2048)
+    y = _planted(emulator, "async_copy", x, seed)
+    assert torch.equal(y, x.unflatten(1, (4, 512)).flip(2).flatten(1))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_tensor_core_tiles(emulator, seed):
+    x = Inputs("tile", torch.bfloat16).integers(-9, 9, 32, 16).float()
+    product = x[:16] @ x[16:]
+    assert torch.equal(_planted(emulator, "tile_product", x, seed)[:16], product)
+    # Fragments of the wrong place give numbers, and wrong ones.
+    for name, wrong in (
+        ("tile_swapped_matrices", x[:16].roll(8, 1) @ x[16:]),
+        ("tile_not_transposed", None),
+    ):
+        y = _planted(emulator, name, x, seed)[:16]
+        assert not torch.equal(y, product)
+        assert wrong is None or torch.equal(y, wrong)
 
 
 def test_portable_switch(objects, tmp_path):

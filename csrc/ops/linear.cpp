@@ -4,6 +4,7 @@
 
 #include "csrc/bind.h"
 #include "csrc/cuda.h"
+#include "csrc/linear.h"
 #include "csrc/scratch.h"
 
 namespace ivr {
@@ -12,13 +13,6 @@ namespace {
 IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
 IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
-
-// x is prepared for at most this many bytes at a time, so that a call's memory does not grow with
-// M.
-constexpr int64_t kWorkspaceBytes = 24 << 20;
-// Below this much work per product a second thread does not pay.
-constexpr int64_t kSerialFlops = 1 << 17;
-constexpr int64_t kPrepareElements = 16384;
 
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
   return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
@@ -29,8 +23,6 @@ void run(const LinearParams& whole, LinearSteps steps) {
   thread_local Scratch workspace;
   const int64_t row_bytes = std::max<int64_t>(whole.K * 4, 1);
   const int64_t passes = (whole.M * row_bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
-  // A multiple of every instruction set's row group.
-  constexpr int64_t kRowMultiple = 96;
   const int64_t rows = (whole.M + passes - 1) / std::max<int64_t>(passes, 1);
   const int64_t step = (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   const bool serial = 2 * whole.M * whole.N * whole.K < kSerialFlops;
@@ -112,9 +104,7 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.out_dtype = out.dtype;
   if (p.M * p.N == 0) return;
   require_cpu(check, x);
-  LinearSteps steps;
-  (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
-  run(p, steps);
+  run(p, linear_steps(dtype));
 }
 
 // The rows of several weights one after the other, packed into data.
@@ -148,6 +138,12 @@ void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
 }
 
 }  // namespace
+
+LinearSteps linear_steps(DType dtype) {
+  LinearSteps steps;
+  (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
+  return steps;
+}
 
 IVR_BIND(linear) {
   py::enum_<WeightFormat>(m, "WeightFormat")

@@ -37,8 +37,9 @@ class RmsNorm:
     def __init__(self, opset: OpSet, weight: Tensor, eps: float, dtype: torch.dtype) -> None:
         self.ops, self.weight, self.eps = opset, weight.to(dtype), eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, eps=self.eps)  # [T, C]
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, C], or [T, H, C] to normalise every head; out may be x."""
+        return self.ops.rms_norm(x, self.weight, eps=self.eps, out=out)
 
 
 class LayerNorm:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -24,6 +23,7 @@ IMAGE = "<image>"
 IMG_START = "<img>"
 IMG_END = "</img>"
 IMG_CONTEXT = "<IMG_CONTEXT>"
+_IMAGE_TOKENS = (IMG_START, IMG_CONTEXT, IMG_END)
 
 MAX_DATA_URL_BYTES = 256 << 20
 
@@ -349,41 +349,23 @@ def build_prompt(
         raise ValueError(f"chat: {placeholders} {IMAGE} placeholders for {len(tiles)} images")
     _special_id(tokenizer, entry.stop_token, template)
 
-    ids = list(tokenizer.prefix_ids)
+    special = {t: _special_id(tokenizer, t, template) for t in _IMAGE_TOKENS} if tiles else {}
+    ids = tokenizer.writer()
     spans: list[ImageSpan] = []
-    pending: list[str] = []  # plain text is encoded in one piece up to the next special token
-
-    def flush() -> None:
-        ids.extend(tokenizer.encode_literal("".join(pending)))
-        pending.clear()
-
-    def special(token: str) -> None:
-        flush()
-        ids.append(_special_id(tokenizer, token, template))
-
-    def emit(pieces: Iterable[str | int]) -> None:
-        for piece in pieces:
-            if isinstance(piece, str):
-                pending.append(piece)
-            else:
-                flush()
-                ids.append(piece)
-
     for piece in _pieces(entry, question, history or (), system):
         if piece.kind == "markup":
-            emit(tokenizer.split_markup(piece.text))
+            ids.write(tokenizer.split_markup(piece.text))
             continue
         texts = piece.text.split(IMAGE) if piece.kind == "user" else [piece.text]
         for i, text in enumerate(texts):
             if i:
-                special(IMG_START)
+                ids.write([special[IMG_START]])
                 length = tiles[len(spans)] * tokens
                 spans.append(ImageSpan(len(ids), length, len(spans)))
-                ids.extend([_special_id(tokenizer, IMG_CONTEXT, template)] * length)
-                special(IMG_END)
-            emit(tokenizer.split_allowed(text))
-    flush()
-    return Prompt(ids, tuple(spans))
+                ids.write([special[IMG_CONTEXT]] * length)
+                ids.write([special[IMG_END]])
+            ids.write(tokenizer.split_allowed(text))
+    return Prompt(ids.finish(), tuple(spans))
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
@@ -464,17 +446,17 @@ class TextStream:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._keep_markers = keep_markers
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._reader = tokenizer.text_reader()
 
     def push(self, token_id: int) -> str:
         data = self._tokenizer.token_bytes(
             token_id, skip_special=self._skip_special, keep_markers=self._keep_markers
         )
-        return self._decoder.decode(data)
+        return self._reader.push(data)
 
     def finish(self) -> str:
         """What is left; an unfinished character becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+        return self._reader.finish()
 
 
 class StopMatcher:

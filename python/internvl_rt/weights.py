@@ -9,10 +9,11 @@ of another shape raises a one-line ValueError that names it. Only safetensors fi
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -20,6 +21,7 @@ import torch
 
 from internvl_rt.config import ModelConfig, TextConfig, VisionConfig
 from internvl_rt.json_file import open_regular, parse_json, read_json, show
+from internvl_rt.models.families import FAMILIES, Family
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
 _MAX_INDEX_BYTES = 64 << 20
@@ -52,10 +54,15 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The stored tensors whose rows, one after the other, make one tensor of the model."""
+    """The stored tensors whose rows, one after the other, make one tensor of the model.
+
+    `rows`, where there are any, are the ranges of rows, begin and end, in the order in which the
+    model wants them: a family may store them in another one.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...] = ()
 
 
 def parse_header(data: bytes, file_size: int, name: str) -> dict[str, TensorInfo]:
@@ -261,9 +268,14 @@ class Checkpoint:
 
     def load(self, source: Source) -> torch.Tensor:
         """One tensor of the model: a view of the file, or a copy where rows are joined."""
-        tensors = [self[name] for name in source.names]
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        parts = self.parts(source)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.view(source.shape)
+
+    def parts(self, source: Source) -> list[torch.Tensor]:
+        """Views of the file that make one tensor of the model when they are joined by rows."""
+        tensors = [self[name] for name in source.names]
+        return [t[begin:end] for t in tensors for begin, end in source.rows] or tensors
 
     def release(self, source: Source | str) -> None:
         """Gives the memory of a tensor's pages back; a later use reads the file again."""
@@ -287,10 +299,11 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
 
     Vision: vit.cls, vit.pos, vit.patch.{weight,bias}, vit.{i}.{norm1,qkv,q_norm,k_norm,proj,ls1,
     norm2,fc1,fc2,ls2}. Projector: proj.{ln,fc1,fc2}. Language model: llm.embed.weight,
-    llm.{i}.{norm1,q,k,v,o,norm2,gate,up,down}, llm.norm.weight, llm.head.weight. Everything but
-    cls, pos, ls1 and ls2 ends in .weight or .bias. The head is the embedding's tensor where the
-    checkpoint stores none. Vision layers behind the selected one are known, checked and left
-    out. Raises ValueError naming what is missing, left over, misshaped or of another dtype.
+    llm.{i}.{norm1,qkv,q_norm,k_norm,o,norm2,gate_up,down}, llm.norm.weight, llm.head.weight.
+    Everything but cls, pos, ls1 and ls2 ends in .weight or .bias. The head is the embedding's
+    tensor where the checkpoint stores none. Vision layers behind the selected one are known,
+    checked and left out. Raises ValueError naming what is missing, left over, misshaped or of
+    another dtype.
     """
     names = _ORIGINAL
     if config.layout == "hf":
@@ -301,8 +314,8 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
         *_projector_rows(config, names),
         *_text_rows(config.text, names),
     ]
-    head = _Row("llm.head.weight", ((names.head, _embed_shape(config.text)),))
-    if names.head in checkpoint:
+    head = _head_row(config.text, names)
+    if head.sources[0][0] in checkpoint:
         rows.append(head)
     found = _match(checkpoint, rows, ignored=())
     found.setdefault(head.name, found["llm.embed.weight"])
@@ -335,6 +348,7 @@ def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, So
 class _Names:
     """Prefixes and names of one layout; `others` are the prefixes of a chat model's other parts."""
 
+    layout: str
     vision: str
     native_vision: bool
     projector: Mapping[str, str]
@@ -352,32 +366,35 @@ def _native_projector(prefix: str) -> dict[str, str]:
 
 
 _ORIGINAL = _Names(
+    layout="original",
     vision="vision_model.",
     native_vision=False,
     projector=_ORIGINAL_PROJECTOR,
     decoder="language_model.model.",
-    head="language_model.lm_head.weight",
+    head="language_model.",
     others=("language_model.", "mlp1."),
 )
 # Written by Transformers 4.52 to 4.57, and by later ones.
 _NATIVE_A = _Names(
+    layout="Hugging Face-native",
     vision="vision_tower.",
     native_vision=True,
     projector=_native_projector(""),
     decoder="language_model.model.",
-    head="language_model.lm_head.weight",
+    head="language_model.",
     others=("language_model.", "multi_modal_projector."),
 )
 _NATIVE_B = _Names(
+    layout="Hugging Face-native",
     vision="model.vision_tower.",
     native_vision=True,
     projector=_native_projector("model."),
     decoder="model.language_model.",
-    head="lm_head.weight",
+    head="",
     others=("model.language_model.", "model.multi_modal_projector.", "lm_head."),
 )
-_STANDALONE = _Names("", False, {}, "", "", ())
-_NATIVE_STANDALONE = _Names("", True, {}, "", "", ())
+_STANDALONE = _Names("original", "", False, {}, "", "", ())
+_NATIVE_STANDALONE = _Names("Hugging Face-native", "", True, {}, "", "", ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,6 +403,7 @@ class _Row:
 
     name: str
     sources: tuple[tuple[str, tuple[int, ...]], ...]
+    rows: tuple[tuple[int, int], ...] = ()  # as in Source
     used: bool = True  # False: known and checked where present, not loaded
 
     @property
@@ -395,14 +413,20 @@ class _Row:
 
 
 def _linear(
-    name: str, stored: str | Sequence[str], rows: int, columns: int, *, bias: bool
+    name: str,
+    stored: Sequence[tuple[str, int]],
+    columns: int,
+    *,
+    bias: bool,
+    rows: tuple[tuple[int, int], ...] = (),
 ) -> list[_Row]:
-    """A linear layer, its rows split evenly over the stored ones where these are several."""
-    parts = (stored,) if isinstance(stored, str) else tuple(stored)
-    part = rows // len(parts)
-    result = [_Row(f"{name}.weight", tuple((f"{p}.weight", (part, columns)) for p in parts))]
+    """A linear layer; `stored` are the tensors, with their numbers of rows, that it is made of."""
+    weight = tuple((f"{part}.weight", (n, columns)) for part, n in stored)
+    result = [_Row(f"{name}.weight", weight, rows)]
     if bias:
-        result.append(_Row(f"{name}.bias", tuple((f"{p}.bias", (part,)) for p in parts)))
+        result.append(
+            _Row(f"{name}.bias", tuple((f"{part}.bias", (n,)) for part, n in stored), rows)
+        )
     return result
 
 
@@ -426,7 +450,7 @@ def _vision_rows(config: VisionConfig, names: _Names, layers_used: int) -> Itera
     for i in range(config.num_layers):
         rows = _vision_layer(config, native, f"vit.{i}", f"{names.vision}encoder.layer", i)
         for row in rows:
-            yield _Row(row.name, row.sources, used=i < layers_used)
+            yield replace(row, used=i < layers_used)
 
 
 def _vision_layer(
@@ -436,24 +460,24 @@ def _vision_layer(
     if native:
         at = f"{prefix}.{index}."
         attention = f"{at}attention."
-        qkv = tuple(f"{attention}{x}_proj" for x in "qkv")
+        qkv = [(f"{attention}{x}_proj", width) for x in "qkv"]
         out = f"{attention}projection_layer"
         norm1, norm2, ls1, ls2 = "layernorm_before", "layernorm_after", "lambda_1", "lambda_2"
     else:
         at = f"{prefix}s.{index}."
         attention = f"{at}attn."
-        qkv = (f"{attention}qkv",)
+        qkv = [(f"{attention}qkv", 3 * width)]
         out = f"{attention}proj"
         norm1, norm2, ls1, ls2 = "norm1", "norm2", "ls1", "ls2"
     bias = config.norm_type == "layer_norm"
     rows = [
         *_norm(f"{name}.norm1", at + norm1, width, bias=bias),
-        *_linear(f"{name}.qkv", qkv, 3 * width, width, bias=config.qkv_bias),
-        *_linear(f"{name}.proj", out, width, width, bias=True),
+        *_linear(f"{name}.qkv", qkv, width, bias=config.qkv_bias),
+        *_linear(f"{name}.proj", [(out, width)], width, bias=True),
         _Row(f"{name}.ls1", ((at + ls1, (width,)),)),
         *_norm(f"{name}.norm2", at + norm2, width, bias=bias),
-        *_linear(f"{name}.fc1", f"{at}mlp.fc1", inner, width, bias=True),
-        *_linear(f"{name}.fc2", f"{at}mlp.fc2", width, inner, bias=True),
+        *_linear(f"{name}.fc1", [(f"{at}mlp.fc1", inner)], width, bias=True),
+        *_linear(f"{name}.fc2", [(f"{at}mlp.fc2", width)], inner, bias=True),
         _Row(f"{name}.ls2", ((at + ls2, (width,)),)),
     ]
     if config.qk_norm:
@@ -467,34 +491,108 @@ def _projector_rows(config: ModelConfig, names: _Names) -> list[_Row]:
     width = config.text.hidden_size
     return [
         *_norm("proj.ln", names.projector["ln"], wide, bias=True),
-        *_linear("proj.fc1", names.projector["fc1"], width, wide, bias=True),
-        *_linear("proj.fc2", names.projector["fc2"], width, width, bias=True),
+        *_linear("proj.fc1", [(names.projector["fc1"], width)], wide, bias=True),
+        *_linear("proj.fc2", [(names.projector["fc2"], width)], width, bias=True),
     ]
 
 
-def _embed_shape(config: TextConfig) -> tuple[int, int]:
-    return (config.vocab_size, config.hidden_size)
-
-
 def _text_rows(config: TextConfig, names: _Names) -> Iterator[_Row]:
-    """The decoder in the naming that Llama began and Qwen2 kept."""
-    width, inner = config.hidden_size, config.intermediate_size
-    q = config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    root = names.decoder
-    yield _Row("llm.embed.weight", ((f"{root}embed_tokens.weight", _embed_shape(config)),))
+    stored = FAMILIES[config.backbone].names
+    root, width, D = names.decoder, config.hidden_size, config.head_dim
+    embed = (f"{root}{stored.embed}.weight", (config.vocab_size, width))
+    yield _Row("llm.embed.weight", (embed,))
     for i in range(config.num_layers):
         name, at = f"llm.{i}", f"{root}layers.{i}."
-        yield from _norm(f"{name}.norm1", f"{at}input_layernorm", width, bias=False)
-        for x, rows in (("q", q), ("k", kv), ("v", kv)):
-            stored = f"{at}self_attn.{x}_proj"
-            yield from _linear(f"{name}.{x}", stored, rows, width, bias=config.qkv_bias)
-        yield from _linear(f"{name}.o", f"{at}self_attn.o_proj", width, q, bias=False)
-        yield from _norm(f"{name}.norm2", f"{at}post_attention_layernorm", width, bias=False)
-        yield from _linear(f"{name}.gate", f"{at}mlp.gate_proj", inner, width, bias=False)
-        yield from _linear(f"{name}.up", f"{at}mlp.up_proj", inner, width, bias=False)
-        yield from _linear(f"{name}.down", f"{at}mlp.down_proj", width, inner, bias=False)
-    yield from _norm("llm.norm", f"{root}norm", width, bias=False)
+        yield from _norm(f"{name}.norm1", at + stored.norm1, width, bias=False)
+        yield from _qkv(config, f"{name}.qkv", [at + part for part in stored.qkv])
+        if config.qk_norm:
+            yield from _norm(f"{name}.q_norm", at + stored.q_norm, D, bias=False)
+            yield from _norm(f"{name}.k_norm", at + stored.k_norm, D, bias=False)
+        o = [(at + stored.o, width)]
+        yield from _linear(f"{name}.o", o, config.num_heads * D, bias=config.o_bias)
+        yield from _norm(f"{name}.norm2", at + stored.norm2, width, bias=False)
+        yield from _mlp_rows(config, name, at)
+    yield from _norm("llm.norm", root + stored.norm, width, bias=False)
+
+
+def _qkv(config: TextConfig, name: str, stored: Sequence[str]) -> list[_Row]:
+    """The joint projection: rows of all query heads, then of all keys, then of all values."""
+    H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+    parts = [(stored[0], (H + 2 * K) * D)]
+    if len(stored) == 3:
+        parts = list(zip(stored, (H * D, K * D, K * D), strict=True))
+    rows: tuple[tuple[int, int], ...] = ()
+    if FAMILIES[config.backbone].names.grouped_qkv:
+        group = H // K
+        heads = [(k * (group + 2), k * (group + 2) + group) for k in range(K)]
+        keys = [(end, end + 1) for _, end in heads]
+        values = [(end, end + 1) for _, end in keys]
+        rows = tuple((begin * D, end * D) for begin, end in (*heads, *keys, *values))
+    return _linear(name, parts, config.hidden_size, bias=config.qkv_bias, rows=rows)
+
+
+def _mlp_rows(config: TextConfig, name: str, at: str) -> list[_Row]:
+    stored = FAMILIES[config.backbone].names
+    width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    each = 2 * inner // len(stored.gate_up)
+    gate_up = [(at + part, each) for part in stored.gate_up]
+    return [
+        *_linear(f"{name}.gate_up", gate_up, width, bias=bias),
+        *_linear(f"{name}.down", [(at + stored.down, width)], inner, bias=bias),
+    ]
+
+
+def _head_row(config: TextConfig, names: _Names) -> _Row:
+    stored = f"{names.head}{FAMILIES[config.backbone].names.head}.weight"
+    return _Row("llm.head.weight", ((stored, (config.vocab_size, config.hidden_size)),))
+
+
+def _nearest(checkpoint: Checkpoint) -> str:
+    """What the stored names, but for the vision tower's, are most like; for messages."""
+    scores: dict[str, float] = {}
+    for names in (_ORIGINAL, _NATIVE_A, _NATIVE_B):
+        stored = {_without_numbers(n) for n in checkpoint.names if not n.startswith(names.vision)}
+        for family in FAMILIES.values():
+            likeness = (
+                len(expected & stored) / len(expected | stored)
+                for expected in _decoder_names(family, names)
+            )
+            label = f"{family.model_type} in the {names.layout} layout"
+            scores[label] = max(scores.get(label, 0.0), *likeness)
+    best = max(scores.values())
+    if not best:
+        return "; no known family is near"
+    return "; the nearest family is " + " or ".join(k for k, v in scores.items() if v == best)
+
+
+def _decoder_names(family: Family, names: _Names) -> Iterator[set[str]]:
+    """What a decoder and its projector may be stored as, by the biases that a config may choose.
+
+    `#` stands for the number of a layer.
+    """
+    stored, root = family.names, names.decoder
+    norms = (stored.norm1, stored.norm2, *((stored.q_norm, stored.k_norm) * family.qk_norm))
+    outside = {f"{part}.{kind}" for part in names.projector.values() for kind in ("weight", "bias")}
+    outside |= {f"{root}{stored.embed}.weight", f"{root}{stored.norm}.weight"}
+    outside |= {f"{names.head}{stored.head}.weight", *(f"{root}layers.#.{n}.weight" for n in norms)}
+    linears = (
+        (stored.qkv, family.qkv_bias),
+        ((stored.o,), family.o_bias),
+        ((*stored.gate_up, stored.down), family.mlp_bias),
+    )
+    keys = sorted({bias.key for _, bias in linears if bias.key})
+    for values in itertools.product((False, True), repeat=len(keys)):
+        chosen = dict(zip(keys, values, strict=True))
+        found = set(outside)
+        for parts, bias in linears:
+            has = chosen[bias.key] if bias.key else bias.default
+            kinds = ("weight", "bias") if has else ("weight",)
+            found |= {f"{root}layers.#.{part}.{kind}" for part in parts for kind in kinds}
+        yield found
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in name.split("."))
 
 
 def _match(
@@ -523,11 +621,12 @@ def _match(
         if len(dtypes) > 1:
             both = " and ".join(sorted(map(_dtype_name, dtypes)))
             mistyped.append(f"{row.sources[0][0]} and the tensors joined to it are {both}")
-        result[row.name] = Source(tuple(name for name, _ in row.sources), row.shape)
+        result[row.name] = Source(tuple(name for name, _ in row.sources), row.shape, row.rows)
     extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored)]
     where = checkpoint.folder
     if missing:
-        raise ValueError(f"{where}: {_some(missing)} missing")
+        unknown = f", {_some(extra)} unknown" if extra else ""
+        raise ValueError(f"{where}: {_some(missing)} missing{unknown}{_nearest(checkpoint)}")
     if misshaped:
         raise ValueError(f"{where}: {_count(misshaped)} of another shape: {_first(misshaped)}")
     if mistyped:
@@ -537,7 +636,9 @@ def _match(
             f"supported: one of {supported}"
         )
     if extra:
-        raise ValueError(f"{where}: {_some(extra)} left over, not part of this model")
+        raise ValueError(
+            f"{where}: {_some(extra)} left over, not part of this model{_nearest(checkpoint)}"
+        )
     return result
 
 

@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "kernels/cuda/emu/planted.h"
+#include "kernels/flash_attention.h"
 #include "kernels/rms_norm.h"
 
 namespace ivr::emu {
@@ -26,6 +27,7 @@ void allow_rows(Machine& machine, Access access, const char* name, const void* b
 namespace {
 
 constexpr Op kOps[] = {
+    {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
 };
 

@@ -83,6 +83,13 @@ constexpr int kWarp = 32;
 
 enum class Wait { none, block, warp, done };
 
+struct Copy {
+  char* to;
+  const char* from;
+  size_t source_bytes;
+  int64_t group;
+};
+
 struct Fibre {
   Context context;
   char* stack = nullptr;
@@ -94,6 +101,8 @@ struct Fibre {
   uint32_t mask = 0;
   uint64_t value = 0, result = 0;
   int lane = 0, width = 0;
+  std::vector<Copy> copies;  // asynchronous, not landed, in the order of their issue
+  int64_t groups = 0;        // committed
 };
 
 struct Range {
@@ -153,6 +162,7 @@ struct Shadow {
   int writer = kNobody;
   int reader = kNobody;       // kSeveral: more than one since the last write
   int reader_warp = kNobody;  // kSeveral likewise
+  int copier = kNobody;       // whose asynchronous copy is on its way here
   uint64_t written = 0;
   uint64_t read = 0;
 };
@@ -171,6 +181,10 @@ const char* name_of(Collective kind) {
       return "__shfl_xor_sync";
     case Collective::ballot:
       return "__ballot_sync";
+    case Collective::ldmatrix:
+      return "ldmatrix";
+    case Collective::mma:
+      return "mma.sync";
   }
   return "";
 }
@@ -218,7 +232,11 @@ struct Machine::State {
   void finish_collective(int warp);
   void report_deadlock();
   void check(const Ranges& ranges, const void* p, size_t bytes, size_t alignment, bool write);
-  bool ordered(int other, uint64_t stamp) const;
+  bool ordered(int me, int other, uint64_t stamp) const;
+  void touch_shared(int me, const void* p, size_t bytes, bool write);
+  void load_matrices(int first);
+  void multiply(int first);
+  void land(int thread, const Copy& copy);
 };
 
 namespace {
@@ -306,6 +324,10 @@ bool Machine::State::run_block() {
   for (size_t i = 0; i < fibres.size(); ++i) {
     Fibre& f = fibres[i];
     f.wait = Wait::none;
+    // Copies that the block before never waited for.
+    for (const Copy& copy : f.copies) land(static_cast<int>(i), copy);
+    f.copies.clear();
+    f.groups = 0;
     ready[i] = static_cast<int>(i);
     make_context(f.context, f.stack, fibre_entry);
   }
@@ -465,6 +487,8 @@ void Machine::State::finish_collective(int warp) {
   for (int i = 0; i < lanes; ++i) {
     if (me.mask >> i & 1u) ballot |= uint64_t{fibres[first + i].value != 0} << i;
   }
+  if (me.kind == Collective::ldmatrix) load_matrices(first);
+  if (me.kind == Collective::mma) multiply(first);
   if (me.kind == Collective::sync_warp) {
     ++clock;
     for (int i = 0; i < lanes; ++i) {
@@ -480,7 +504,7 @@ void Machine::State::finish_collective(int warp) {
     Fibre& f = fibres[first + i];
     if ((me.mask >> i & 1u) == 0) continue;
     f.result = ballot;
-    if (f.kind != Collective::ballot && f.kind != Collective::sync_warp) {
+    if (f.kind >= Collective::shuffle && f.kind <= Collective::shuffle_xor) {
       const int base = i / f.width * f.width;
       int source = i;
       if (f.kind == Collective::shuffle) source = base + (f.lane & (f.width - 1));
@@ -547,9 +571,8 @@ void* shared_bytes(size_t bytes, const void* site) {
 
 void* dynamic_shared_bytes() { return running->shared.data() + running->dynamic_begin; }
 
-// Whether a synchronisation lies between what thread `other` did at `stamp` and now.
-bool Machine::State::ordered(int other, uint64_t stamp) const {
-  const int me = self();
+// Whether a synchronisation lies between what thread `other` did at `stamp` and what `me` does now.
+bool Machine::State::ordered(int me, int other, uint64_t stamp) const {
   if (other == me || stamp < last_block_sync) return true;
   if (other / kWarp != me / kWarp) return false;
   const size_t pair = (static_cast<size_t>(me / kWarp) * kWarp + me % kWarp) * kWarp +
@@ -557,53 +580,183 @@ bool Machine::State::ordered(int other, uint64_t stamp) const {
   return stamp < lane_sync[pair];
 }
 
-void shared_access(const void* p, size_t bytes, bool write) {
-  Machine::State& s = *running;
+void Machine::State::touch_shared(int me, const void* p, size_t bytes, bool write) {
   const char* what = write ? "write" : "read";
-  const auto offset = static_cast<size_t>(static_cast<const char*>(p) - s.shared.data());
-  const bool inside = std::any_of(
-      s.allocations.begin(), s.allocations.end(),
-      [&](const Allocation& a) { return offset >= a.begin && offset + bytes <= a.end; });
+  const auto offset = static_cast<size_t>(static_cast<const char*>(p) - shared.data());
+  const bool inside = std::any_of(allocations.begin(), allocations.end(), [&](const Allocation& a) {
+    return offset >= a.begin && offset + bytes <= a.end;
+  });
   if (!inside) {
-    const Allocation* nearest = &s.allocations.front();
-    for (const Allocation& a : s.allocations) {
+    const Allocation* nearest = &allocations.front();
+    for (const Allocation& a : allocations) {
       if (a.begin <= offset && (nearest->begin > offset || a.begin > nearest->begin)) nearest = &a;
     }
-    s.fail("out-of-bounds %s of %zu bytes of shared memory: offset %lld of an array of %zu bytes",
-           what, bytes, static_cast<long long>(offset) - static_cast<long long>(nearest->begin),
-           nearest->end - nearest->begin);
+    fail("out-of-bounds %s of %zu bytes of shared memory: offset %lld of an array of %zu bytes",
+         what, bytes, static_cast<long long>(offset) - static_cast<long long>(nearest->begin),
+         nearest->end - nearest->begin);
   }
-  const int me = s.self();
   const int warp = me / kWarp;
   for (size_t i = offset; i < offset + bytes; ++i) {
-    Shadow& b = s.shadow[i];
-    const bool written = b.writer != Shadow::kNobody && b.written >= s.block_start;
-    if (!write && !written) s.fail("read of shared memory that no thread has written");
-    if (written && !s.ordered(b.writer, b.written)) {
-      s.fail("race: thread %d %ss shared memory that thread %d wrote, no barrier between", me, what,
-             b.writer);
+    Shadow& b = shadow[i];
+    if (b.copier != Shadow::kNobody) {
+      fail("%s of shared memory that an asynchronous copy of thread %d has not reached", what,
+           b.copier);
+    }
+    const bool written = b.writer != Shadow::kNobody && b.written >= block_start;
+    if (!write && !written) fail("read of shared memory that no thread has written");
+    if (written && !ordered(me, b.writer, b.written)) {
+      fail("race: thread %d %ss shared memory that thread %d wrote, no barrier between", me, what,
+           b.writer);
     }
     // Reads that a synchronisation has put behind this thread no longer count.
-    bool read = b.reader != Shadow::kNobody && b.read >= s.last_block_sync;
+    bool read = b.reader != Shadow::kNobody && b.read >= last_block_sync;
     if (read && b.reader != Shadow::kSeveral) {
-      read = b.reader == me || !s.ordered(b.reader, b.read);
+      read = b.reader == me || !ordered(me, b.reader, b.read);
     } else if (read) {
-      read = b.reader_warp != warp || b.read >= s.warp_sync[static_cast<size_t>(warp)];
+      read = b.reader_warp != warp || b.read >= warp_sync[static_cast<size_t>(warp)];
     }
     if (write) {
       if (read && b.reader != me) {
-        s.fail("race: thread %d writes shared memory that another thread reads, no barrier between",
-               me);
+        fail("race: thread %d writes shared memory that another thread reads, no barrier between",
+             me);
       }
       b.writer = me;
-      b.written = s.clock;
+      b.written = clock;
       b.reader = b.reader_warp = Shadow::kNobody;
     } else {
       const bool alone = !read || b.reader == me;
       const bool one_warp = !read || b.reader_warp == warp;
       b.reader = alone ? me : Shadow::kSeveral;
       b.reader_warp = one_warp ? warp : Shadow::kSeveral;
-      b.read = s.clock;
+      b.read = clock;
+    }
+  }
+}
+
+void shared_access(const void* p, size_t bytes, bool write) {
+  running->touch_shared(running->self(), p, bytes, write);
+}
+
+void shared_access16(const void* p, bool write) {
+  Machine::State& s = *running;
+  if ((static_cast<const char*>(p) - s.shared.data()) % 16 != 0) {
+    s.fail("misaligned %s of 16 bytes of shared memory", write ? "write" : "read");
+  }
+  s.touch_shared(s.self(), p, 16, write);
+}
+
+// ---- asynchronous copies ------------------------------------------------------------------------
+
+void copy_async(void* shared, const void* global, size_t source_bytes) {
+  Machine::State& s = *running;
+  if (source_bytes > 0) s.check(s.readable, global, source_bytes, 16, false);
+  shared_access16(shared, true);
+  auto* to = static_cast<char*>(shared);
+  // What was there is gone; what comes has not come.
+  std::memset(to, 0xff, 16);
+  Shadow* b = &s.shadow[static_cast<size_t>(to - s.shared.data())];
+  for (int i = 0; i < 16; ++i) b[i].copier = s.self();
+  Fibre& f = *s.current;
+  f.copies.push_back({to, static_cast<const char*>(global), source_bytes, f.groups});
+}
+
+void commit_copies() { ++running->current->groups; }
+
+void wait_copies(int newest) {
+  Machine::State& s = *running;
+  Fibre& f = *s.current;
+  const int64_t landed = f.groups - newest;
+  size_t n = 0;
+  while (n < f.copies.size() && f.copies[n].group < landed) s.land(s.self(), f.copies[n++]);
+  f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<int64_t>(n));
+}
+
+// The source is read now, as late as the kernel allows.
+void Machine::State::land(int thread, const Copy& copy) {
+  std::memset(copy.to, 0, 16);
+  if (copy.source_bytes > 0) std::memcpy(copy.to, copy.from, copy.source_bytes);
+  Shadow* b = &shadow[static_cast<size_t>(copy.to - shared.data())];
+  for (int i = 0; i < 16; ++i) {
+    b[i].copier = Shadow::kNobody;
+    b[i].writer = thread;
+    b[i].written = clock;
+  }
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------
+
+namespace {
+
+// A lane's operands; the lane that completes the collective fills in every lane's result.
+struct LoadMatrix {
+  const char* row;
+  bool transposed;
+  uint32_t r[4];
+};
+
+struct Multiply {
+  const uint32_t* a;
+  const uint32_t* b;
+  float* d;
+};
+
+float bf16_value(uint32_t bits) { return __uint_as_float(bits << 16); }
+
+}  // namespace
+
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+  LoadMatrix lane{static_cast<const char*>(row), transposed, {}};
+  warp_collective(Collective::ldmatrix, ~0u, reinterpret_cast<uint64_t>(&lane), 0, kWarp);
+  std::memcpy(r, lane.r, sizeof(r));
+}
+
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Multiply lane{a, b, d};
+  warp_collective(Collective::mma, ~0u, reinterpret_cast<uint64_t>(&lane), 0, kWarp);
+}
+
+void Machine::State::load_matrices(int first) {
+  LoadMatrix* lanes[kWarp];
+  for (int i = 0; i < kWarp; ++i) {
+    lanes[i] = reinterpret_cast<LoadMatrix*>(fibres[static_cast<size_t>(first + i)].value);
+    if ((lanes[i]->row - shared.data()) % 16 != 0)
+      fail("ldmatrix: row of lane %d is misaligned", i);
+    if (lanes[i]->transposed != lanes[0]->transposed) fail("ldmatrix: lanes differ in .trans");
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    for (int m = 0; m < 4; ++m) {
+      char* to = reinterpret_cast<char*>(&lanes[i]->r[m]);
+      for (int half = 0; half < 2; ++half) {
+        // Element (row, column) of matrix m, the transposed one's if asked for.
+        int row = i / 4, column = i % 4 * 2 + half;
+        if (lanes[i]->transposed) std::swap(row, column);
+        const char* from = lanes[m * 8 + row]->row + column * 2;
+        touch_shared(first + i, from, 2, false);
+        std::memcpy(to + half * 2, from, 2);
+      }
+    }
+  }
+}
+
+void Machine::State::multiply(int first) {
+  Multiply* lanes[kWarp];
+  float a[16][16], b[8][16];
+  for (int i = 0; i < kWarp; ++i) {
+    lanes[i] = reinterpret_cast<Multiply*>(fibres[static_cast<size_t>(first + i)].value);
+    const int row = i / 4, k = i % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      const auto value = [&](uint32_t pair) { return bf16_value(pair >> (16 * half) & 0xffffu); };
+      for (int r = 0; r < 4; ++r) a[row + r % 2 * 8][k + r / 2 * 8 + half] = value(lanes[i]->a[r]);
+      for (int r = 0; r < 2; ++r) b[row][k + r * 8 + half] = value(lanes[i]->b[r]);
+    }
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    for (int e = 0; e < 4; ++e) {
+      const float* x = a[i / 4 + e / 2 * 8];
+      const float* y = b[i % 4 * 2 + e % 2];
+      float sum = lanes[i]->d[e];
+      for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
+      lanes[i]->d[e] = sum;
     }
   }
 }

@@ -180,6 +180,17 @@ _op = register(
             _case(
                 "qwen2_0.5b_decode_2048x8", [1] * 8, [2048] * 8, (14, 2), 64, bench=True, slow=True
             ),
+            _case("gpt_oss_20b_decode", [1], [2048], (64, 8), 64, sinks=True, bench=True),
+            _case(
+                "gpt_oss_20b_decode_window",
+                [1],
+                [2048],
+                (64, 8),
+                64,
+                window=128,
+                sinks=True,
+                bench=True,
+            ),
             _case("qwen2_0.5b_chunk", [256], [1088], (14, 2), 64, bench=True, slow=True),
         ),
     )

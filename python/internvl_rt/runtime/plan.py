@@ -80,7 +80,7 @@ def make_plan(
     available = available_memory()
     # Half of the rest: what else the process does needs memory too.
     spare = max(0, available - weights - activations) // 2
-    capacity = min(spare // kv_per_token, CONTEXTS * text.max_position_embeddings)
+    capacity = min(spare // kv_per_token, CONTEXTS * text.context)
     return MemoryPlan(
         weights=weights,
         mapped=embed,
