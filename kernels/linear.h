@@ -1,7 +1,7 @@
 // linear: out = residual + scale * act(x W^T + bias), computed in fp32 and rounded once.
 //
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
-// columns, zero-padded.
+// columns, zero-padded. A kernel that reads rows where they lie treats them as panels too.
 // f32: [ceil(N/32)][K][32].
 // bf16: [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32. A pair of k stands together: 16 pairs
 // of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one 512-bit
