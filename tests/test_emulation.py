@@ -230,9 +230,7 @@ def _id(value: object) -> str:
 
 
 CATALOGUE = [
-    (o, c, d)
-    for o, c, d in all_cases()
-    if o.name in PARAMS and not (c.slow and o.name in HEAVY)
+    (o, c, d) for o, c, d in all_cases() if o.name in PARAMS and not (c.slow and o.name in HEAVY)
 ]
 
 

@@ -60,6 +60,7 @@ class WeightRows:
         return self.pointers
 
 
+# What a product takes; a plain tensor is held anew in every call.
 Weight = Tensor | PackedWeight | WeightRows
 
 
