@@ -1,5 +1,8 @@
 // linear: out = residual + scale * act(x W^T + bias), computed in fp32 and rounded once.
 //
+// On CUDA the weight is plain, [N, K] row by row; see kernels/cuda/linear.cuh. The rest of this
+// comment is about the CPU.
+//
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
 // columns, zero-padded. A kernel that reads rows where they lie treats them as panels too.
 // f32: [ceil(N/32)][K][32].
@@ -35,7 +38,7 @@ constexpr int64_t panel_size(WeightFormat format, int64_t K) {
 
 struct LinearParams {
   const void* x;       // [M, K]
-  const void* weight;  // packed, null where rows are given
+  const void* weight;  // packed, null where rows are given; on CUDA [N, K]
   // The rows of an unpacked weight, null where it is packed: panel_count(N) * 32 pointers to K
   // elements each, any row beyond N, and one panel more that is fetched from but not read.
   const void* const* rows;
@@ -48,6 +51,7 @@ struct LinearParams {
   Activation activation;           // none, gelu (exact) or silu
   DType dtype;                     // f32 or bf16: of x, weight, bias and scale
   DType out_dtype;                 // of out and residual: dtype, or f32
+  bool decode;                     // CUDA: the kernel for few rows, whatever M is
 
   // Filled in by `plan`. Work is cut into chunks of row_step rows by panel_step panels.
   int64_t row_step, panel_step;
