@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -140,11 +141,27 @@ class Trainer:
             colour = self.model.dense["colour"](patches[colours >= 0]).float()
             found["kind"] = stage.dense * F.cross_entropy(kind, kinds, self.kind_weight)
             found["colour"] = 0.3 * stage.dense * F.cross_entropy(colour, colours[colours >= 0])
+            found["place"] = 0.3 * stage.dense * self.place_loss(features[:, 1:], corner)
         if "after" in arrays:
             pictures = self.model.project(features)
             if "tiles" in arrays:
                 pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
             found["answer"] = self.answer_loss(pictures, arrays)
+        return found
+
+    def place_loss(self, patches: Tensor, corner: tuple[int, int]) -> Tensor:
+        """Every patch knows its row and column: what the relations between things are made of."""
+        B, n, _ = patches.shape
+        g = math.isqrt(n)
+        rows, columns = torch.meshgrid(
+            torch.arange(g) + int(corner[0]), torch.arange(g) + int(corner[1]), indexing="ij"
+        )
+        found = 0.0
+        for name, place in (("row", rows), ("column", columns)):
+            labels = place.flatten().repeat(B).to(patches.device)
+            found = found + F.cross_entropy(
+                self.model.dense[name](patches).float().flatten(0, 1), labels
+            )
         return found
 
     def tiles(self, tiles: np.ndarray) -> Tensor:
@@ -194,7 +211,7 @@ class Trainer:
     def examine(self, side: int, count: int) -> dict[str, float]:
         """Per cent of exact answers per task, unseen pictures and fonts."""
         scores = {}
-        for task in world.TASKS:
+        for task in (*world.TASKS, "outside"):
             pictures = data.exam(task, side, count, held_out=True, seed=1)
             right = 0
             for i in range(0, count, 50):
