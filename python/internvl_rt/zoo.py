@@ -358,6 +358,8 @@ VERIFIED: Mapping[str, str] = {
     "phi3": "internvl2-phi3",
     "llama": "chat-v1_1-llama",
     "qwen3": "internvl3_5-qwen3",
+    "qwen3_moe": "internvl3_5-qwen3moe",
+    "gpt_oss": "internvl3_5-gptoss",
     "300M": "internvl3-qwen2_5",
     "6B": "chat-v1_1-llama",
 }
