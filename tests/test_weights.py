@@ -505,12 +505,10 @@ def test_every_misshaped_tensor_is_named(tmp_path, layout):
         assert f"{name} is {list(wrong.shape)}, expected {list(tensor.shape)}" in message
 
 
-@pytest.mark.parametrize("layout", OTHERS)
+@pytest.mark.parametrize("layout", [n for n in OTHERS if "moe" not in n and "gpt_oss" not in n])
 def test_joint_projections(tmp_path, layout):
     """q, k and v one below the other, and gate above up, however a family stores them."""
     config, tensors = OTHERS[layout]
-    if "moe" in layout or "gpt_oss" in layout:
-        return  # the next test
     stored = tensors()
     checkpoint, sources = _resolve(tmp_path, config(), stored)
     at = next(n for n in stored if "layers.1." in n and "language" in n).split("layers.1.")[0]
@@ -576,16 +574,18 @@ def test_mxfp4_needs_whole_blocks(tmp_path):
         _resolve(tmp_path, original("gpt_oss"), stored)
 
 
-@pytest.mark.parametrize("layout", EVERY)
-@pytest.mark.parametrize("family", FAMILIES)
+def _wrong():
+    own = {layout: layout.split("-")[0] if layout in OTHERS else "qwen2" for layout in EVERY}
+    return [(f, layout) for f in FAMILIES for layout in EVERY if f != own[layout]]
+
+
+@pytest.mark.parametrize(("family", "layout"), _wrong())
 def test_the_wrong_family_is_told_the_right_one(tmp_path, family, layout):
     """Weights of one family under the config of another: unknown keys and the nearest family."""
     config, tensors = EVERY[layout]
     right, kind = config(), "native" if "native" in layout else "original"
     part = "text_config" if kind == "native" else "llm_config"
     stored = right[part]["model_type"]
-    if family == stored:
-        return
     wrong = right | {part: (native if kind == "native" else original)(family)[part]}
     with pytest.raises(ValueError, match="tensor") as error:
         _resolve(tmp_path, wrong, tensors())
