@@ -9,7 +9,10 @@
 #include "kernels/gated_activation.h"
 #include "kernels/layer_norm.h"
 #include "kernels/pixel_unshuffle_mlp.h"
+#include "kernels/preprocess.h"
 #include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
 
 namespace ivr::cuda {
 
@@ -17,6 +20,9 @@ cudaError_t embed_scatter(const EmbedScatterParams& params, cudaStream_t stream)
 cudaError_t gated_activation(const GatedActivationParams& params, cudaStream_t stream);
 cudaError_t layer_norm(const LayerNormParams& params, cudaStream_t stream);
 cudaError_t pixel_unshuffle_norm(const PixelUnshuffleParams& params, cudaStream_t stream);
+cudaError_t preprocess(const PreprocessParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
+cudaError_t rope(const RopeParams& params, cudaStream_t stream);
+cudaError_t sample(const SampleParams& params, cudaStream_t stream);
 
 }  // namespace ivr::cuda

@@ -11,7 +11,10 @@
 #include "kernels/gated_activation.h"
 #include "kernels/layer_norm.h"
 #include "kernels/pixel_unshuffle_mlp.h"
+#include "kernels/preprocess.h"
 #include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
 
 namespace ivr::emu {
 
@@ -34,7 +37,10 @@ constexpr Op kOps[] = {
     {"gated_activation", sizeof(GatedActivationParams), run_gated_activation},
     {"layer_norm", sizeof(LayerNormParams), run_layer_norm},
     {"pixel_unshuffle_mlp", sizeof(PixelUnshuffleParams), run_pixel_unshuffle_norm},
+    {"preprocess", sizeof(PreprocessParams), run_preprocess},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
+    {"rope", sizeof(RopeParams), run_rope},
+    {"sample", sizeof(SampleParams), run_sample},
 };
 
 const Op* find(const char* name) {
