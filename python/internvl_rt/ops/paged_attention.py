@@ -10,7 +10,7 @@ from torch import Tensor
 
 from internvl_rt import _C
 from internvl_rt.ops.flash_attention import attend, offsets
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def paged_attention(
@@ -155,7 +155,10 @@ _op = register(
         name="paged_attention",
         function=paged_attention,
         reference=reference,
-        faces={"native": _C.paged_attention},
+        faces={
+            "native": _C.paged_attention,
+            "triton": triton_kernel("paged_attention", "paged_attention"),
+        },
         cost=cost,
         dims="T queries, H query heads, K kv heads, D head dim, B sequences, P page size, "
         "L keys of each (bench)",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def rope(
@@ -150,7 +150,7 @@ _op = register(
         name="rope",
         function=rope,
         reference=reference,
-        faces={"native": _C.rope, "cuda": _C.rope},
+        faces={"native": _C.rope, "cuda": _C.rope, "triton": triton_kernel("rope", "rope")},
         cost=cost,
         dims="T tokens, H query heads, K kv heads, D head dim, R rotated dims, B sequences, "
         "P page size",
