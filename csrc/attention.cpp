@@ -27,6 +27,9 @@ AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& 
                     .sinks = nullptr,
                     .cu_q = static_cast<const int32_t*>(cu_q.data),
                     .prefix = nullptr,
+                    .T = check["T"],
+                    .B = check["B"],
+                    .K = K,
                     .q_t = q.stride(0),
                     .q_h = q.stride(1),
                     .out_t = out.stride(0),
@@ -57,19 +60,18 @@ AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& 
   return p;
 }
 
-void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total) {
-  const int32_t* offsets = static_cast<const int32_t*>(cu.data);
-  const int64_t n = cu.size(0);
-  const auto at = [&](int64_t i) {
-    return std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(offsets[i]);
-  };
-  if (offsets[0] != 0) check.fail(at(0) + ", expected 0");
-  for (int64_t i = 1; i < n; ++i) {
-    if (offsets[i] < offsets[i - 1])
-      check.fail(at(i) + " after " + at(i - 1) + ": it must not fall");
-  }
-  if (offsets[n - 1] != check[total]) {
-    check.fail(at(n - 1) + ", expected " + total + " = " + std::to_string(check[total]));
+void check_cuda_rows(const Checker& check, const AttentionParams& p,
+                     std::initializer_list<NamedTensor> tensors) {
+  const int64_t elements = attention_alignment(p);
+  const int64_t bytes = elements * static_cast<int64_t>(size_of(p.dtype));
+  for (const auto& [name, t] : tensors) {
+    bool aligned = reinterpret_cast<uintptr_t>(t->data) % bytes == 0;
+    for (int i = 0; i + 1 < t->ndim; ++i) {
+      aligned = aligned && (t->size(i) <= 1 || t->stride(i) % elements == 0);
+    }
+    check.require(aligned, std::string(name) +
+                               " has an address or a stride that is no multiple of " +
+                               std::to_string(elements) + " elements, as CUDA expects it");
   }
 }
 

@@ -73,4 +73,20 @@ void Checker::tensor(const char* name, const Tensor& t, std::initializer_list<DT
   }
 }
 
+void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total) {
+  const int32_t* offsets = static_cast<const int32_t*>(cu.data);
+  const int64_t n = cu.size(0);
+  const auto at = [&](int64_t i) {
+    return std::string(name) + "[" + std::to_string(i) + "] is " + std::to_string(offsets[i]);
+  };
+  if (offsets[0] != 0) check.fail(at(0) + ", expected 0");
+  for (int64_t i = 1; i < n; ++i) {
+    if (offsets[i] < offsets[i - 1])
+      check.fail(at(i) + " after " + at(i - 1) + ": it must not fall");
+  }
+  if (offsets[n - 1] != check[total]) {
+    check.fail(at(n - 1) + ", expected " + total + " = " + std::to_string(check[total]));
+  }
+}
+
 }  // namespace ivr

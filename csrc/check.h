@@ -51,4 +51,7 @@ class Checker {
   int32_t device_index_ = 0;
 };
 
+// cu is 0 = cu[0] <= cu[1] .. <= cu[B] = total, a bound name. On the CPU only.
+void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total);
+
 }  // namespace ivr

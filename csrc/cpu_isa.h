@@ -50,8 +50,8 @@ class CpuKernel<void(Args...)> : public CpuKernelBase {
   Pointer pick() {
     int i = static_cast<int>(current_isa());
     while (!variants_[i] && i > 0) {
-      // Emulated and real tiles are siblings: neither stands in for the other.
-      i = i >= static_cast<int>(Isa::amx_emulated) ? static_cast<int>(Isa::avx512) : i - 1;
+      // What comes above AVX-512 are siblings: none stands in for the other.
+      i = i > static_cast<int>(Isa::avx512) ? static_cast<int>(Isa::avx512) : i - 1;
     }
     counts_[i].fetch_add(1, std::memory_order_relaxed);
     return variants_[i];
@@ -68,16 +68,17 @@ class CpuKernel<void(Args...)> : public CpuKernelBase {
 #else
 #define IVR_VARIANTS(kernel) {portable::kernel}
 #endif
-#if defined(IVR_X86) && defined(IVR_AMX)
-#define IVR_VARIANTS_AMX(kernel, amx_kernel) \
-  {portable::kernel, avx2::kernel, avx512::kernel, amx_emulated::amx_kernel, amx::amx_kernel}
+#if defined(IVR_X86)
+#define IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel)                             \
+  {portable::kernel,         avx2::kernel,   avx512::kernel, avx512_bf16::dot_kernel, \
+   amx_emulated::amx_kernel, amx::amx_kernel}
 #else
-#define IVR_VARIANTS_AMX(kernel, amx_kernel) IVR_VARIANTS(kernel)
+#define IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel) IVR_VARIANTS(kernel)
 #endif
 
 // static auto& kernel = ...: a kernel object with the variants of one entry point.
 #define IVR_CPU_KERNEL_OBJECT(object, label, kernel) \
   CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(label, IVR_VARIANTS(kernel))
-#define IVR_CPU_KERNEL_OBJECT_AMX(object, label, kernel, amx_kernel)    \
-  CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object( \
-      label, IVR_VARIANTS_AMX(kernel, amx_kernel))
+#define IVR_CPU_KERNEL_OBJECT_BF16(object, label, kernel, dot_kernel, amx_kernel) \
+  CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(           \
+      label, IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel))

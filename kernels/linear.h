@@ -1,5 +1,8 @@
 // linear: out = residual + scale * act(x W^T + bias), computed in fp32 and rounded once.
 //
+// On CUDA the weight is plain, [N, K] row by row; see kernels/cuda/linear.cuh. The rest of this
+// comment is about the CPU.
+//
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
 // columns, zero-padded.
 // f32: [ceil(N/32)][K][32].
@@ -8,9 +11,10 @@
 // load, whose low halves are the even and whose high halves are the odd k.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
-// multiply-adds from zero over pieces of fixed length, the pieces added in order (on matrix tiles
-// one chain of pairs, where denormals count as zero). So a row's bits depend neither on the other
-// rows nor on how the work is cut.
+// multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
+// pairs and matrix tiles take the odd or the even k of a pair first and count denormals as zero;
+// on tiles all of K is one chain. So a row's bits depend neither on the other rows nor on how the
+// work is cut.
 #pragma once
 
 #include "kernels/cpu/isa.h"
@@ -34,7 +38,7 @@ constexpr int64_t panel_size(WeightFormat format, int64_t K) {
 
 struct LinearParams {
   const void* x;         // [M, K]
-  const void* weight;    // packed
+  const void* weight;    // packed; on CUDA [N, K]
   const void* bias;      // [N] or null
   const void* residual;  // [M, N] or null; may be out
   const void* scale;     // [N] or null
@@ -44,6 +48,7 @@ struct LinearParams {
   Activation activation;           // none, gelu (exact) or silu
   DType dtype;                     // f32 or bf16: of x, weight, bias and scale
   DType out_dtype;                 // of out and residual: dtype, or f32
+  bool decode;                     // CUDA: the kernel for few rows, whatever M is
 
   // Filled in by `plan`. Work is cut into chunks of row_step rows by panel_step panels.
   int64_t row_step, panel_step;
@@ -63,6 +68,7 @@ struct LinearSteps {
 };
 
 IVR_CPU_KERNEL(linear, LinearSteps& steps)
+IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)
 IVR_AMX_KERNEL(linear_amx, LinearSteps& steps)
 
 // Packs one panel. rows: 32 pointers to K elements, null for columns beyond N.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internvl_rt import ops
 from internvl_rt.ops.preprocess import _weights as reference_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +23,11 @@ C_TYPES = {
     "bool": ctypes.c_bool,
     "DType": ctypes.c_int32,
     "Gate": ctypes.c_int32,
+    "Activation": ctypes.c_int32,
+    "int": ctypes.c_int,
 }
+NESTED = {"AttentionParams": "attention"}  # struct -> header
+NO_WINDOW = 2**63 - 1
 
 
 @functools.cache
@@ -35,7 +40,7 @@ def struct(header: str, name: str) -> type[ctypes.Structure]:
         if kind.endswith("*"):
             c_type = ctypes.c_void_p
         else:
-            c_type = C_TYPES.get(kind) or struct(header, kind)
+            c_type = C_TYPES.get(kind) or struct(NESTED.get(kind, header), kind)
         for field in map(str.strip, names.split(",")):
             field, _, length = field.rstrip("]").partition("[")
             fields.append((field, c_type * int(length) if length else c_type))
@@ -52,7 +57,9 @@ def fill(header: str, name: str, **values: Any) -> ctypes.Structure:
             return value.data_ptr()
         return DTYPES[value] if isinstance(value, torch.dtype) else value
 
-    return kind(**{n: plain(v) for n, v in values.items()})
+    params = kind(**{n: plain(v) for n, v in values.items()})
+    params.keep = values  # as long as the pointers
+    return params
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int]:
@@ -221,11 +228,110 @@ def preprocess(
     return params
 
 
+def _attention(
+    q: Tensor,
+    cu_q: Tensor,
+    K: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    out: Tensor,
+) -> ctypes.Structure:
+    T, H, D = q.shape
+    return fill(
+        *("attention", "AttentionParams"),
+        **{"q": q, "out": out, "sinks": sinks, "cu_q": cu_q, "prefix": prefix, "dtype": q.dtype},
+        **{"T": T, "B": len(cu_q) - 1, "K": K, "D": D, "group": H // K, "scale": scale},
+        **{"window": window or NO_WINDOW, "causal": causal},
+        **_strides(q_th=q, out_th=out),
+        sinks_dtype=torch.float32 if sinks is None else sinks.dtype,
+    )
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_kv: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    out: Tensor,
+) -> ctypes.Structure:
+    return fill(
+        *("flash_attention", "FlashAttentionParams"),
+        a=_attention(q, cu_q, k.shape[1], scale, causal, window, sinks, prefix, out),
+        **{"k": k, "v": v, "cu_kv": cu_kv},
+        **_strides(k_th=k, v_th=v),
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    cu_q: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int | None,
+    sinks: Tensor | None,
+    prefix: Tensor | None,
+    workspace: Tensor | None,
+    out: Tensor,
+) -> ctypes.Structure:
+    pages, K, P, _ = k_cache.shape
+    return fill(
+        *("paged_attention", "PagedAttentionParams"),
+        a=_attention(q, cu_q, K, scale, True, window, sinks, prefix, out),
+        **{"k_cache": k_cache, "v_cache": v_cache, "page_table": page_table, "kv_lens": kv_lens},
+        **{"pages": pages, "max_pages": page_table.shape[1], "workspace": workspace},
+        **{"page_table_b": page_table.stride(0), "page_shift": P.bit_length() - 1},
+        **{f"k_{n}": s for n, s in zip(("page", "h", "p"), k_cache.stride(), strict=False)},
+        **{f"v_{n}": s for n, s in zip(("page", "h", "p"), v_cache.stride(), strict=False)},
+    )
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    N: int,
+    K: int,
+    weight_format: Any,
+    bias: Tensor | None,
+    activation: Any,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    decode: bool | None,
+    out: Tensor,
+) -> ctypes.Structure:
+    # What the native face got is packed for a CPU; on a GPU a weight is plain.
+    weight = ops.unpack(ops.PackedWeight(packed, N, K, weight_format)).contiguous()
+    steps = ("row_step", "panel_step", "row_blocks", "panel_blocks", "items")
+    return fill(
+        *("linear", "LinearParams"),
+        **{"x": x, "weight": weight, "bias": bias, "residual": residual, "scale": scale},
+        **{"out": out, "M": x.shape[0], "N": N, "K": K, "activation": int(activation)},
+        **{"dtype": x.dtype, "out_dtype": out.dtype},
+        **_strides(x_m=x, residual_m=residual, out_m=out),
+        decode=x.shape[0] <= 16 if decode is None else decode,
+        **dict.fromkeys((*steps, "workspace_size", "scratch_size", "workspace"), 0),
+    )
+
+
 # A new op: the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
 PARAMS: dict[str, Callable[..., ctypes.Structure]] = {
     "embed_scatter": embed_scatter,
+    "flash_attention": flash_attention,
     "gated_activation": gated_activation,
     "layer_norm": layer_norm,
+    "linear": linear,
+    "paged_attention": paged_attention,
     "pixel_unshuffle_mlp": pixel_unshuffle_norm,
     "preprocess": preprocess,
     "rms_norm": rms_norm,

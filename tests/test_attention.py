@@ -7,13 +7,14 @@ import torch
 
 import internvl_rt
 from internvl_rt import _C, ops
-from internvl_rt.ops.flash_attention import offsets
+from internvl_rt.ops.flash_attention import attend, offsets
 from internvl_rt.ops.registry import Inputs
+from isas import ISAS
 
 FLOATS = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(params=_C.supported_isas())
+@pytest.fixture(params=ISAS)
 def isa(request):
     _C.force_isa(request.param)
     yield request.param
@@ -103,6 +104,30 @@ def test_bits_do_not_depend_on_grouping_with_masks_and_sinks(isa, dtype, options
         parts = [(0, first)] + [(i, min(i + step, 300)) for i in range(first, 300, step)]
         rows = torch.cat([s.paged([(0, a, b)], **options) for a, b in parts])
         assert torch.equal(rows, whole), f"chunks of {step}"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("window", [128, None])
+def test_bits_of_gpt_oss_layers_do_not_depend_on_the_batch(isa, dtype, window, threads):
+    """Eight query heads share a kv head: more rows in a decode step than narrow sets hold."""
+    lengths = [400, 129, 1]
+    s = Sequences("gpt_oss", dtype, lengths, (16, 2), 64)
+    options = {"window": window, "sinks": Inputs("gpt_oss_sinks", dtype).normal(16, std=2.0)}
+    alone = [s.flash(b, **options) for b in range(len(lengths))]
+    threads(2)
+    cu = offsets(lengths)
+    q, k, v = (torch.cat(x) for x in (s.q, s.k, s.v))
+    together = ops.flash_attention(q, k, v, cu, cu, scale=s.scale, causal=True, **options)
+    assert torch.equal(together, torch.cat(alone))
+    for end in (127, 128, 129, 256, 257, 384, 400):  # around the window's edge and a chunk's
+        parts = [(0, end - 1, end), (1, 3, 129), (2, 0, 1)]
+        expected = torch.cat([alone[b][begin:stop] for b, begin, stop in parts])
+        assert torch.equal(s.paged(parts, **options), expected), f"decode at {end}"
+    truth = attend(
+        *(x[0].double() for x in (s.q, s.k, s.v)), scale=s.scale, causal=True, prefix=0, **options
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(alone[0].double(), truth, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -1,13 +1,15 @@
 """linear beyond the generated cases: packing, bit-equality of rows, strides, refusals."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from internvl_rt import _C, num_threads, ops, set_num_threads
 from internvl_rt.ops import PackedWeight, linear, pack, unpack
 from internvl_rt.ops.linear import WeightFormat
+from isas import ISAS, stand_in
 
-ISAS = _C.supported_isas()
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -77,17 +79,23 @@ def test_the_working_memory_is_bounded_and_passes_join(isa, make):
     assert torch.equal(bits(together[2999:]), bits(linear(x[2999:], packed)))
 
 
-def test_bf16_runs_on_tiles_where_tiles_are_forced(make):
-    if "amx_emulated" not in ISAS:
-        pytest.skip("no AVX-512 on this machine")
-    _C.force_isa("amx_emulated")
-    try:
-        _C.kernel_counts(reset=True)
-        linear(make(20, 64).bfloat16(), pack(make(32, 64).bfloat16()))
-        counts = _C.kernel_counts(reset=True)
-    finally:
-        _C.force_isa("")
-    assert counts["linear_bf16/amx_emulated"] == 1
+def test_the_best_instruction_set_is_the_fast_one():
+    best = _C.isa()
+    assert best != "amx_emulated"
+    if "amx" in ISAS:
+        assert best == "amx"
+    elif "avx512_bf16" in ISAS:
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        assert best == ("avx512_bf16" if amd else "avx512")
+
+
+def test_the_forced_instruction_set_runs(isa, make):
+    x, w = make(20, 64), make(32, 64)
+    _C.kernel_counts(reset=True)
+    linear(x.bfloat16(), pack(w.bfloat16()))
+    assert _C.kernel_counts(reset=True)[f"linear_bf16/{isa}"] == 1
+    linear(x, pack(w))
+    assert _C.kernel_counts(reset=True)[f"linear_f32/{stand_in(isa)}"] == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -48,7 +48,7 @@ def test_both_layouts_load_and_hold_the_same_values(script, shape, tmp_path, dty
         assert torch.equal(a[name], b[name]), name
     assert float(a["llm.0.norm1.weight"].float().mean()) == pytest.approx(1, abs=0.02)
     assert float(a["llm.embed.weight"].float().std()) == pytest.approx(0.02, rel=0.05)
-    assert not torch.equal(a["llm.0.q.weight"], a["llm.1.q.weight"])
+    assert not torch.equal(a["llm.0.qkv.weight"], a["llm.1.qkv.weight"])
 
 
 def test_shards_are_read_by_the_formats_own_library(script, shape, tmp_path):

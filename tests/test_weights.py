@@ -1,5 +1,6 @@
 """The safetensors reader against the format's own library, and the rename tables."""
 
+import functools
 import gc
 import json
 import os
@@ -24,6 +25,8 @@ from internvl_rt.weights import (
     resolve_vision,
 )
 from tiny_model import (
+    FAMILIES,
+    NATIVE_FAMILIES,
     native,
     native_tensors,
     original,
@@ -347,13 +350,23 @@ def test_a_pipe_does_not_hang(tmp_path):
         Checkpoint(tmp_path)
 
 
-LAYOUTS = {
-    "original": (original, original_tensors),
-    "native-a": (native, lambda **k: native_tensors(newer=False, **k)),
-    "native-b": (native, lambda **k: native_tensors(newer=True, **k)),
-}
-HEADS = {"original": "language_model.lm_head.weight", "native-a": "language_model.lm_head.weight"}
-HEADS["native-b"] = "lm_head.weight"
+def _layouts(family):
+    named = functools.partial
+    layouts = {"original": (named(original, family), named(original_tensors, family))}
+    if family in NATIVE_FAMILIES:
+        for layout, newer in (("native-a", False), ("native-b", True)):
+            tensors = named(native_tensors, family, newer=newer)
+            layouts[layout] = (named(native, family), tensors)
+    return layouts
+
+
+LAYOUTS = _layouts("qwen2")
+OTHERS = {f"{f}-{n}": pair for f in FAMILIES if f != "qwen2" for n, pair in _layouts(f).items()}
+EVERY = LAYOUTS | OTHERS
+
+
+def _is_head(name):
+    return name in ("lm_head.weight", "language_model.lm_head.weight") or "model.output" in name
 
 
 def _resolve(folder, config, tensors):
@@ -376,7 +389,8 @@ def test_layouts_give_the_same_model(tmp_path, dtype):
     assert torch.equal(first["vit.1.qkv.weight"], expected[_VIT1 + "attn.qkv.weight"])
     assert torch.equal(first["llm.1.down.weight"], expected[_LLM1 + "mlp.down_proj.weight"])
     assert torch.equal(first["proj.fc2.bias"], expected["mlp1.3.bias"])
-    assert len(first) == len(expected)
+    # q, k and v, and gate and up, are one tensor of the model each: in two layers 6, and 2 biases.
+    assert len(first) == len(expected) - 2 * (2 + 2 + 1)
     for other in ("native-a", "native-b"):
         assert set(loaded[other]) == set(first)
         assert all(torch.equal(loaded[other][n], t) for n, t in first.items())
@@ -414,16 +428,11 @@ INTERNAL = [
     "llm.norm.weight",
     "llm.head.weight",
     "llm.0.norm1.weight",
-    "llm.0.q.weight",
-    "llm.0.q.bias",
-    "llm.0.k.weight",
-    "llm.0.k.bias",
-    "llm.0.v.weight",
-    "llm.0.v.bias",
+    "llm.0.qkv.weight",
+    "llm.0.qkv.bias",
     "llm.0.o.weight",
     "llm.0.norm2.weight",
-    "llm.0.gate.weight",
-    "llm.0.up.weight",
+    "llm.0.gate_up.weight",
     "llm.0.down.weight",
 ]
 
@@ -436,26 +445,25 @@ def test_internal_names(tmp_path, layout):
     assert set(sources) == {*INTERNAL, *second}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY)
 def test_tied_embeddings(tmp_path, layout):
-    config, tensors = LAYOUTS[layout]
-    tensors = tensors()
-    tensors.pop(HEADS[layout])
+    config, tensors = EVERY[layout]
+    tensors = {n: t for n, t in tensors().items() if not _is_head(n)}
     checkpoint, sources = _resolve(tmp_path, config(), tensors)
     assert sources["llm.head.weight"] == sources["llm.embed.weight"]
     head = checkpoint.load(sources["llm.head.weight"])
     assert head.data_ptr() == checkpoint.load(sources["llm.embed.weight"]).data_ptr()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY)
 def test_every_missing_tensor_is_named(tmp_path, layout):
-    config, tensors = LAYOUTS[layout]
+    config, tensors = EVERY[layout]
     whole = tensors()
     for name in whole:
-        if name == HEADS[layout]:
+        if _is_head(name):
             continue
         part = {n: t for n, t in whole.items() if n != name}
-        if name.endswith("embeddings.cls_token") and layout == "native-b":
+        if name.endswith("embeddings.cls_token") and layout.endswith("native-b"):
             match = "missing"  # nothing else tells the two spellings apart
         else:
             match = rf"1 tensor \({name}\) missing".replace(".", r"\.")
@@ -464,9 +472,9 @@ def test_every_missing_tensor_is_named(tmp_path, layout):
         _one_line(error)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY)
 def test_left_over_tensors(tmp_path, layout):
-    config, tensors = LAYOUTS[layout]
+    config, tensors = EVERY[layout]
     whole = tensors()
     some = next(n for n in whole if ".1." in n and n.endswith("weight"))
     for extra in ("extra", "vision_model.encoder.layers.2.ls1", some + "2", f"x.{some}"):
@@ -479,9 +487,9 @@ def test_left_over_tensors(tmp_path, layout):
         _resolve(tmp_path, config(), more)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY)
 def test_every_misshaped_tensor_is_named(tmp_path, layout):
-    config, tensors = LAYOUTS[layout]
+    config, tensors = EVERY[layout]
     whole = tensors()
     for name, tensor in whole.items():
         wrong = tensor.reshape(*tensor.shape, 1)
@@ -489,6 +497,61 @@ def test_every_misshaped_tensor_is_named(tmp_path, layout):
             _resolve(tmp_path, config(), whole | {name: wrong})
         message = _one_line(error)
         assert f"{name} is {list(wrong.shape)}, expected {list(tensor.shape)}" in message
+
+
+@pytest.mark.parametrize("layout", OTHERS)
+def test_joint_projections(tmp_path, layout):
+    """q, k and v one below the other, and gate above up, however a family stores them."""
+    config, tensors = OTHERS[layout]
+    stored = tensors()
+    checkpoint, sources = _resolve(tmp_path, config(), stored)
+    at = next(n for n in stored if "layers.1." in n and "language" in n).split("layers.1.")[0]
+    at += "layers.1."
+
+    def rows(*names):
+        return torch.cat([stored[f"{at}{n}"] for n in names])
+
+    if "internlm2" in layout:
+        packed = stored[f"{at}attention.wqkv.weight"].view(2, 4, 8, 32)  # kv head, q q k v
+        parts = [packed[:, :2].reshape(32, 32), *(packed[:, i].reshape(16, 32) for i in (2, 3))]
+        qkv = torch.cat(parts)
+        gate_up = rows("feed_forward.w1.weight", "feed_forward.w3.weight")
+    elif "phi3" in layout:
+        qkv, gate_up = rows("self_attn.qkv_proj.weight"), rows("mlp.gate_up_proj.weight")
+    else:
+        qkv = rows(*(f"self_attn.{x}_proj.weight" for x in "qkv"))
+        gate_up = rows("mlp.gate_proj.weight", "mlp.up_proj.weight")
+    assert torch.equal(checkpoint.load(sources["llm.1.qkv.weight"]), qkv)
+    assert torch.equal(checkpoint.load(sources["llm.1.gate_up.weight"]), gate_up)
+    assert sources["llm.1.qkv.weight"].shape == qkv.shape
+
+
+@pytest.mark.parametrize("layout", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_wrong_family_is_told_the_right_one(tmp_path, family, layout):
+    """Weights of one family under the config of another: unknown keys and the nearest family."""
+    config, tensors = EVERY[layout]
+    right, kind = config(), "native" if "native" in layout else "original"
+    part = "text_config" if kind == "native" else "llm_config"
+    stored = right[part]["model_type"]
+    if family == stored:
+        return
+    wrong = right | {part: (native if kind == "native" else original)(family)[part]}
+    with pytest.raises(ValueError, match="tensor") as error:
+        _resolve(tmp_path, wrong, tensors())
+    message = _one_line(error)
+    name = "Hugging Face-native" if kind == "native" else "original"
+    if "of another shape" not in message:  # the same names: only the head size differs
+        nearest = message.partition("; the nearest family is ")[2].split(" or ")
+        assert f"{stored} in the {name} layout" in nearest
+        assert len(nearest) <= 2  # InternLM3 with biases everywhere is Llama with them
+        assert "unknown" in message or "left over" in message or "missing" in message
+
+
+def test_weights_of_no_family(tmp_path):
+    tensors = original_vision() | {"transformer.h.0.attn.weight": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"1 tensor \(transformer\.h.* unknown; no known family"):
+        _resolve(tmp_path, original(), tensors)
 
 
 def test_dtypes_of_weights(tmp_path):

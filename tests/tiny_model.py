@@ -86,12 +86,60 @@ PREPROCESSOR = {
 }
 
 
-def original() -> dict:
-    return copy.deepcopy(ORIGINAL)
+# What the language models of the other families write; the rest is as in TEXT.
+FAMILIES = {
+    "qwen2": {},
+    "qwen3": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "head_dim": 12,
+        "attention_bias": False,
+        "rope_scaling": None,
+    },
+    "llama": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_scaling": None,
+    },
+    "internlm2": {
+        "architectures": ["InternLM2ForCausalLM"],
+        "model_type": "internlm2",
+        "bias": False,
+    },
+    "internlm3": {
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "bias": True,
+        "qkv_bias": True,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "sliding_window": 262144,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {
+            "type": "su",
+            "short_factor": [1.0, 1.1, 1.2, 1.3],
+            "long_factor": [1.0, 2.0, 4.0, 8.0],
+        },
+    },
+}
+NATIVE_FAMILIES = ("qwen2", "qwen3", "llama", "phi3")
 
 
-def native() -> dict:
-    return copy.deepcopy(NATIVE)
+def original(family: str = "qwen2") -> dict:
+    config = copy.deepcopy(ORIGINAL)
+    config["llm_config"] |= copy.deepcopy(FAMILIES[family])
+    return config
+
+
+def native(family: str = "qwen2") -> dict:
+    config = copy.deepcopy(NATIVE)
+    config["text_config"] |= copy.deepcopy(FAMILIES[family])
+    return config
 
 
 def write_config(folder: Path, config: dict) -> Path:
@@ -104,24 +152,48 @@ def _fill(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, t
     return {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
 
 
-def _decoder_shapes(root: str) -> dict[str, tuple[int, ...]]:
-    shapes = {f"{root}embed_tokens.weight": (40, 32), f"{root}norm.weight": (32,)}
-    for i in range(2):
-        at = f"{root}layers.{i}."
-        shapes |= {
-            f"{at}input_layernorm.weight": (32,),
-            f"{at}self_attn.q_proj.weight": (32, 32),
-            f"{at}self_attn.q_proj.bias": (32,),
-            f"{at}self_attn.k_proj.weight": (16, 32),
-            f"{at}self_attn.k_proj.bias": (16,),
-            f"{at}self_attn.v_proj.weight": (16, 32),
-            f"{at}self_attn.v_proj.bias": (16,),
-            f"{at}self_attn.o_proj.weight": (32, 32),
-            f"{at}post_attention_layernorm.weight": (32,),
-            f"{at}mlp.gate_proj.weight": (48, 32),
-            f"{at}mlp.up_proj.weight": (48, 32),
-            f"{at}mlp.down_proj.weight": (32, 48),
+def _layer_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    """One layer: width 32, 4 query heads, 2 kv heads of 8 (Qwen3: 12), MLP 48."""
+    if family == "internlm2":
+        return {
+            "attention_norm.weight": (32,),
+            "attention.wqkv.weight": (64, 32),
+            "attention.wo.weight": (32, 32),
+            "ffn_norm.weight": (32,),
+            "feed_forward.w1.weight": (48, 32),
+            "feed_forward.w3.weight": (48, 32),
+            "feed_forward.w2.weight": (32, 48),
         }
+    D = 12 if family == "qwen3" else 8
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (32,),
+        "self_attn.o_proj.weight": (32, 4 * D),
+        "post_attention_layernorm.weight": (32,),
+        "mlp.down_proj.weight": (32, 48),
+    }
+    if family == "phi3":
+        return shapes | {
+            "self_attn.qkv_proj.weight": (64, 32),
+            "mlp.gate_up_proj.weight": (96, 32),
+        }
+    qkv = {"q": 4 * D, "k": 2 * D, "v": 2 * D}
+    shapes |= {f"self_attn.{x}_proj.weight": (n, 32) for x, n in qkv.items()}
+    shapes |= {f"mlp.{x}_proj.weight": (48, 32) for x in ("gate", "up")}
+    if family in ("qwen2", "internlm3"):
+        shapes |= {f"self_attn.{x}_proj.bias": (n,) for x, n in qkv.items()}
+    if family == "internlm3":
+        shapes |= {"self_attn.o_proj.bias": (32,), "mlp.down_proj.bias": (32,)}
+        shapes |= {f"mlp.{x}_proj.bias": (48,) for x in ("gate", "up")}
+    if family == "qwen3":
+        shapes |= {f"self_attn.{x}_norm.weight": (D,) for x in "qk"}
+    return shapes
+
+
+def _decoder_shapes(root: str, family: str) -> dict[str, tuple[int, ...]]:
+    embed = "tok_embeddings" if family == "internlm2" else "embed_tokens"
+    shapes = {f"{root}{embed}.weight": (40, 32), f"{root}norm.weight": (32,)}
+    for i in range(2):
+        shapes |= {f"{root}layers.{i}.{n}": s for n, s in _layer_shapes(family).items()}
     return shapes
 
 
@@ -150,7 +222,8 @@ def original_vision(root: str = "vision_model.", dtype=torch.bfloat16) -> dict[s
     return _fill(shapes, dtype)
 
 
-def original_tensors(dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+def original_tensors(family="qwen2", dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    head = "output" if family == "internlm2" else "lm_head"
     shapes: dict[str, tuple[int, ...]] = {
         "mlp1.0.weight": (64,),
         "mlp1.0.bias": (64,),
@@ -158,13 +231,13 @@ def original_tensors(dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
         "mlp1.1.bias": (32,),
         "mlp1.3.weight": (32, 32),
         "mlp1.3.bias": (32,),
-        "language_model.lm_head.weight": (40, 32),
+        f"language_model.{head}.weight": (40, 32),
     }
-    shapes |= _decoder_shapes("language_model.model.")
+    shapes |= _decoder_shapes("language_model.model.", family)
     return original_vision(dtype=dtype) | _fill(shapes, dtype)
 
 
-def native_tensors(*, newer: bool, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+def native_tensors(family="qwen2", *, newer: bool, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     """The tensors of `original_tensors` under the native names, the older or newer spelling."""
     head = "model." if newer else ""
     renamed = {
@@ -188,7 +261,7 @@ def native_tensors(*, newer: bool, dtype=torch.bfloat16) -> dict[str, torch.Tens
             "language_model.lm_head.": "lm_head.",
         }
     tensors = {}
-    for name, tensor in original_tensors(dtype).items():
+    for name, tensor in original_tensors(family, dtype).items():
         for old, new in renamed.items():
             name = name.replace(old, new)
         if ".attn.qkv." in name:

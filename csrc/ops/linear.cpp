@@ -4,21 +4,18 @@
 
 #include "csrc/bind.h"
 #include "csrc/cuda.h"
+#include "csrc/linear.h"
 #include "csrc/scratch.h"
 
 namespace ivr {
 namespace {
 
 IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
-IVR_CPU_KERNEL_OBJECT_AMX(kernel_bf16, "linear_bf16", linear, linear_amx);
+IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 
-// x is prepared for at most this many bytes at a time, so that a call's memory does not grow with
-// M.
-constexpr int64_t kWorkspaceBytes = 24 << 20;
-// Below this much work per product a second thread does not pay.
-constexpr int64_t kSerialFlops = 1 << 17;
-constexpr int64_t kPrepareElements = 16384;
+// CUDA, where the caller does not say: up to so many rows are a decode step.
+constexpr int64_t kDecodeRows = 16;
 
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
   return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
@@ -29,8 +26,6 @@ void run(const LinearParams& whole, LinearSteps steps) {
   thread_local Scratch workspace;
   const int64_t row_bytes = std::max<int64_t>(whole.K * 4, 1);
   const int64_t passes = (whole.M * row_bytes + kWorkspaceBytes - 1) / kWorkspaceBytes;
-  // A multiple of every instruction set's row group.
-  constexpr int64_t kRowMultiple = 96;
   const int64_t rows = (whole.M + passes - 1) / std::max<int64_t>(passes, 1);
   const int64_t step = (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
   const bool serial = 2 * whole.M * whole.N * whole.K < kSerialFlops;
@@ -56,7 +51,7 @@ void run(const LinearParams& whole, LinearSteps steps) {
 
 void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> bias, Activation activation, std::optional<Tensor> residual,
-            std::optional<Tensor> scale, Tensor out) {
+            std::optional<Tensor> scale, std::optional<bool> decode, Tensor out) {
   Checker check("linear");
   check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
   check.require(check["K"] == K,
@@ -70,7 +65,8 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
   check.require(x.dtype == dtype, std::string("x is ") + name_of(x.dtype) +
                                       ", expected the weight's " + name_of(dtype));
-  check.bind("P", panel_count(N) * panel_size(format, K), "packed size");
+  check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
+             "packed size");
   check.bind("N", N, "weight");
   check.tensor("weight", weight, {dtype}, {"P"});
   if (x.dtype == DType::bf16) {
@@ -97,11 +93,10 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.activation = activation;
   p.dtype = x.dtype;
   p.out_dtype = out.dtype;
+  p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return;
-  require_cpu(check, x);
-  LinearSteps steps;
-  (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
-  run(p, steps);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(linear), p, x)) return;
+  run(p, linear_steps(dtype));
 }
 
 // The rows of several weights one after the other, packed into data.
@@ -136,6 +131,12 @@ void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
 
 }  // namespace
 
+LinearSteps linear_steps(DType dtype) {
+  LinearSteps steps;
+  (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
+  return steps;
+}
+
 IVR_BIND(linear) {
   py::enum_<WeightFormat>(m, "WeightFormat")
       .value("f32", WeightFormat::f32)
@@ -150,7 +151,7 @@ IVR_BIND(linear) {
       .value("swiglu", Activation::swiglu);
   m.def("linear", &linear, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
         py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
-        py::arg("residual"), py::arg("scale"), py::arg("out"));
+        py::arg("residual"), py::arg("scale"), py::arg("decode"), py::arg("out"));
   m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("data"));
   m.def("packed_size", [](int64_t N, int64_t K, WeightFormat format) {
     return panel_count(N) * panel_size(format, K);

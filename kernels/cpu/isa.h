@@ -10,8 +10,15 @@
 
 namespace ivr {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx_emulated = 3, amx = 4 };
-constexpr int kIsaCount = 5;
+enum class Isa : int {
+  portable = 0,
+  avx2 = 1,
+  avx512 = 2,
+  avx512_bf16 = 3,
+  amx_emulated = 4,
+  amx = 5
+};
+constexpr int kIsaCount = 6;
 
 }  // namespace ivr
 
@@ -24,6 +31,12 @@ constexpr int kIsaCount = 5;
   void name(__VA_ARGS__);         \
   }                               \
   namespace avx512 {              \
+  void name(__VA_ARGS__);         \
+  }
+
+// The same for kernels that exist on dot products of bf16 pairs only (<op>_dot.cpp).
+#define IVR_DOT_KERNEL(name, ...) \
+  namespace avx512_bf16 {         \
   void name(__VA_ARGS__);         \
   }
 

@@ -108,6 +108,19 @@ inline F exp2_int(F n) {
   const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
 }
+#if defined(__AVX512BF16__)
+// 16 pairs of bf16.
+struct Pairs {
+  __m512i v;
+};
+inline Pairs set_pairs(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
+inline Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+// Adds the odd, then the even product of each pair to its lane, rounding after each; denormals
+// count as zero.
+inline F dot_pairs(Pairs a, Pairs b, F c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+#endif
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
 // Swaps rows and columns of a square of kLanes x kLanes.

@@ -1,7 +1,8 @@
 // Everything kernels need from the machine beneath them: 16-byte vectors, checked memory accesses,
-// conversions, warp collectives, shared memory. All PTX and every intrinsic stands here, so that a
-// kernel is one source with two compilers: nvcc for the device and a plain C++ compiler for the
-// emulator (kernels/cuda/emu/simt.h), which checks what the device does not.
+// conversions, warp collectives, shared memory, asynchronous copies, tensor cores. All PTX and
+// every intrinsic stands here, so that a kernel is one source with two compilers: nvcc for the
+// device and a plain C++ compiler for the emulator (kernels/cuda/emu/simt.h), which checks what the
+// device does not.
 //
 // Kernels touch global memory through load and store alone, and shared memory through Shared<T>.
 #pragma once
@@ -135,6 +136,7 @@ template <typename U>
 IVR_DEVICE void store_raw(void* p, const U& value) {
   *static_cast<U*>(p) = value;
 }
+using Bits64 = uint2;
 using Bits128 = uint4;
 
 #else
@@ -151,6 +153,9 @@ void store_raw(void* p, const U& value) {
   emu::check_write(p, sizeof(U), alignof(U));
   __builtin_memcpy(p, &value, sizeof(U));
 }
+struct alignas(8) Bits64 {
+  uint32_t x, y;
+};
 struct alignas(16) Bits128 {
   uint32_t x, y, z, w;
 };
@@ -167,6 +172,56 @@ IVR_DEVICE Vec<T> load16(const T* p) {
 template <typename T>
 IVR_DEVICE void store16(T* p, const Vec<T>& v) {
   store_raw(p, Bits128{v.words[0], v.words[1], v.words[2], v.words[3]});
+}
+
+// Four elements as floats; p is aligned to four elements.
+IVR_DEVICE void load_quad(const float* p, float (&f)[4]) { unpack(load16(p), f); }
+
+IVR_DEVICE void load_quad(const bf16* p, float (&f)[4]) {
+  const auto bits = load_raw<Bits64>(p);
+  f[0] = low_half_to_float(bits.x);
+  f[1] = high_half_to_float(bits.x);
+  f[2] = low_half_to_float(bits.y);
+  f[3] = high_half_to_float(bits.y);
+}
+
+IVR_DEVICE void store_quad(float* p, const float (&f)[4]) {
+  Vec<float> v;
+  pack(f, v);
+  store16(p, v);
+}
+
+IVR_DEVICE void store_quad(bf16* p, const float (&f)[4]) {
+  store_raw(p, Bits64{pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3])});
+}
+
+IVR_DEVICE float load_float(const void* base, int64_t i, bool in_fp32) {
+  return in_fp32 ? __uint_as_float(load_raw<uint32_t>(static_cast<const float*>(base) + i))
+                 : low_half_to_float(load_raw<uint16_t>(static_cast<const bf16*>(base) + i));
+}
+
+IVR_DEVICE void store_float(void* base, int64_t i, float v, bool in_fp32) {
+  in_fp32 ? store_raw(static_cast<float*>(base) + i, __float_as_uint(v))
+          : store_raw(static_cast<bf16*>(base) + i, static_cast<uint16_t>(pack_bf16(v, 0.0f)));
+}
+
+// Elements i and i + 1; their address is a multiple of both together.
+IVR_DEVICE void load_pair(const void* base, int64_t i, bool in_fp32, float (&f)[2]) {
+  if (in_fp32) {
+    const auto bits = load_raw<Bits64>(static_cast<const float*>(base) + i);
+    f[0] = __uint_as_float(bits.x);
+    f[1] = __uint_as_float(bits.y);
+  } else {
+    const auto bits = load_raw<uint32_t>(static_cast<const bf16*>(base) + i);
+    f[0] = low_half_to_float(bits);
+    f[1] = high_half_to_float(bits);
+  }
+}
+
+IVR_DEVICE void store_pair(void* base, int64_t i, bool in_fp32, float f0, float f1) {
+  in_fp32
+      ? store_raw(static_cast<float*>(base) + i, Bits64{__float_as_uint(f0), __float_as_uint(f1)})
+      : store_raw(static_cast<bf16*>(base) + i, pack_bf16(f0, f1));
 }
 
 // The first n elements one by one, zeros after them; p has the alignment of T alone.
@@ -221,6 +276,217 @@ using Shared = emu::SharedPointer<T>;
   const ::ivr::cuda::Shared<T> name = ::ivr::emu::dynamic_shared<T>()
 
 #endif
+
+// 16 bytes of shared memory; p is 16-byte aligned.
+template <typename T>
+IVR_DEVICE Vec<T> load16_shared(Shared<T> p) {
+#if defined(__CUDACC__)
+  const auto bits = *reinterpret_cast<const Bits128*>(p);
+#else
+  emu::shared_access16(p.get(), false);
+  Bits128 bits;
+  __builtin_memcpy(&bits, p.get(), 16);
+#endif
+  return {{bits.x, bits.y, bits.z, bits.w}};
+}
+
+template <typename T>
+IVR_DEVICE void store16_shared(Shared<T> p, const Vec<T>& v) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<Bits128*>(p) = Bits128{v.words[0], v.words[1], v.words[2], v.words[3]};
+#else
+  emu::shared_access16(p.get(), true);
+  __builtin_memcpy(p.get(), v.words, 16);
+#endif
+}
+
+// The same memory as elements of U.
+template <typename U, typename T>
+IVR_DEVICE Shared<U> shared_cast(Shared<T> p) {
+#if defined(__CUDACC__)
+  return reinterpret_cast<U*>(p);
+#else
+  return Shared<U>(reinterpret_cast<U*>(p.get()));
+#endif
+}
+
+// ---- asynchronous copies ------------------------------------------------------------------------
+//
+// A copy belongs to the group that the issuing thread commits next. Once a thread has waited, its
+// own copies are in shared memory; other threads see them after a barrier.
+
+// 16 bytes from global to shared memory, both aligned; zeros, and no access to `from`, unless
+// valid.
+template <typename T>
+IVR_DEVICE void copy16_async(Shared<T> to, const T* from, bool valid) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  emu::copy_async(to.get(), from, valid ? 16 : 0);
+#endif
+}
+
+IVR_DEVICE void commit_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#else
+  emu::commit_copies();
+#endif
+}
+
+// All groups but the newest kNewest have landed.
+template <int kNewest>
+IVR_DEVICE void wait_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#else
+  emu::wait_copies(kNewest);
+#endif
+}
+
+// ---- mbarriers and bulk copies, sm_90 -----------------------------------------------------------
+//
+// A barrier's phases count from 0; a phase is over after its arrivals and the bytes that they
+// expect. A wait for the phase before the first returns at once.
+
+using Barrier = uint64_t;
+
+// By one thread; the others know of it after __syncthreads.
+IVR_DEVICE void barrier_init(Shared<Barrier> barrier, int arrivals) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;\n"
+      "fence.proxy.async.shared::cta;" ::"r"(address),
+      "r"(arrivals)
+      : "memory");
+#else
+  emu::barrier_init(barrier.get(), arrivals);
+#endif
+}
+
+IVR_DEVICE void barrier_arrive(Shared<Barrier> barrier) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+#else
+  emu::barrier_arrive(barrier.get(), 0);
+#endif
+}
+
+// Arrives, and lets the phase wait for so many bytes of bulk copies.
+IVR_DEVICE void barrier_expect(Shared<Barrier> barrier, int bytes) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+#else
+  emu::barrier_arrive(barrier.get(), bytes);
+#endif
+}
+
+// Returns once phase `phase` is over, of the last two.
+IVR_DEVICE void barrier_wait(Shared<Barrier> barrier, int phase) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(address), "r"(phase & 1)
+        : "memory");
+  }
+#else
+  emu::barrier_wait(barrier.get(), phase & 1);
+#endif
+}
+
+// A multiple of 16 bytes from global to shared memory, both aligned, by one thread; the barrier
+// gets the bytes.
+template <typename T>
+IVR_DEVICE void copy_bulk(Shared<T> to, const T* from, int bytes, Shared<Barrier> barrier) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const auto signal = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(address),
+      "l"(from), "r"(bytes), "r"(signal)
+      : "memory");
+#else
+  emu::copy_bulk(to.get(), from, static_cast<size_t>(bytes), barrier.get());
+#endif
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------
+//
+// Fragments of lane l, with g = l / 4 and j = 2 (l % 4); every register is a pair of bf16:
+//   a [16, 16]   a[0] (g, j)  a[1] (g + 8, j)  a[2] (g, j + 8)  a[3] (g + 8, j + 8)
+//   b [16, 8]    b[0] (j, g)  b[1] (j + 8, g), pairs along k
+//   d [16, 8]    d[0], d[1] (g, j), (g, j + 1)   d[2], d[3] (g + 8, j), (g + 8, j + 1)
+
+// Four 8x8 matrices: lane 8m + r names row r of matrix m (16 bytes, aligned), and every lane gets
+// (g, j), (g, j + 1) of matrix m in r[m]; with kTransposed (j, g), (j + 1, g).
+template <bool kTransposed>
+IVR_DEVICE void load_matrices(uint32_t (&r)[4], Shared<bf16> row) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  }
+#else
+  emu::ldmatrix(r, row.get(), kTransposed);
+#endif
+}
+
+// d += a b, products exact, sums in fp32.
+IVR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDACC__)
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  emu::mma_bf16(d, a, b);
+#endif
+}
+
+// a b, rounded: never the first half of a fused multiply-add.
+IVR_DEVICE float multiply_rounded(float a, float b) {
+#if defined(__CUDACC__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// 2^x; 0 for x = -inf, exactly 1 for 0. Relative error about 2^-22.
+IVR_DEVICE float exp2_fast(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::exp2(x);
+#endif
+}
 
 // ---- warp ---------------------------------------------------------------------------------------
 

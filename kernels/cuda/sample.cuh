@@ -24,7 +24,8 @@ namespace ivr::cuda {
 
 constexpr int kSampleThreads = 1024;
 constexpr int kSampleWarps = kSampleThreads / kWarpSize;
-// Vectors that a thread has in flight: one block is alone on its multiprocessor.
+// Vectors that a thread has in flight where it computes little: one block is alone on its
+// multiprocessor.
 constexpr int kSampleBatch = 4;
 // Noise lies in [-2.86, 16.64]: a token this far below the largest logit cannot win.
 constexpr float kGumbelReach = 20.0f;
@@ -106,19 +107,18 @@ IVR_DEVICE Vec<float> read_tokens(const float* row, int at, int V) {
 
 // f(at, x) for every four tokens of a row. All threads make the same number of calls, the last ones
 // perhaps behind the row.
-template <bool kAligned, bool kWhole, typename F>
+template <int kBatch, bool kAligned, bool kWhole, typename F>
 IVR_DEVICE void each_four(const float* row, int V, const F& f) {
   constexpr int kStep = 4 * kSampleThreads;
   for (int base = 4 * static_cast<int>(threadIdx.x), first = 0; first < V;
-       base += kSampleBatch * kStep, first += kSampleBatch * kStep) {
-    Vec<float> v[kSampleBatch];
+       base += kBatch * kStep, first += kBatch * kStep) {
+    Vec<float> v[kBatch];
 #pragma unroll
-    for (int b = 0; b < kSampleBatch; ++b) {
+    for (int b = 0; b < kBatch; ++b) {
       v[b] = read_tokens<kAligned, kWhole>(row, base + b * kStep, V);
     }
 #pragma unroll
-    for (int b = 0; b < kSampleBatch; ++b) {
-      if (first + b * kStep >= V) continue;
+    for (int b = 0; b < kBatch; ++b) {
       float x[4];
       unpack(v[b], x);
       f(base + b * kStep, x);
@@ -126,9 +126,9 @@ IVR_DEVICE void each_four(const float* row, int V, const F& f) {
   }
 }
 
-template <typename F>
+template <int kBatch, typename F>
 IVR_DEVICE void each_four(const float* workspace, int V, const F& f) {
-  each_four<true, true>(workspace, V, f);
+  each_four<kBatch, true, true>(workspace, V, f);
 }
 
 // The larger of a best-so-far and a token's place: value first, then the lower id. -0 counts as 0.
@@ -156,7 +156,7 @@ IVR_DEVICE float top_k_value(const float* x, int V, int k, const SampleScratch& 
   uint32_t prefix = 0, above = 0;
   for (int shift = 30; shift >= 0; shift -= 5) {
     uint32_t count = 0;  // of this warp's tokens with the prefix and the digit `lane`
-    each_four(x, V, [&](int, const float (&v)[4]) {
+    each_four<2>(x, V, [&](int, const float (&v)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const uint32_t digits = key_of(v[i]) >> shift;
@@ -243,7 +243,7 @@ IVR_DEVICE int draw_token(const Draw& d, float cut, const SampleScratch& scratch
   float reach = negative_infinity();  // the warp's best score so far, relative to d.best
   double high = -1e300;
   int winner = kMaxIndex;
-  each_four(d.x, d.V, [&](int at, const float (&x)[4]) {
+  each_four<1>(d.x, d.V, [&](int at, const float (&x)[4]) {
     bool live[4], any = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) any |= live[i] = x[i] >= lowest && x[i] > cut;
@@ -278,7 +278,7 @@ IVR_DEVICE int draw_token(const Draw& d, float cut, const SampleScratch& scratch
 IVR_DEVICE bool within_top_p(const float* x, int V, float best, float at_least, float value,
                              float top_p, const SampleScratch& scratch) {
   double total = 0.0, above = 0.0;
-  each_four(x, V, [&](int, const float (&v)[4]) {
+  each_four<1>(x, V, [&](int, const float (&v)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const double distance = static_cast<double>(v[i]) - best;
@@ -328,17 +328,18 @@ IVR_DEVICE void sample_block(const SampleParams& p) {
   const float divisor = greedy ? 1.0f : temperature;
 
   uint64_t place = 0;
-  each_four<kAligned, false>(logits, V, [&](int at, const float (&v)[4]) {
-    float scaled[4];
+  each_four<kAligned ? kSampleBatch : 1, kAligned, false>(
+      logits, V, [&](int at, const float (&v)[4]) {
+        float scaled[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      scaled[i] = v[i] / divisor;
-      place = v[i] <= 3.402823466e38f ? better(place, scaled[i], at + i) : kBadRow;
-    }
-    Vec<float> out;
-    pack(scaled, out);
-    if (at < V && (!greedy || penalised)) store16(x + at, out);
-  });
+        for (int i = 0; i < 4; ++i) {
+          scaled[i] = v[i] / divisor;
+          place = v[i] <= 3.402823466e38f ? better(place, scaled[i], at + i) : kBadRow;
+        }
+        Vec<float> out;
+        pack(scaled, out);
+        if (at < V && (!greedy || penalised)) store16(x + at, out);
+      });
   place = largest_place(place, scratch);
   if (place != kBadRow && penalised) {
     place = 0;
@@ -357,7 +358,7 @@ IVR_DEVICE void sample_block(const SampleParams& p) {
       store_raw<float>(x + token, (v > 0.0f ? v / penalty : v * penalty) / divisor);
     }
     __syncthreads();
-    each_four(x, V, [&](int at, const float (&v)[4]) {
+    each_four<kSampleBatch>(x, V, [&](int at, const float (&v)[4]) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) place = better(place, v[i], at + i);
     });

@@ -180,10 +180,13 @@ def paged_attention(
     window: int | None,
     sinks: Tensor | None,
     prefix: Tensor | None,
+    workspace: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Arguments as in internvl_rt.ops.paged_attention. Offsets, lengths and pages are not looked at
-    by the host. Allocates T * H * chunks * D floats for the chunks' results.
+    """Arguments as in internvl_rt.ops.paged_attention; workspace is for the native kernel alone.
+
+    Offsets, lengths and pages are not looked at by the host. Allocates T * H * chunks * D floats
+    for the results of the chunks.
 
     Raises ValueError for shapes, dtypes, devices and options that do not fit.
     """

@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat|info|ops|bench`, also `python -m internvl_rt`."""
+"""The command line: `internvl-rt chat|info|models|ops|bench`, also `python -m internvl_rt`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="internvl-rt", description="Run InternVL vision-language models."
     )
-    commands = parser.add_subparsers(required=True, metavar="chat|info|ops|bench")
+    commands = parser.add_subparsers(required=True, metavar="chat|info|models|ops|bench")
 
     chat = commands.add_parser("chat", help="ask about pictures or a video")
     chat.add_argument("model", help="checkpoint folder or Hugging Face repo id")
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--repetition-penalty", type=float, default=1.0)
     chat.add_argument("--seed", type=int)
     chat.add_argument("--stop", action="append", help="string that ends the answer")
+    chat.add_argument("--draw", metavar="OUT.png", help="the picture with the answer's boxes")
     chat.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
     chat.add_argument("--show-prompt", action="store_true", help="print the prompt, answer nothing")
     _add_model_options(chat)
@@ -66,9 +67,17 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="the machine, a checkpoint, or a memory plan")
     info.add_argument("model", nargs="?", help="checkpoint folder or repo id")
-    info.add_argument("--plan", metavar="CONFIG", help="folder with a config.json: memory plan")
-    info.add_argument("--dtype", default="auto")
+    info.add_argument(
+        "--plan",
+        metavar="CONFIG",
+        help="memory plan of a config.json, its folder, or a published name such as InternVL3-8B",
+    )
+    info.add_argument("--dtype", help="float32, bfloat16, auto; without it a plan has both")
     info.set_defaults(run=_info)
+
+    models = commands.add_parser("models", help="the published checkpoints")
+    models.add_argument("--markdown", action="store_true", help="the text of docs/models.md")
+    models.set_defaults(run=_models)
 
     ops = commands.add_parser("ops", help="the op catalogue")
     ops.add_argument("--markdown", action="store_true", help="the text of docs/ops.md")
@@ -95,6 +104,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _chat(options: argparse.Namespace) -> int:
     import internvl_rt
 
+    if options.draw is not None:
+        _check_draw(options)
     model = internvl_rt.load(
         options.model,
         device=options.device,
@@ -121,9 +132,33 @@ def _chat(options: argparse.Namespace) -> int:
         if options.show_prompt:
             print(model.show_prompt(options.question, images, options.video, **settings))
             return 0
-        _answer(model, options, options.question, images, options.video, None, settings)
+        answer = _answer(model, options, options.question, images, options.video, None, settings)
+        if options.draw is not None:
+            _draw(options, answer)
         return 0
     return _converse(model, options, images, settings)
+
+
+def _check_draw(options: argparse.Namespace) -> None:
+    """Before a model is loaded for nothing."""
+    from PIL import Image
+
+    if len(options.image) != 1 or options.question is None or options.show_prompt:
+        raise ValueError("--draw needs one picture (-i) and a question on the command line")
+    known = Image.registered_extensions()
+    if Path(options.draw).suffix.lower() not in known:
+        raise ValueError(f"--draw is {options.draw!r}, expected a name such as out.png")
+
+
+def _draw(options: argparse.Namespace, answer: str) -> None:
+    from internvl_rt.grounding import draw, parse
+    from internvl_rt.image import load_image
+
+    picture = load_image(options.image[0])
+    height, width = picture.shape[:2]
+    regions = parse(answer, width, height)
+    draw(picture, regions).save(options.draw)
+    print(f"regions drawn into {options.draw}: {len(regions)}", file=sys.stderr)
 
 
 def _answer(
@@ -178,31 +213,53 @@ def _info(options: argparse.Namespace) -> int:
 
     import internvl_rt
     from internvl_rt import _C
-    from internvl_rt.config import load_config
-    from internvl_rt.engine import DEFAULT_PREFILL_CHUNK
-    from internvl_rt.model import dtype_from
-    from internvl_rt.runtime.plan import make_plan
 
     if options.plan is not None or options.model is not None:
-        folder = Path(options.plan if options.plan is not None else options.model)
-        folder = folder.parent if folder.name == "config.json" else folder
-        config = load_config(folder)
-        dtype = dtype_from(options.dtype, config.torch_dtype)
-        text, vision = config.text, config.vision
-        print(
-            f"{config.layout} layout, {text.backbone}: {text.num_layers} layers, hidden "
-            f"{text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads} x {text.head_dim}; "
-            f"ViT: {vision.num_layers} layers, hidden {vision.hidden_size}; "
-            f"{config.tokens_per_tile} tokens a tile, template {config.template}"
-        )
-        tied = text.tie_word_embeddings
-        plan = make_plan(config, dtype, tied=tied, prefill_chunk=DEFAULT_PREFILL_CHUNK)
-        print(f"memory plan in {str(dtype).removeprefix('torch.')}:\n{plan.table()}")
+        _plan(options.plan if options.plan is not None else options.model, options.dtype)
         return 0
     print(f"internvl_rt {internvl_rt.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}")
     print(f"CPU: {_C.isa()} (of {', '.join(_C.supported_isas())}), {_C.num_threads()} threads")
     print(f"CUDA kernels: {'built in' if _C.has_cuda else 'not in this build'}")
+    return 0
+
+
+def _plan(name: str, dtype: str | None) -> None:
+    """The memory plan of a checkpoint's folder, its config.json, or a published name."""
+    from internvl_rt import zoo
+    from internvl_rt.config import load_config
+    from internvl_rt.engine import DEFAULT_PREFILL_CHUNK
+    from internvl_rt.model import dtype_from
+    from internvl_rt.runtime.plan import make_plan, table
+
+    folder = Path(name)
+    row = None if folder.exists() else zoo.published(name)
+    if row is not None:
+        config = zoo.load_published(row)
+    else:
+        config = load_config(folder.parent if folder.name == "config.json" else folder)
+    text, vision = config.text, config.vision
+    print(
+        f"{config.layout} layout, {text.backbone}: {text.num_layers} layers, hidden "
+        f"{text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads} x {text.head_dim}; "
+        f"ViT: {vision.num_layers} layers, hidden {vision.hidden_size}; "
+        f"{config.tokens_per_tile} tokens a tile, template {config.template}"
+    )
+    dtypes = ("bfloat16", "float32") if dtype is None else (dtype,)
+    kinds = [dtype_from(kind, config.torch_dtype) for kind in dtypes]
+    plans = {
+        str(kind).removeprefix("torch."): make_plan(
+            config, kind, prefill_chunk=DEFAULT_PREFILL_CHUNK
+        )
+        for kind in kinds
+    }
+    print(table(plans))
+
+
+def _models(options: argparse.Namespace) -> int:
+    from internvl_rt import zoo
+
+    print(zoo.as_markdown() if options.markdown else zoo.as_text(), end="")
     return 0
 
 

@@ -5,20 +5,21 @@ raise a one-line ValueError that names the key, because a value that is not unde
 the maths. Missing optional keys get the defaults of the classes that wrote the files.
 
 Two layouts exist: "original" (`internvl_chat`, with `llm_config`) and "hf" (`internvl`, the
-Transformers-native one, with `text_config`). Adding a language backbone is one row in BACKBONES.
+Transformers-native one, with `text_config`). What a family of language models writes stands in
+`models/families.py`.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 from internvl_rt.json_file import read_json, show
+from internvl_rt.models.families import FAMILIES, Bias, Family
 from internvl_rt.prompt import TEMPLATES, is_text
 
 _MAX_WIDTH = 1 << 20
@@ -31,6 +32,7 @@ _MAX_PATCH_SIZE = 1 << 10
 _MAX_TILES = 1 << 10
 _MAX_TOKEN_ID = (1 << 31) - 1
 _MAX_HEAD_DIM = 256
+_MAX_EXPERTS = 1 << 12
 _REQUIRED: Any = object()
 
 
@@ -62,15 +64,52 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """Rescaling of the rotary angles; "dynamic" acts only beyond `max_position_embeddings`."""
+    """Rescaling of the rotary angles (`models/rotary.py`); a type reads the fields it needs.
+
+    "linear": factor. "dynamic": factor, beyond `max_position_embeddings` alone. "llama3": factor,
+    low_freq_factor, high_freq_factor. "longrope": short_factor and long_factor, one number for
+    each pair of dimensions. "yarn": factor, beta_fast, beta_slow, truncate.
+    """
 
     type: str
-    factor: float
+    factor: float = 1.0
+    attention_factor: float = 1.0  # cos and sin are multiplied by it
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    @property
+    def follows_length(self) -> bool:
+        """The angles depend on the length of the sequence."""
+        return self.type in ("dynamic", "longrope")
+
+    @property
+    def stretch(self) -> float:
+        """Longest sequence over max_position_embeddings; some configs store the stretched one."""
+        return self.factor if self.type in ("linear", "dynamic") else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of `count` MLPs of `width` in every layer, of which a token takes `top_k`.
+
+    normalize: the weights of the chosen ones add up to 1.
+    """
+
+    count: int
+    top_k: int
+    width: int
+    normalize: bool
 
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The language model. `backbone` is a key of BACKBONES."""
+    """The language model. `backbone` is a key of `models/families.py`'s table."""
 
     backbone: str
     vocab_size: int
@@ -85,10 +124,24 @@ class TextConfig:
     rope_scaling: RopeScaling | None
     max_position_embeddings: int
     qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    norm_weight_in_fp32: bool
+    gate: str  # kind of ops.gated_activation
+    sinks: bool
+    windows: tuple[int | None, ...]  # by layer: keys that a token sees, None for all before it
+    experts: ExpertsConfig | None
     tie_word_embeddings: bool  # as stored; the presence of the head's tensor decides
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     pad_token_id: int | None
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, prompt and answer together."""
+        stretch = 1.0 if self.rope_scaling is None else self.rope_scaling.stretch
+        return min(int(self.max_position_embeddings * stretch), _MAX_POSITIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,44 +180,6 @@ class ModelConfig:
         return self.select_layer % (self.vision.num_layers + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Backbone:
-    """What one family of language models writes in its config, and what of it runs."""
-
-    model_type: str
-    architecture: str
-    qkv_bias: bool
-    rope_types: tuple[str, ...]
-    defaults: Mapping[str, Any]  # of the config class that wrote the file
-
-
-BACKBONES: Mapping[str, Backbone] = MappingProxyType(
-    {
-        "qwen2": Backbone(
-            model_type="qwen2",
-            architecture="Qwen2ForCausalLM",
-            qkv_bias=True,
-            rope_types=("dynamic",),
-            defaults=MappingProxyType(
-                {
-                    "vocab_size": 151936,
-                    "hidden_size": 4096,
-                    "intermediate_size": 22016,
-                    "num_hidden_layers": 32,
-                    "num_attention_heads": 32,
-                    "num_key_value_heads": 32,
-                    "max_position_embeddings": 32768,
-                    "rms_norm_eps": 1e-6,
-                    "rope_theta": 1e4,
-                }
-            ),
-        ),
-    }
-)
-
-# (norm_type, qkv_bias, qk_norm) of the vision encoders that run: the InternViT-300M family.
-SUPPORTED_VISION = frozenset({("layer_norm", True, False)})
-
 _VISION_DEFAULTS = {
     "original": {
         "hidden_size": 3200,
@@ -191,6 +206,8 @@ _VISION_DEFAULTS = {
         "qk_norm": False,
     },
 }
+# The default of the code that Chat V1-1 came with; later code says -1.
+_SELECT_LAYER = {"internvl_zh": -4}
 _VISION_MODEL_TYPES = {"intern_vit_6b": "original", "internvl_vision": "hf"}
 
 
@@ -205,25 +222,20 @@ def load_config(folder: Path) -> ModelConfig:
     _refuse_qllama(top)
     kinds = {"internvl_chat": _original, "internvl": _native}
     model_type = top.choice("model_type", tuple(kinds))
-    top.refuse_quantization()
-    config = kinds[model_type](folder, top)
-    _check_supported_vision(config.vision)
-    return config
+    return kinds[model_type](folder, top)
 
 
 def load_vision_config(folder: Path) -> VisionConfig:
     """The vision encoder of a standalone InternViT checkpoint or of a whole chat checkpoint."""
     top = _Section.read(folder, "config.json")
     _refuse_qllama(top)
-    top.refuse_quantization()
     nested = {"internvl_chat": "original", "internvl": "hf"}
     model_type = top.choice("model_type", (*_VISION_MODEL_TYPES, *nested))
     if model_type in nested:
-        config = _vision(top.section("vision_config"), nested[model_type])
-    else:
-        config = _vision(top, _VISION_MODEL_TYPES[model_type])
-    _check_supported_vision(config)
-    return config
+        # What a language model's experts are stored in is not the vision tower's concern.
+        top.refuse_quantization(("mxfp4",))
+        return _vision(top.section("vision_config"), nested[model_type])
+    return _vision(top, _VISION_MODEL_TYPES[model_type])
 
 
 def _fail(message: str) -> NoReturn:
@@ -282,6 +294,17 @@ class _Section:
             self.wrong(key, f"a number from {low:g} to {high:g}")
         return float(value)
 
+    def numbers(self, key: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """`count` finite numbers in [low, high]."""
+        value = self.data.get(key)
+        if (
+            type(value) is not list
+            or len(value) != count
+            or any(type(v) not in (int, float) or not low <= v <= high for v in value)
+        ):
+            self.wrong(key, f"{count} numbers from {low:g} to {high:g}")
+        return tuple(map(float, value))
+
     def boolean(self, key: str, default: Any = _REQUIRED) -> bool:
         value = self.value(key, default)
         if type(value) is not bool:
@@ -327,9 +350,12 @@ class _Section:
             self.wrong(key, f"token ids from 0 to {_MAX_TOKEN_ID}")
         return tuple(dict.fromkeys(ids))
 
-    def refuse_quantization(self) -> None:
-        if "quantization_config" in self:
+    def refuse_quantization(self, supported: Collection[str] = ()) -> None:
+        if "quantization_config" not in self:
+            return
+        if not supported:
             _fail(f"{self.where}quantization_config is present, supported: unquantised weights")
+        self.section("quantization_config").choice("quant_method", supported)
 
 
 def _vision(section: _Section, layout: str) -> VisionConfig:
@@ -338,8 +364,7 @@ def _vision(section: _Section, layout: str) -> VisionConfig:
     defaults = _VISION_DEFAULTS[layout]
 
     def size(key: str, high: int) -> int:
-        # The original layout writes every size; the native one leaves out its class's defaults.
-        return section.integer(key, 1, high, defaults[key] if native else _REQUIRED)
+        return section.integer(key, 1, high, defaults[key])
 
     section.choice("model_type", ("internvl_vision",) if native else ("intern_vit_6b",))
     section.only("num_channels", 3, 3)
@@ -386,36 +411,27 @@ def _refuse_qllama(top: _Section) -> None:
         _fail("config.json: qllama_config (InternVL-14B-224px) is not supported")
 
 
-def _check_supported_vision(config: VisionConfig) -> None:
-    kind = (config.norm_type, config.qkv_bias, config.qk_norm)
-    if kind not in SUPPORTED_VISION:
-        supported = "; ".join(str(k) for k in sorted(SUPPORTED_VISION))
-        _fail(
-            f"config.json: vision_config has (norm_type, qkv_bias, qk_norm) {kind}, "
-            f"supported: {supported}"
-        )
-
-
-def _text(section: _Section, layout: str) -> TextConfig:
-    section.refuse_quantization()
-    name, backbone = _backbone(section)
-    defaults = backbone.defaults
+def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
+    family = _family(section)
+    for place in (top, section):
+        place.refuse_quantization(family.quantizations)
+    defaults = family.defaults
 
     def size(key: str, high: int) -> int:
+        # The original layout writes every size; the native one leaves out its class's defaults.
         return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)
 
     hidden_size = size("hidden_size", _MAX_WIDTH)
     num_heads = size("num_attention_heads", _MAX_HEADS)
-    if "num_key_value_heads" in section.data and section.data["num_key_value_heads"] is None:
-        num_kv_heads = num_heads
-    else:
+    num_kv_heads = num_heads  # where the key is null, or missing and null by default
+    if section.value("num_key_value_heads", defaults["num_key_value_heads"]) is not None:
         num_kv_heads = section.integer(
             "num_key_value_heads", 1, _MAX_HEADS, defaults["num_key_value_heads"]
         )
     if num_heads % num_kv_heads:
         section.wrong("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
-    if "head_dim" in section:
-        head_dim = section.integer("head_dim", 1, _MAX_WIDTH)
+    if "head_dim" in section or "head_dim" in defaults:
+        head_dim = section.integer("head_dim", 1, _MAX_WIDTH, defaults.get("head_dim"))
     elif hidden_size % num_heads:
         section.wrong("hidden_size", f"a multiple of num_attention_heads={num_heads}")
     else:
@@ -423,27 +439,39 @@ def _text(section: _Section, layout: str) -> TextConfig:
     _check_head_dim(section, head_dim)
 
     section.choice("hidden_act", ("silu",), "silu")
-    section.only("use_sliding_window", False, False)
-    layer_types = section.data.get("layer_types") or []
-    if type(layer_types) is not list or any(t != "full_attention" for t in layer_types):
-        section.wrong("layer_types", "'full_attention' alone")
-    theta, scaling = _rope(section, backbone)
+    positions = section.integer(
+        "max_position_embeddings", 1, _MAX_POSITIONS, defaults["max_position_embeddings"]
+    )
+    theta, scaling = _rope(section, family, head_dim, positions)
+    num_layers = size("num_hidden_layers", _MAX_LAYERS)
+
+    def has(bias: Bias) -> bool:
+        if bias.key is None:
+            return bias.default
+        return section.boolean(bias.key, default=bias.default)
+
     return TextConfig(
-        backbone=name,
+        backbone=family.model_type,
         vocab_size=size("vocab_size", _MAX_VOCAB),
         hidden_size=hidden_size,
         intermediate_size=size("intermediate_size", _MAX_WIDTH),
-        num_layers=size("num_hidden_layers", _MAX_LAYERS),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=section.number("rms_norm_eps", 1e-12, 1, defaults["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=section.integer(
-            "max_position_embeddings", 1, _MAX_POSITIONS, defaults["max_position_embeddings"]
-        ),
-        qkv_bias=backbone.qkv_bias,
+        max_position_embeddings=positions,
+        qkv_bias=has(family.qkv_bias),
+        o_bias=has(family.o_bias),
+        mlp_bias=has(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        norm_weight_in_fp32=family.norm_weight_in_fp32,
+        gate=family.gate,
+        sinks=family.sinks,
+        windows=_windows(section, family, num_layers, positions),
+        experts=_experts(section, family, layout),
         tie_word_embeddings=section.boolean("tie_word_embeddings", default=False),
         eos_token_ids=section.token_ids("eos_token_id"),
         bos_token_id=section.token_id("bos_token_id"),
@@ -451,39 +479,88 @@ def _text(section: _Section, layout: str) -> TextConfig:
     )
 
 
-def _backbone(section: _Section) -> tuple[str, Backbone]:
-    """The row of BACKBONES that `architectures` names, or `model_type` where that is absent."""
-    found: dict[str, Any] = {}
+def _windows(
+    section: _Section, family: Family, num_layers: int, positions: int
+) -> tuple[int | None, ...]:
+    section.only("use_sliding_window", False, False)
+    if family.window_without_flag and "sliding_window" in section:
+        section.integer("sliding_window", positions, _MAX_TOKEN_ID)  # it never acts
+    stored = section.data.get("layer_types") or []
+    allowed = set(family.layer_types)
+    if type(stored) is not list or any(type(t) is not str or t not in allowed for t in stored):
+        section.wrong("layer_types", f"{' and '.join(map(repr, sorted(allowed)))} alone")
+    if stored and len(stored) != num_layers:
+        section.wrong("layer_types", f"{num_layers} entries, as num_hidden_layers")
+    taken = stored or [family.layer_types[i % len(family.layer_types)] for i in range(num_layers)]
+    if "sliding_attention" not in taken:
+        return (None,) * num_layers
+    window = section.integer("sliding_window", 1, _MAX_TOKEN_ID, family.defaults["sliding_window"])
+    return tuple(window if t == "sliding_attention" else None for t in taken)
+
+
+def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig | None:
+    keys, defaults = family.experts, family.defaults
+    if keys is None:
+        return None
+
+    def size(key: str, high: int) -> int:
+        return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)
+
+    for key, supported in (
+        ("decoder_sparse_step", 1),
+        ("swiglu_limit", 7),
+        ("swiglu_alpha", 1.702),
+    ):
+        if section.number(key, 0, 1e6, supported) != supported:
+            section.wrong(key, f"{supported}")
+    if section.data.get("mlp_only_layers"):
+        section.wrong("mlp_only_layers", "no layers")
+    count = size(keys.count, _MAX_EXPERTS)
+    normalize = keys.normalize is None or section.boolean(keys.normalize, default=False)
+    return ExpertsConfig(
+        count=count,
+        top_k=size("num_experts_per_tok", count),
+        width=size(keys.width, _MAX_WIDTH),
+        normalize=normalize,
+    )
+
+
+def _family(section: _Section) -> Family:
+    """The family that `architectures` names, or `model_type` where that is absent."""
+    found: dict[str, Family] = {}
     if "architectures" in section:
         stored = section.data["architectures"]
-        for name, row in BACKBONES.items():
-            if stored == [row.architecture]:
-                found["architectures"] = name
+        for family in FAMILIES.values():
+            if stored == [family.architecture]:
+                found["architectures"] = family
         if "architectures" not in found:
-            supported = ", ".join(row.architecture for row in BACKBONES.values())
+            supported = ", ".join(family.architecture for family in FAMILIES.values())
             _fail(f"{section.where}architectures is {show(stored)}, supported: {supported}")
     if "model_type" in section or not found:
-        kinds = {row.model_type: name for name, row in BACKBONES.items()}
-        found["model_type"] = kinds[section.choice("model_type", tuple(kinds))]
-    if len(set(found.values())) > 1:
+        found["model_type"] = FAMILIES[section.choice("model_type", tuple(FAMILIES))]
+    if len({family.model_type for family in found.values()}) > 1:
         _fail(f"{section.where}architectures and model_type disagree")
-    name = next(iter(found.values()))
-    return name, BACKBONES[name]
+    return next(iter(found.values()))
 
 
-def _rope(section: _Section, backbone: Backbone) -> tuple[float, RopeScaling | None]:
+def _rope(
+    section: _Section, family: Family, head_dim: int, positions: int
+) -> tuple[float, RopeScaling | None]:
     """Base and scaling from `rope_theta` with `rope_scaling`, or from `rope_parameters`."""
     found: list[RopeScaling | None] = []
     bases: list[float] = []
     if "rope_theta" in section:
         bases.append(section.number("rope_theta", 1, 1e12))
+    if not section.data.keys() & {"rope_scaling", "rope_parameters"}:
+        default = {"rope_scaling": family.defaults.get("rope_scaling")}
+        section = _Section(section.where, section.data | default)
     for key in ("rope_scaling", "rope_parameters"):
         if key not in section:
             continue
         part = section.section(key)
         if "rope_theta" in part:
             bases.append(part.number("rope_theta", 1, 1e12))
-        allowed = ("default", *backbone.rope_types)
+        allowed = ("default", *family.rope_types)
         kinds = {part.choice(k, allowed) for k in ("type", "rope_type") if k in part}
         if len(kinds) > 1:
             _fail(f"{part.where}type and {part.where}rope_type disagree")
@@ -492,16 +569,87 @@ def _rope(section: _Section, backbone: Backbone) -> tuple[float, RopeScaling | N
                 part.choice("type", allowed)  # raises: a scaling without a kind
             kinds = {"default"}
         kind = kinds.pop()
-        if kind == "default":
-            found.append(None)
-        else:
-            found.append(RopeScaling(kind, part.number("factor", 1, 1e6)))
+        found.append(_scaling(section, part, kind, family, head_dim, positions))
+    for place in (section, *(section.section(k) for k in ("rope_parameters",) if k in section)):
+        if place.number("partial_rotary_factor", 0, 1, 1) != 1:
+            place.wrong("partial_rotary_factor", "1")
     if len(set(bases)) > 1:
         _fail(f"{section.where}rope_theta is given twice: {bases[0]:g} and {bases[1]:g}")
     if len(set(found)) > 1:
         _fail(f"{section.where}rope_scaling and {section.where}rope_parameters disagree")
-    theta = bases[0] if bases else backbone.defaults["rope_theta"]
+    theta = bases[0] if bases else family.defaults["rope_theta"]
     return theta, found[0] if found else None
+
+
+def _scaling(
+    section: _Section, part: _Section, kind: str, family: Family, head_dim: int, positions: int
+) -> RopeScaling | None:
+    """The rescaling that `part`, the object rope_scaling or rope_parameters, describes."""
+    if kind == "default":
+        return None
+    computed = family.rope_types[kind]
+    if computed == "longrope":
+        return _longrope(section, part, kind, family, head_dim, positions)
+    factor = part.number("factor", 1, 1e6)
+    if computed == "yarn":
+        return _yarn(part, factor, positions)
+    if computed != "llama3":
+        return RopeScaling(computed, factor)
+    low = part.number("low_freq_factor", 1e-3, 1e6)
+    high = part.number("high_freq_factor", 1e-3, 1e6)
+    if low >= high:
+        part.wrong("high_freq_factor", f"more than low_freq_factor={low:g}")
+    return RopeScaling(
+        computed,
+        factor,
+        original_max_position_embeddings=part.integer(
+            "original_max_position_embeddings", 1, _MAX_POSITIONS
+        ),
+        low_freq_factor=low,
+        high_freq_factor=high,
+    )
+
+
+def _yarn(part: _Section, factor: float, positions: int) -> RopeScaling:
+    key = "original_max_position_embeddings"
+    original = part.integer(key, 1, _MAX_POSITIONS)
+    if factor * original != positions:  # which of them counts differs between implementations
+        part.wrong("factor", f"max_position_embeddings / {key} = {positions / original:g}")
+    fast = part.number("beta_fast", 1e-3, 1e6, 32)
+    slow = part.number("beta_slow", 1e-3, 1e6, 1)
+    if slow >= fast:
+        part.wrong("beta_fast", f"more than beta_slow={slow:g}")
+    return RopeScaling(
+        "yarn",
+        factor,
+        attention_factor=part.number("attention_factor", 0, 1e3, 0.1 * math.log(factor) + 1),
+        original_max_position_embeddings=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=part.boolean("truncate", default=True),
+    )
+
+
+def _longrope(
+    section: _Section, part: _Section, kind: str, family: Family, head_dim: int, positions: int
+) -> RopeScaling:
+    key = "original_max_position_embeddings"
+    place = part if key in part else section
+    original = place.integer(key, 2, _MAX_POSITIONS, family.defaults[key])
+    factor = part.number("factor", 1, 1e6) if "factor" in part else positions / original
+    attention_factor = 1.0
+    if factor > 1:
+        logarithm = math.log(factor)
+        su = math.sqrt(1 + logarithm / math.log(original))
+        attention_factor = 0.1 * logarithm + 1 if kind == "yarn" else su
+    return RopeScaling(
+        "longrope",
+        factor,
+        attention_factor=part.number("attention_factor", 0, 1e3, attention_factor),
+        original_max_position_embeddings=original,
+        short_factor=part.numbers("short_factor", head_dim // 2, 1e-6, 1e6),
+        long_factor=part.numbers("long_factor", head_dim // 2, 1e-6, 1e6),
+    )
 
 
 def _original(folder: Path, top: _Section) -> ModelConfig:
@@ -510,10 +658,11 @@ def _original(folder: Path, top: _Section) -> ModelConfig:
             _fail(f"{top.where}{key} is {top.data[key]}, supported: 0 (merge the adapter first)")
     top.only("flash_mode", False, False)
     vision = _vision(top.section("vision_config"), "original")
-    text = _text(top.section("llm_config"), "original")
+    text = _text(top, top.section("llm_config"), "original")
     image_size = vision.image_size
     if "force_image_size" in top:
         image_size = top.square("force_image_size", _MAX_IMAGE_SIZE)
+    template = top.choice("template", [name for name in TEMPLATES if name != "hf"])
     system_message = top.data.get("system_message")
     if system_message is not None and not is_text(system_message):
         top.wrong("system_message", "a string or null")
@@ -521,11 +670,11 @@ def _original(folder: Path, top: _Section) -> ModelConfig:
         vision=vision,
         text=text,
         layout="original",
-        template=top.choice("template", [name for name in TEMPLATES if name != "hf"]),
+        template=template,
         system_message=system_message,
         image_size=image_size,
         downsample_ratio=top.number("downsample_ratio", 0.125, 1, 0.5),
-        select_layer=_select_layer(top, "select_layer", vision),
+        select_layer=_select_layer(top, "select_layer", vision, _SELECT_LAYER.get(template, -1)),
         ps_version=top.choice("ps_version", ("v1", "v2"), "v1"),
         min_dynamic_patch=top.integer("min_dynamic_patch", 1, _MAX_TILES, 1),
         max_dynamic_patch=top.integer("max_dynamic_patch", 1, _MAX_TILES, 6),
@@ -545,7 +694,7 @@ def _native(folder: Path, top: _Section) -> ModelConfig:
     top.only("vision_feature_select_strategy", "default", "default")
     top.choice("projector_hidden_act", ("gelu",), "gelu")
     vision = _vision(top.section("vision_config"), "hf")
-    text = _text(top.section("text_config"), "hf")
+    text = _text(top, top.section("text_config"), "hf")
     processor = _Section.read_optional(folder, "preprocessor_config.json")
     if not processor.data:  # Transformers 5 keeps all parts of a processor in one file
         whole = _Section.read_optional(folder, "processor_config.json")
@@ -565,7 +714,7 @@ def _native(folder: Path, top: _Section) -> ModelConfig:
         system_message=None,
         image_size=image_size,
         downsample_ratio=top.number("downsample_ratio", 0.125, 1, 0.5),
-        select_layer=_select_layer(top, "vision_feature_layer", vision),
+        select_layer=_select_layer(top, "vision_feature_layer", vision, -1),
         ps_version="v2",
         min_dynamic_patch=processor.integer("min_patches", 1, _MAX_TILES, 1),
         max_dynamic_patch=processor.integer("max_patches", 1, _MAX_TILES, 12),
@@ -584,8 +733,8 @@ def _native(folder: Path, top: _Section) -> ModelConfig:
     return config
 
 
-def _select_layer(top: _Section, key: str, vision: VisionConfig) -> int:
-    return top.integer(key, -vision.num_layers - 1, vision.num_layers, -1)
+def _select_layer(top: _Section, key: str, vision: VisionConfig, default: int) -> int:
+    return top.integer(key, -vision.num_layers - 1, vision.num_layers, default)
 
 
 def _check_tiles(top: _Section, key: str, config: ModelConfig) -> None:

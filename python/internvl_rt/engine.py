@@ -48,7 +48,7 @@ class Engine:
             model.dtype,
         )
         # Longest prompt and answer together.
-        self.context = min(text.max_position_embeddings, self.cache.allocator.capacity * PAGE_SIZE)
+        self.context = min(text.context, self.cache.allocator.capacity * PAGE_SIZE)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._turn = threading.Condition()
@@ -187,7 +187,8 @@ class Engine:
                 row = None if request.image_row is None else request.image_row[start : start + n]
                 last = "last" if start + n == len(prompt) else "none"
                 ids = prompt[start : start + n]
-                batch.append((request, Chunk(ids, start, request.pages, last, request.image, row)))
+                chunk = Chunk(ids, start, request.pages, last, request.image, row, len(prompt))
+                batch.append((request, chunk))
         return batch
 
     def _sample(self, requests: Sequence[Request], logits: Tensor) -> list[int]:

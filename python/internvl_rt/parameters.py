@@ -48,22 +48,19 @@ class Parameters:
         self._held.clear()
         return self._checkpoint.load(self._sources[name])
 
-    def linear(self, *names: str) -> tuple[list[Tensor], list[Tensor] | None]:
-        """(weights, biases) of layers that are stacked along their rows; biases None without any.
+    def linear(self, name: str) -> tuple[list[Tensor], list[Tensor] | None]:
+        """(weights, biases) of a layer, to be stacked along their rows; biases None without any.
 
         Views of the file, good until the next call.
         """
-        weights = [f"{n}.weight" for n in names]
-        biases = [f"{n}.bias" for n in names if f"{n}.bias" in self._sources]
-        self._begin([*weights, *biases])
-        return self._parts(weights), self._parts(biases) or None
+        names = [n for n in (f"{name}.weight", f"{name}.bias") if n in self._sources]
+        self._begin(names)
+        weights, *biases = (self._checkpoint.parts(self._sources[n]) for n in names)
+        return weights, biases[0] if biases else None
 
     def finish(self) -> None:
         self._begin([])
         self._progress.close()
-
-    def _parts(self, names: Sequence[str]) -> list[Tensor]:
-        return [self._checkpoint[stored] for n in names for stored in self._sources[n].names]
 
     def _begin(self, names: Sequence[str]) -> None:
         for source in self._held:

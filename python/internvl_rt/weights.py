@@ -9,17 +9,20 @@ of another shape raises a one-line ValueError that names it. Only safetensors fi
 from __future__ import annotations
 
 import io
+import itertools
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import torch
 
-from internvl_rt.config import ModelConfig, TextConfig, VisionConfig
+from internvl_rt.config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 from internvl_rt.json_file import open_regular, parse_json, read_json, show
+from internvl_rt.models.families import FAMILIES, ExpertNames, Family
+from internvl_rt.ops import mxfp4_unpack
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
 _MAX_INDEX_BYTES = 64 << 20
@@ -52,10 +55,21 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The stored tensors whose rows, one after the other, make one tensor of the model."""
+    """The stored tensors whose rows, one after the other, make one tensor of the model.
+
+    rows: the ranges of rows, begin and end, in the order in which the model wants them, where a
+        family stores them in another one.
+    expert: the entry of stored stacks that is meant.
+    form: "plain"; "columns", stored transposed; "mxfp4", from blocks and scales.
+    alternating: stored rows are those of two layers in turns; here the first's come first.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    rows: tuple[tuple[int, int], ...] = ()
+    expert: int | None = None
+    form: str = "plain"
+    alternating: bool = False
 
 
 def parse_header(data: bytes, file_size: int, name: str) -> dict[str, TensorInfo]:
@@ -261,15 +275,32 @@ class Checkpoint:
 
     def load(self, source: Source) -> torch.Tensor:
         """One tensor of the model: a view of the file, or a copy where rows are joined."""
-        tensors = [self[name] for name in source.names]
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        parts = self.parts(source)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole.view(source.shape)
+
+    def parts(self, source: Source) -> list[torch.Tensor]:
+        """What makes one tensor of the model when it is joined by rows: views where that can be."""
+        tensors = [self._stored(name, source.expert) for name in source.names]
+        if source.form == "columns":
+            tensors = [t.T.contiguous() for t in tensors]
+        elif source.form == "mxfp4":
+            tensors = [mxfp4_unpack(*tensors)]
+        if source.alternating:
+            return [t[i::2] for t in tensors for i in (0, 1)]
+        return [t[begin:end] for t in tensors for begin, end in source.rows] or tensors
+
+    def _stored(self, name: str, expert: int | None) -> torch.Tensor:
+        shard = self._shard(name)
+        return shard.tensor(_entry_of(shard.tensors[name], expert))
 
     def release(self, source: Source | str) -> None:
         """Gives the memory of a tensor's pages back; a later use reads the file again."""
-        for name in (source,) if isinstance(source, str) else source.names:
+        if isinstance(source, str):
+            source = Source((source,), self.info(source).shape)
+        for name in source.names:
             shard = self._shard(name)
-            shard.release(shard.tensors[name])
+            shard.release(_entry_of(shard.tensors[name], source.expert))
 
     @property
     def payload_bytes(self) -> int:
@@ -282,15 +313,27 @@ class Checkpoint:
         return shard
 
 
+def _entry_of(info: TensorInfo, index: int | None) -> TensorInfo:
+    """One entry of a stack of tensors, or the tensor itself."""
+    if index is None:
+        return info
+    size = (info.end - info.begin) // info.shape[0]
+    begin = info.begin + index * size
+    return TensorInfo(info.dtype, info.shape[1:], begin, begin + size)
+
+
 def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     """Where every tensor of the chat model lies, by internal name.
 
     Vision: vit.cls, vit.pos, vit.patch.{weight,bias}, vit.{i}.{norm1,qkv,q_norm,k_norm,proj,ls1,
     norm2,fc1,fc2,ls2}. Projector: proj.{ln,fc1,fc2}. Language model: llm.embed.weight,
-    llm.{i}.{norm1,q,k,v,o,norm2,gate,up,down}, llm.norm.weight, llm.head.weight. Everything but
-    cls, pos, ls1 and ls2 ends in .weight or .bias. The head is the embedding's tensor where the
-    checkpoint stores none. Vision layers behind the selected one are known, checked and left
-    out. Raises ValueError naming what is missing, left over, misshaped or of another dtype.
+    llm.{i}.{norm1,qkv,q_norm,k_norm,sinks,o,norm2,gate_up,down}, llm.norm.weight,
+    llm.head.weight; in place of gate_up and down of a mixture llm.{i}.router and
+    llm.{i}.experts.{e}.{gate_up,down}. Everything but cls, pos, ls1, ls2 and sinks ends in .weight
+    or .bias. The head is the embedding's
+    tensor where the checkpoint stores none. Vision layers behind the selected one are known,
+    checked and left out. Raises ValueError naming what is missing, left over, misshaped or of
+    another dtype.
     """
     names = _ORIGINAL
     if config.layout == "hf":
@@ -299,10 +342,10 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     rows = [
         *_vision_rows(config.vision, names, config.vision_layers_used),
         *_projector_rows(config, names),
-        *_text_rows(config.text, names),
+        *_text_rows(config.text, names, checkpoint),
     ]
-    head = _Row("llm.head.weight", ((names.head, _embed_shape(config.text)),))
-    if names.head in checkpoint:
+    head = _head_row(config.text, names)
+    if head.source.names[0] in checkpoint:
         rows.append(head)
     found = _match(checkpoint, rows, ignored=())
     found.setdefault(head.name, found["llm.embed.weight"])
@@ -314,9 +357,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     rows = [
         *_vision_rows(config.vision, _ORIGINAL, config.vision_layers_used),
         *_projector_rows(config, _ORIGINAL),
-        *_text_rows(config.text, _ORIGINAL),
+        *_text_rows(config.text, _ORIGINAL, ()),
     ]
-    return {row.name: row.shape for row in rows if row.used}
+    return {row.name: row.source.shape for row in rows if row.used}
 
 
 def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, Source]:
@@ -326,7 +369,7 @@ def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, So
     """
     for names in (_ORIGINAL, _STANDALONE, _NATIVE_A, _NATIVE_B, _NATIVE_STANDALONE):
         rows = list(_vision_rows(config, names, config.num_layers))
-        if rows[0].sources[0][0] in checkpoint:
+        if rows[0].source.names[0] in checkpoint:
             return _match(checkpoint, rows, ignored=names.others)
     raise ValueError(f"{checkpoint.folder}: no tensor of a vision encoder's class token")
 
@@ -335,6 +378,7 @@ def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, So
 class _Names:
     """Prefixes and names of one layout; `others` are the prefixes of a chat model's other parts."""
 
+    layout: str
     vision: str
     native_vision: bool
     projector: Mapping[str, str]
@@ -352,63 +396,77 @@ def _native_projector(prefix: str) -> dict[str, str]:
 
 
 _ORIGINAL = _Names(
+    layout="original",
     vision="vision_model.",
     native_vision=False,
     projector=_ORIGINAL_PROJECTOR,
     decoder="language_model.model.",
-    head="language_model.lm_head.weight",
+    head="language_model.",
     others=("language_model.", "mlp1."),
 )
 # Written by Transformers 4.52 to 4.57, and by later ones.
 _NATIVE_A = _Names(
+    layout="Hugging Face-native",
     vision="vision_tower.",
     native_vision=True,
     projector=_native_projector(""),
     decoder="language_model.model.",
-    head="language_model.lm_head.weight",
+    head="language_model.",
     others=("language_model.", "multi_modal_projector."),
 )
 _NATIVE_B = _Names(
+    layout="Hugging Face-native",
     vision="model.vision_tower.",
     native_vision=True,
     projector=_native_projector("model."),
     decoder="model.language_model.",
-    head="lm_head.weight",
+    head="",
     others=("model.language_model.", "model.multi_modal_projector.", "lm_head."),
 )
-_STANDALONE = _Names("", False, {}, "", "", ())
-_NATIVE_STANDALONE = _Names("", True, {}, "", "", ())
+_STANDALONE = _Names("original", "", False, {}, "", "", ())
+_NATIVE_STANDALONE = _Names("Hugging Face-native", "", True, {}, "", "", ())
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One tensor of the model and the stored tensors, with shapes, that it is joined from."""
+    """One tensor of the model, and the shapes of the stored ones that it is made of."""
 
     name: str
-    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    source: Source
+    stored: tuple[tuple[int, ...], ...]
     used: bool = True  # False: known and checked where present, not loaded
+    dtypes: tuple[torch.dtype, ...] = _WEIGHT_DTYPES
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shapes = [shape for _, shape in self.sources]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+def _row(
+    name: str,
+    stored: Sequence[tuple[str, tuple[int, ...]]],
+    rows: tuple[tuple[int, int], ...] = (),
+) -> _Row:
+    """A tensor joined, by rows, of stored ones with these names and shapes."""
+    names, shapes = zip(*stored, strict=True)
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return _Row(name, Source(names, shape, rows), shapes)
 
 
 def _linear(
-    name: str, stored: str | Sequence[str], rows: int, columns: int, *, bias: bool
+    name: str,
+    stored: Sequence[tuple[str, int]],
+    columns: int,
+    *,
+    bias: bool,
+    rows: tuple[tuple[int, int], ...] = (),
 ) -> list[_Row]:
-    """A linear layer, its rows split evenly over the stored ones where these are several."""
-    parts = (stored,) if isinstance(stored, str) else tuple(stored)
-    part = rows // len(parts)
-    result = [_Row(f"{name}.weight", tuple((f"{p}.weight", (part, columns)) for p in parts))]
-    if bias:
-        result.append(_Row(f"{name}.bias", tuple((f"{p}.bias", (part,)) for p in parts)))
-    return result
+    """A linear layer; `stored` are the tensors, with their numbers of rows, that it is made of."""
+    weight = _row(f"{name}.weight", [(f"{part}.weight", (n, columns)) for part, n in stored], rows)
+    if not bias:
+        return [weight]
+    return [weight, _row(f"{name}.bias", [(f"{part}.bias", (n,)) for part, n in stored], rows)]
 
 
 def _norm(name: str, stored: str, width: int, *, bias: bool) -> list[_Row]:
     kinds = ("weight", "bias") if bias else ("weight",)
-    return [_Row(f"{name}.{kind}", ((f"{stored}.{kind}", (width,)),)) for kind in kinds]
+    return [_row(f"{name}.{kind}", ((f"{stored}.{kind}", (width,)),)) for kind in kinds]
 
 
 def _vision_rows(config: VisionConfig, names: _Names, layers_used: int) -> Iterator[_Row]:
@@ -419,14 +477,14 @@ def _vision_rows(config: VisionConfig, names: _Names, layers_used: int) -> Itera
     if not native:
         stored = ("class_embedding", "position_embedding", "patch_embedding")
     cls, pos, conv = (at + name for name in stored)
-    yield _Row("vit.cls", ((cls, (1, 1, width)),))
-    yield _Row("vit.pos", ((pos, (1, config.grid**2 + 1, width)),))
-    yield _Row("vit.patch.weight", ((f"{conv}.weight", (width, 3, patch, patch)),))
-    yield _Row("vit.patch.bias", ((f"{conv}.bias", (width,)),))
+    yield _row("vit.cls", ((cls, (1, 1, width)),))
+    yield _row("vit.pos", ((pos, (1, config.grid**2 + 1, width)),))
+    yield _row("vit.patch.weight", ((f"{conv}.weight", (width, 3, patch, patch)),))
+    yield _row("vit.patch.bias", ((f"{conv}.bias", (width,)),))
     for i in range(config.num_layers):
         rows = _vision_layer(config, native, f"vit.{i}", f"{names.vision}encoder.layer", i)
         for row in rows:
-            yield _Row(row.name, row.sources, used=i < layers_used)
+            yield replace(row, used=i < layers_used)
 
 
 def _vision_layer(
@@ -436,25 +494,25 @@ def _vision_layer(
     if native:
         at = f"{prefix}.{index}."
         attention = f"{at}attention."
-        qkv = tuple(f"{attention}{x}_proj" for x in "qkv")
+        qkv = [(f"{attention}{x}_proj", width) for x in "qkv"]
         out = f"{attention}projection_layer"
         norm1, norm2, ls1, ls2 = "layernorm_before", "layernorm_after", "lambda_1", "lambda_2"
     else:
         at = f"{prefix}s.{index}."
         attention = f"{at}attn."
-        qkv = (f"{attention}qkv",)
+        qkv = [(f"{attention}qkv", 3 * width)]
         out = f"{attention}proj"
         norm1, norm2, ls1, ls2 = "norm1", "norm2", "ls1", "ls2"
     bias = config.norm_type == "layer_norm"
     rows = [
         *_norm(f"{name}.norm1", at + norm1, width, bias=bias),
-        *_linear(f"{name}.qkv", qkv, 3 * width, width, bias=config.qkv_bias),
-        *_linear(f"{name}.proj", out, width, width, bias=True),
-        _Row(f"{name}.ls1", ((at + ls1, (width,)),)),
+        *_linear(f"{name}.qkv", qkv, width, bias=config.qkv_bias),
+        *_linear(f"{name}.proj", [(out, width)], width, bias=True),
+        _row(f"{name}.ls1", ((at + ls1, (width,)),)),
         *_norm(f"{name}.norm2", at + norm2, width, bias=bias),
-        *_linear(f"{name}.fc1", f"{at}mlp.fc1", inner, width, bias=True),
-        *_linear(f"{name}.fc2", f"{at}mlp.fc2", width, inner, bias=True),
-        _Row(f"{name}.ls2", ((at + ls2, (width,)),)),
+        *_linear(f"{name}.fc1", [(f"{at}mlp.fc1", inner)], width, bias=True),
+        *_linear(f"{name}.fc2", [(f"{at}mlp.fc2", width)], inner, bias=True),
+        _row(f"{name}.ls2", ((at + ls2, (width,)),)),
     ]
     if config.qk_norm:
         for x in "qk":
@@ -467,34 +525,177 @@ def _projector_rows(config: ModelConfig, names: _Names) -> list[_Row]:
     width = config.text.hidden_size
     return [
         *_norm("proj.ln", names.projector["ln"], wide, bias=True),
-        *_linear("proj.fc1", names.projector["fc1"], width, wide, bias=True),
-        *_linear("proj.fc2", names.projector["fc2"], width, width, bias=True),
+        *_linear("proj.fc1", [(names.projector["fc1"], width)], wide, bias=True),
+        *_linear("proj.fc2", [(names.projector["fc2"], width)], width, bias=True),
     ]
 
 
-def _embed_shape(config: TextConfig) -> tuple[int, int]:
-    return (config.vocab_size, config.hidden_size)
-
-
-def _text_rows(config: TextConfig, names: _Names) -> Iterator[_Row]:
-    """The decoder in the naming that Llama began and Qwen2 kept."""
-    width, inner = config.hidden_size, config.intermediate_size
-    q = config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    root = names.decoder
-    yield _Row("llm.embed.weight", ((f"{root}embed_tokens.weight", _embed_shape(config)),))
+def _text_rows(config: TextConfig, names: _Names, present: Container[str]) -> Iterator[_Row]:
+    """present: the names of a checkpoint, by which the way is found that it stores experts."""
+    stored = FAMILIES[config.backbone].names
+    root, width, D = names.decoder, config.hidden_size, config.head_dim
+    embed = (f"{root}{stored.embed}.weight", (config.vocab_size, width))
+    yield _row("llm.embed.weight", (embed,))
     for i in range(config.num_layers):
         name, at = f"llm.{i}", f"{root}layers.{i}."
-        yield from _norm(f"{name}.norm1", f"{at}input_layernorm", width, bias=False)
-        for x, rows in (("q", q), ("k", kv), ("v", kv)):
-            stored = f"{at}self_attn.{x}_proj"
-            yield from _linear(f"{name}.{x}", stored, rows, width, bias=config.qkv_bias)
-        yield from _linear(f"{name}.o", f"{at}self_attn.o_proj", width, q, bias=False)
-        yield from _norm(f"{name}.norm2", f"{at}post_attention_layernorm", width, bias=False)
-        yield from _linear(f"{name}.gate", f"{at}mlp.gate_proj", inner, width, bias=False)
-        yield from _linear(f"{name}.up", f"{at}mlp.up_proj", inner, width, bias=False)
-        yield from _linear(f"{name}.down", f"{at}mlp.down_proj", width, inner, bias=False)
-    yield from _norm("llm.norm", f"{root}norm", width, bias=False)
+        yield from _norm(f"{name}.norm1", at + stored.norm1, width, bias=False)
+        yield from _qkv(config, f"{name}.qkv", [at + part for part in stored.qkv])
+        if config.qk_norm:
+            yield from _norm(f"{name}.q_norm", at + stored.q_norm, D, bias=False)
+            yield from _norm(f"{name}.k_norm", at + stored.k_norm, D, bias=False)
+        o = [(at + stored.o, width)]
+        yield from _linear(f"{name}.o", o, config.num_heads * D, bias=config.o_bias)
+        yield from _norm(f"{name}.norm2", at + stored.norm2, width, bias=False)
+        if config.sinks:
+            yield _row(f"{name}.sinks", ((at + stored.sinks, (config.num_heads,)),))
+        if config.experts is None:
+            yield from _mlp_rows(config, name, at)
+        else:
+            yield from _expert_rows(config, config.experts, name, at, present)
+    yield from _norm("llm.norm", root + stored.norm, width, bias=False)
+
+
+def _qkv(config: TextConfig, name: str, stored: Sequence[str]) -> list[_Row]:
+    """The joint projection: rows of all query heads, then of all keys, then of all values."""
+    H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+    parts = [(stored[0], (H + 2 * K) * D)]
+    if len(stored) == 3:
+        parts = list(zip(stored, (H * D, K * D, K * D), strict=True))
+    rows: tuple[tuple[int, int], ...] = ()
+    if FAMILIES[config.backbone].names.grouped_qkv:
+        group = H // K
+        heads = [(k * (group + 2), k * (group + 2) + group) for k in range(K)]
+        keys = [(end, end + 1) for _, end in heads]
+        values = [(end, end + 1) for _, end in keys]
+        rows = tuple((begin * D, end * D) for begin, end in (*heads, *keys, *values))
+    return _linear(name, parts, config.hidden_size, bias=config.qkv_bias, rows=rows)
+
+
+def _mlp_rows(config: TextConfig, name: str, at: str) -> list[_Row]:
+    stored = FAMILIES[config.backbone].names
+    width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    each = 2 * inner // len(stored.gate_up)
+    gate_up = [(at + part, each) for part in stored.gate_up]
+    return [
+        *_linear(f"{name}.gate_up", gate_up, width, bias=bias),
+        *_linear(f"{name}.down", [(at + stored.down, width)], inner, bias=bias),
+    ]
+
+
+def _expert_rows(
+    config: TextConfig, experts: ExpertsConfig, name: str, at: str, present: Container[str]
+) -> Iterator[_Row]:
+    stored, width, bias = FAMILIES[config.backbone].names, config.hidden_size, config.mlp_bias
+    yield from _linear(f"{name}.router", [(at + stored.router, experts.count)], width, bias=bias)
+
+    def first(way: ExpertNames) -> str:
+        return at + way.gate_up[0].format(e=0) + way.suffixes[0]
+
+    way = next((way for way in stored.experts if first(way) in present), stored.experts[0])
+    for e in range(experts.count):
+        each = f"{name}.experts.{e}"
+        gate_up = [at + part.format(e=e) for part in way.gate_up]
+        shape = (2 * experts.width, width)
+        yield from _expert(f"{each}.gate_up", gate_up, shape, e, experts.count, way, bias=bias)
+        down, shape = [at + way.down.format(e=e)], (width, experts.width)
+        way_down = replace(way, alternating=False)
+        yield from _expert(f"{each}.down", down, shape, e, experts.count, way_down, bias=bias)
+
+
+def _expert(
+    name: str,
+    stored: Sequence[str],
+    shape: tuple[int, int],
+    e: int,
+    count: int,
+    way: ExpertNames,
+    *,
+    bias: bool,
+) -> list[_Row]:
+    """One layer [N, K] of expert e."""
+    N, K = shape
+    if way.suffixes == (".weight",):
+        return _linear(name, [(part, N // len(stored)) for part in stored], K, bias=bias)
+    if way.form == "mxfp4" and K % 32:
+        raise ValueError(f"{stored[0]}: {K} columns, mxfp4 stores multiples of 32")
+    shapes = {
+        "plain": [(count, N, K)],
+        "columns": [(count, K, N)],
+        "mxfp4": [(count, N, K // 32, 16), (count, N, K // 32)],
+    }[way.form]
+    names = [stored[0] + suffix for suffix in way.suffixes]
+    dtypes = (torch.uint8,) if way.form == "mxfp4" else _WEIGHT_DTYPES
+    source = Source(tuple(names), shape, (), e, way.form, way.alternating)
+    rows = [_Row(f"{name}.weight", source, tuple(shapes), dtypes=dtypes)]
+    if bias:
+        source = Source((f"{stored[0]}_bias",), (N,), (), e, "plain", way.alternating)
+        rows.append(_Row(f"{name}.bias", source, ((count, N),)))
+    return rows
+
+
+def _head_row(config: TextConfig, names: _Names) -> _Row:
+    stored = f"{names.head}{FAMILIES[config.backbone].names.head}.weight"
+    return _row("llm.head.weight", ((stored, (config.vocab_size, config.hidden_size)),))
+
+
+def _nearest(checkpoint: Checkpoint) -> str:
+    """What the stored names, but for the vision tower's, are most like; for messages."""
+    scores: dict[str, float] = {}
+    for names in (_ORIGINAL, _NATIVE_A, _NATIVE_B):
+        stored = {_without_numbers(n) for n in checkpoint.names if not n.startswith(names.vision)}
+        for family in FAMILIES.values():
+            likeness = (
+                len(expected & stored) / len(expected | stored)
+                for expected in _decoder_names(family, names)
+            )
+            label = f"{family.model_type} in the {names.layout} layout"
+            scores[label] = max(scores.get(label, 0.0), *likeness)
+    best = max(scores.values())
+    if not best:
+        return "; no known family is near"
+    return "; the nearest family is " + " or ".join(k for k, v in scores.items() if v == best)
+
+
+def _decoder_names(family: Family, names: _Names) -> Iterator[set[str]]:
+    """What a decoder and its projector may be stored as, by the biases that a config may choose.
+
+    `#` stands for the number of a layer.
+    """
+    stored, root = family.names, names.decoder
+    norms = (stored.norm1, stored.norm2, *((stored.q_norm, stored.k_norm) * family.qk_norm))
+    outside = {f"{part}.{kind}" for part in names.projector.values() for kind in ("weight", "bias")}
+    outside |= {f"{root}{stored.embed}.weight", f"{root}{stored.norm}.weight"}
+    outside |= {f"{names.head}{stored.head}.weight", *(f"{root}layers.#.{n}.weight" for n in norms)}
+    linears = [(stored.qkv, family.qkv_bias), ((stored.o,), family.o_bias)]
+    if stored.experts:
+        linears.append(((stored.router,), family.mlp_bias))
+        outside |= {f"{root}layers.#.{n}" for n in _expert_names(family)}
+    else:
+        linears.append(((*stored.gate_up, stored.down), family.mlp_bias))
+    if family.sinks:
+        outside.add(f"{root}layers.#.{stored.sinks}")
+    keys = sorted({bias.key for _, bias in linears if bias.key})
+    for values in itertools.product((False, True), repeat=len(keys)):
+        chosen = dict(zip(keys, values, strict=True))
+        found = set(outside)
+        for parts, bias in linears:
+            has = chosen[bias.key] if bias.key else bias.default
+            kinds = ("weight", "bias") if has else ("weight",)
+            found |= {f"{root}layers.#.{part}.{kind}" for part in parts for kind in kinds}
+        yield found
+
+
+def _expert_names(family: Family) -> Iterator[str]:
+    """As the family usually stores them."""
+    way, bias = family.names.experts[0], family.mlp_bias.default
+    for part in (*way.gate_up, way.down):
+        yield from (part.format(e="#") + suffix for suffix in way.suffixes)
+        if bias:
+            yield f"{part}_bias"
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join("#" if part.isdecimal() else part for part in name.split("."))
 
 
 def _match(
@@ -506,7 +707,7 @@ def _match(
     mistyped: list[str] = []
     result: dict[str, Source] = {}
     for row in rows:
-        for name, shape in row.sources:
+        for name, shape in zip(row.source.names, row.stored, strict=True):
             known.add(name)
             if name not in checkpoint:
                 if row.used:
@@ -515,19 +716,20 @@ def _match(
             info = checkpoint.info(name)
             if info.shape != shape:
                 misshaped.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
-            if info.dtype not in _WEIGHT_DTYPES:
+            if info.dtype not in row.dtypes:
                 mistyped.append(f"{name} is {_dtype_name(info.dtype)}")
         if not row.used:
             continue
-        dtypes = {checkpoint.info(name).dtype for name, _ in row.sources if name in checkpoint}
+        dtypes = {checkpoint.info(n).dtype for n in row.source.names if n in checkpoint}
         if len(dtypes) > 1:
             both = " and ".join(sorted(map(_dtype_name, dtypes)))
-            mistyped.append(f"{row.sources[0][0]} and the tensors joined to it are {both}")
-        result[row.name] = Source(tuple(name for name, _ in row.sources), row.shape)
+            mistyped.append(f"{row.source.names[0]} and the tensors joined to it are {both}")
+        result[row.name] = row.source
     extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored)]
     where = checkpoint.folder
     if missing:
-        raise ValueError(f"{where}: {_some(missing)} missing")
+        unknown = f", {_some(extra)} unknown" if extra else ""
+        raise ValueError(f"{where}: {_some(missing)} missing{unknown}{_nearest(checkpoint)}")
     if misshaped:
         raise ValueError(f"{where}: {_count(misshaped)} of another shape: {_first(misshaped)}")
     if mistyped:
@@ -537,7 +739,9 @@ def _match(
             f"supported: one of {supported}"
         )
     if extra:
-        raise ValueError(f"{where}: {_some(extra)} left over, not part of this model")
+        raise ValueError(
+            f"{where}: {_some(extra)} left over, not part of this model{_nearest(checkpoint)}"
+        )
     return result
 
 

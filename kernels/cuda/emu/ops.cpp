@@ -8,8 +8,11 @@
 
 #include "kernels/cuda/emu/planted.h"
 #include "kernels/embed_scatter.h"
+#include "kernels/flash_attention.h"
 #include "kernels/gated_activation.h"
 #include "kernels/layer_norm.h"
+#include "kernels/linear.h"
+#include "kernels/paged_attention.h"
 #include "kernels/pixel_unshuffle_mlp.h"
 #include "kernels/preprocess.h"
 #include "kernels/rms_norm.h"
@@ -34,8 +37,11 @@ namespace {
 
 constexpr Op kOps[] = {
     {"embed_scatter", sizeof(EmbedScatterParams), run_embed_scatter},
+    {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
     {"gated_activation", sizeof(GatedActivationParams), run_gated_activation},
     {"layer_norm", sizeof(LayerNormParams), run_layer_norm},
+    {"linear", sizeof(LinearParams), run_linear},
+    {"paged_attention", sizeof(PagedAttentionParams), run_paged_attention},
     {"pixel_unshuffle_mlp", sizeof(PixelUnshuffleParams), run_pixel_unshuffle_norm},
     {"preprocess", sizeof(PreprocessParams), run_preprocess},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},

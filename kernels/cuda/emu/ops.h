@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/attention.h"
 #include "kernels/cuda/emu/simt.h"
 
 namespace ivr::emu {
@@ -24,9 +25,15 @@ enum class Access { read, write };
 void allow_rows(Machine& machine, Access access, const char* name, const void* base, int64_t rows,
                 int64_t heads, int64_t bytes, int64_t row_stride, int64_t head_stride);
 
+// Registers what flash_attention and paged_attention have in common.
+void allow_attention(Machine& machine, const AttentionParams& a);
+
 bool run_embed_scatter(Machine& machine, const void* params, std::string& config);
+bool run_flash_attention(Machine& machine, const void* params, std::string& config);
 bool run_gated_activation(Machine& machine, const void* params, std::string& config);
 bool run_layer_norm(Machine& machine, const void* params, std::string& config);
+bool run_linear(Machine& machine, const void* params, std::string& config);
+bool run_paged_attention(Machine& machine, const void* params, std::string& config);
 bool run_pixel_unshuffle_norm(Machine& machine, const void* params, std::string& config);
 bool run_preprocess(Machine& machine, const void* params, std::string& config);
 bool run_rms_norm(Machine& machine, const void* params, std::string& config);

@@ -1,6 +1,9 @@
 // Kernels with one bug each, written as the mistakes are made: what the emulator has to find.
-// All are a sum over a row of x by a block of 128 threads, whose threads write it to the row of y,
-// except the correct probes of collectives and dynamic shared memory.
+//
+// Most are a sum over a row of x by a block of 128 threads, whose threads write it to the row of y.
+// async_*, bulk_*: a row of x is copied through two stages of shared memory and reversed piece by
+// piece.
+// tile_*: y = a b, where a is x's rows 0 to 15 and b its rows 16 to 31, 16 columns each, in bf16.
 #include "kernels/cuda/emu/planted.h"
 
 #include "kernels/cuda/prim.cuh"
@@ -138,6 +141,136 @@ void dynamic_shared_kernel(const PlantedParams& p) {
   if (i < columns) store_float(p.y + blockIdx.x * p.columns + i, swapped);
 }
 
+// y[row] = x[row], each piece of 512 columns reversed; columns is a multiple of 512.
+template <Planted kCase>
+void copy_kernel(const PlantedParams& p) {
+  constexpr int kStages = 2, kPiece = 4 * kThreads;
+  IVR_SHARED(float, stages, kStages* kPiece);
+  const int thread = threadIdx.x;
+  const float* x = p.x + blockIdx.x * p.columns;
+  float* y = p.y + blockIdx.x * p.columns;
+  const int pieces = static_cast<int>(p.columns) / kPiece;
+  const auto copy = [&](int piece) {
+    int column = 4 * thread;
+    if (kCase == Planted::async_past_row) column += 4;
+    if (kCase == Planted::async_misaligned) column += 1;
+    const bool valid = piece < pieces;
+    cuda::copy16_async(stages + piece % kStages * kPiece + 4 * thread,
+                       x + (valid ? piece * kPiece + column : 0), valid);
+    cuda::commit_copies();
+  };
+  copy(0);
+  for (int piece = 0; piece < pieces; ++piece) {
+    copy(piece + 1);
+    if constexpr (kCase == Planted::async_wrong_wait) {
+      cuda::wait_copies<2>();
+    } else if constexpr (kCase != Planted::async_no_wait) {
+      cuda::wait_copies<1>();
+    }
+    if constexpr (kCase != Planted::async_missing_barrier) __syncthreads();
+    const auto stage = stages + piece % kStages * kPiece;
+    for (int i = thread; i < kPiece; i += kThreads) {
+      store_float(y + piece * kPiece + i, stage[kPiece - 1 - i]);
+    }
+    if constexpr (kCase != Planted::async_early_reuse) __syncthreads();
+  }
+}
+
+// The same by bulk copies: thread 0 asks for them, all threads say when they have read a stage.
+template <Planted kCase>
+void bulk_kernel(const PlantedParams& p) {
+  constexpr int kStages = 2, kPiece = 512, kBytes = 4 * kPiece;
+  IVR_SHARED(float, stages, kStages* kPiece);
+  IVR_SHARED(cuda::Barrier, full, kStages);
+  IVR_SHARED(cuda::Barrier, empty, kStages);
+  const int thread = threadIdx.x;
+  const float* x = p.x + blockIdx.x * p.columns;
+  float* y = p.y + blockIdx.x * p.columns;
+  const int pieces = static_cast<int>(p.columns) / kPiece;
+  if (thread == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      cuda::barrier_init(full + i, 1);
+      cuda::barrier_init(empty + i, kThreads);
+    }
+  }
+  if constexpr (kCase != Planted::bulk_unknown_barrier) __syncthreads();
+  const auto copy = [&](int piece) {
+    const int end = kCase == Planted::bulk_unawaited ? pieces + 1 : pieces;
+    if (thread != 0 || piece >= end) return;
+    const int stage = piece % kStages, phase = piece / kStages;
+    if constexpr (kCase != Planted::bulk_early_reuse) cuda::barrier_wait(empty + stage, phase - 1);
+    const int more = kCase == Planted::bulk_wrong_bytes ? 16 : 0;
+    cuda::barrier_expect(full + stage, kBytes + more);
+    const bool last = kCase == Planted::bulk_past_row && piece == pieces - 1;
+    const float* from = x + piece % pieces * kPiece + (last ? 4 : 0);
+    cuda::copy_bulk(stages + stage * kPiece, from, kBytes, full + stage);
+  };
+  copy(0);
+  for (int piece = 0; piece < pieces; ++piece) {
+    copy(piece + 1);
+    const int stage = piece % kStages, phase = piece / kStages;
+    if constexpr (kCase == Planted::bulk_wrong_phase) {
+      cuda::barrier_wait(full + stage, phase - 1);
+    } else if constexpr (kCase != Planted::bulk_no_wait) {
+      cuda::barrier_wait(full + stage, phase);
+    }
+    for (int i = thread; i < kPiece; i += kThreads) {
+      store_float(y + piece * kPiece + i, stages[stage * kPiece + kPiece - 1 - i]);
+    }
+    if (kCase != Planted::bulk_missing_arrival || thread != 77) cuda::barrier_arrive(empty + stage);
+    if (kCase == Planted::bulk_extra_arrival && thread == 77) cuda::barrier_arrive(empty + stage);
+  }
+}
+
+// One warp. The tiles are 16 rows of 16 bf16 and lie one behind the other in shared memory.
+template <Planted kCase>
+void tile_kernel(const PlantedParams& p) {
+  using cuda::bf16;
+  constexpr int kSize = 16;
+  IVR_SHARED(bf16, a_tile, kSize * kSize);
+  IVR_SHARED(bf16, b_tile, kSize * kSize);
+  const int lane = threadIdx.x;
+  const auto stage = [&](cuda::Shared<bf16> tile, int first_row) {
+    const int row = lane / 2, column = lane % 2 * 8;
+    float f[8];
+    for (int i = 0; i < 8; ++i) f[i] = load_float(p.x + (first_row + row) * p.columns + column + i);
+    cuda::Vec<bf16> v;
+    cuda::pack(f, v);
+    cuda::store16_shared(tile + row * kSize + column, v);
+  };
+  stage(a_tile, 0);
+  stage(b_tile, kSize);
+  if constexpr (kCase == Planted::tile_uncommitted) {
+    const auto* x = reinterpret_cast<const bf16*>(p.x);
+    cuda::copy16_async(a_tile + lane * 8, x + lane * 8, true);
+    cuda::wait_copies<0>();
+  }
+  if constexpr (kCase != Planted::tile_unsynchronised) __syncwarp();
+
+  // Lanes 0 to 15 name the rows' left halves, 16 to 31 the right ones.
+  int row = lane % 16, column = lane / 16 * 8;
+  if (kCase == Planted::tile_swapped_matrices) column = 8 - column;
+  if (kCase == Planted::tile_row_off_by_one) row += 1;
+  if (kCase == Planted::tile_misaligned) column = lane / 16 * 4;
+  uint32_t a[4], b[4];
+  if (kCase == Planted::tile_mixed_transposition && lane == 7) {
+    cuda::load_matrices<true>(a, a_tile + row * kSize + column);
+  } else {
+    cuda::load_matrices<false>(a, a_tile + row * kSize + column);
+  }
+  constexpr bool kTransposed = kCase != Planted::tile_not_transposed;
+  cuda::load_matrices<kTransposed>(b, b_tile + lane % 16 * kSize + lane / 16 * 8);
+  for (int half = 0; half < 2; ++half) {  // 8 columns of b each
+    float d[4] = {};
+    if (kCase == Planted::tile_divergent && lane < 16) continue;
+    cuda::mma(d, a, {b[2 * half], b[2 * half + 1]});
+    for (int e = 0; e < 4; ++e) {
+      const int i = lane / 4 + e / 2 * 8, j = half * 8 + lane % 4 * 2 + e % 2;
+      store_float(p.y + i * p.columns + j, d[e]);
+    }
+  }
+}
+
 }  // namespace
 
 template <int kCase>
@@ -154,6 +287,12 @@ bool run_planted(Machine& machine, const void* params, std::string& config) {
   } else if constexpr (kPlantedCase == Planted::dynamic_shared) {
     return machine.launch(grid, {kThreads}, kThreads * sizeof(float),
                           [&p] { dynamic_shared_kernel(p); });
+  } else if constexpr (kPlantedCase >= Planted::tile_product) {
+    return machine.launch({}, {32}, 0, [&p] { tile_kernel<kPlantedCase>(p); });
+  } else if constexpr (kPlantedCase >= Planted::bulk_copy) {
+    return machine.launch(grid, {kThreads}, 0, [&p] { bulk_kernel<kPlantedCase>(p); });
+  } else if constexpr (kPlantedCase >= Planted::async_copy) {
+    return machine.launch(grid, {kThreads}, 0, [&p] { copy_kernel<kPlantedCase>(p); });
   } else {
     return machine.launch(grid, {kThreads}, 0, [&p] { sum_kernel<kPlantedCase>(p); });
   }
@@ -177,6 +316,32 @@ IVR_PLANTED(wrong_mask);
 IVR_PLANTED(missing_lane);
 IVR_PLANTED(exited_lane);
 IVR_PLANTED(wrong_lane);
+IVR_PLANTED(async_copy);
+IVR_PLANTED(async_no_wait);
+IVR_PLANTED(async_wrong_wait);
+IVR_PLANTED(async_missing_barrier);
+IVR_PLANTED(async_early_reuse);
+IVR_PLANTED(async_past_row);
+IVR_PLANTED(async_misaligned);
+IVR_PLANTED(bulk_copy);
+IVR_PLANTED(bulk_no_wait);
+IVR_PLANTED(bulk_wrong_phase);
+IVR_PLANTED(bulk_wrong_bytes);
+IVR_PLANTED(bulk_early_reuse);
+IVR_PLANTED(bulk_missing_arrival);
+IVR_PLANTED(bulk_extra_arrival);
+IVR_PLANTED(bulk_unknown_barrier);
+IVR_PLANTED(bulk_past_row);
+IVR_PLANTED(bulk_unawaited);
+IVR_PLANTED(tile_product);
+IVR_PLANTED(tile_row_off_by_one);
+IVR_PLANTED(tile_uncommitted);
+IVR_PLANTED(tile_unsynchronised);
+IVR_PLANTED(tile_misaligned);
+IVR_PLANTED(tile_divergent);
+IVR_PLANTED(tile_mixed_transposition);
+IVR_PLANTED(tile_swapped_matrices);
+IVR_PLANTED(tile_not_transposed);
 #undef IVR_PLANTED
 
 }  // namespace ivr::emu

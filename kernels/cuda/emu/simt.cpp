@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -81,7 +82,14 @@ void make_context(Context& c, char* stack, void (*entry)()) {
 
 constexpr int kWarp = 32;
 
-enum class Wait { none, block, warp, done };
+enum class Wait { none, block, warp, barrier, done };
+
+struct Copy {
+  char* to;
+  const char* from;
+  size_t source_bytes;
+  int64_t group;
+};
 
 struct Fibre {
   Context context;
@@ -94,6 +102,27 @@ struct Fibre {
   uint32_t mask = 0;
   uint64_t value = 0, result = 0;
   int lane = 0, width = 0;
+  const uint64_t* barrier = nullptr;  // the mbarrier it waits at, and for the end of which phase
+  int parity = 0;
+  std::vector<Copy> copies;  // asynchronous, not landed, in the order of their issue
+  int64_t groups = 0;        // committed
+};
+
+// What a thread, or the copy engine, is known to have done: its accesses before a stamp.
+using Known = std::vector<uint64_t>;
+
+struct Barrier {
+  int count, pending;  // arrivals per phase, and still to come in this one
+  int64_t bytes = 0;   // expected and not there yet
+  int phase = 0;
+  Known arrived, completed;  // what this phase's arrivals knew; what the last phase's did
+};
+
+struct BulkCopy {
+  char* to;
+  const char* from;
+  size_t bytes;
+  uint64_t* barrier;
 };
 
 struct Range {
@@ -153,6 +182,7 @@ struct Shadow {
   int writer = kNobody;
   int reader = kNobody;       // kSeveral: more than one since the last write
   int reader_warp = kNobody;  // kSeveral likewise
+  int copier = kNobody;       // whose asynchronous copy is on its way here
   uint64_t written = 0;
   uint64_t read = 0;
 };
@@ -171,6 +201,10 @@ const char* name_of(Collective kind) {
       return "__shfl_xor_sync";
     case Collective::ballot:
       return "__ballot_sync";
+    case Collective::ldmatrix:
+      return "ldmatrix";
+    case Collective::mma:
+      return "mma.sync";
   }
   return "";
 }
@@ -203,6 +237,13 @@ struct Machine::State {
   std::vector<uint64_t> lane_sync;  // [warp, lane, lane]: last __syncwarp that both took part in
   std::vector<uint64_t> warp_sync;  // [warp]: last __syncwarp of all its lanes
 
+  // From the first mbarrier of a block on: known[thread][thread or copy engine], and reads of 16
+  // bytes, [place, thread].
+  std::map<const uint64_t*, Barrier> barriers;
+  std::vector<BulkCopy> bulk;
+  std::vector<Known> known;
+  std::vector<uint64_t> reads;
+
   int id(const Fibre& f) const { return static_cast<int>(&f - fibres.data()); }
   int self() const { return id(*current); }
 
@@ -218,7 +259,18 @@ struct Machine::State {
   void finish_collective(int warp);
   void report_deadlock();
   void check(const Ranges& ranges, const void* p, size_t bytes, size_t alignment, bool write);
-  bool ordered(int other, uint64_t stamp) const;
+  bool ordered(int me, int other, uint64_t stamp) const;
+  void touch_shared(int me, const void* p, size_t bytes, bool write);
+  void load_matrices(int first);
+  void multiply(int first);
+  void land(int thread, const Copy& copy);
+  void place(char* to, const char* from, size_t bytes, size_t source_bytes, int writer);
+  int copy_engine() const { return static_cast<int>(fibres.size()); }
+  Barrier& barrier(const uint64_t* at);
+  void settle(const uint64_t* at);
+  void land_bulk();
+  void join(uint32_t mask, int first);
+  bool read_by_others(int me, size_t offset) const;
 };
 
 namespace {
@@ -270,12 +322,13 @@ void Machine::State::finish_block_barrier() {
 }
 
 void Machine::State::report_deadlock() {
-  int at_barrier = 0, in_collective = 0, done = 0, missing = -1;
+  int at_barrier = 0, in_collective = 0, at_mbarrier = 0, done = 0, missing = -1;
   const Fibre* barrier = nullptr;
   const Fibre* collective = nullptr;
   for (const Fibre& f : fibres) {
     at_barrier += f.wait == Wait::block;
     in_collective += f.wait == Wait::warp;
+    at_mbarrier += f.wait == Wait::barrier;
     done += f.wait == Wait::done;
     if (f.wait == Wait::block && barrier == nullptr) barrier = &f;
     if (f.wait == Wait::warp && collective == nullptr) collective = &f;
@@ -288,6 +341,7 @@ void Machine::State::report_deadlock() {
                 "collective, %d exited",
                 block.x, block.y, block.z, at_barrier, in_collective, done);
   std::string whole = text;
+  if (at_mbarrier > 0) whole += ", " + std::to_string(at_mbarrier) + " at an mbarrier";
   if (barrier != nullptr) {
     std::snprintf(text, sizeof(text), "; thread %d waits at %s:%d, thread %d does not",
                   id(*barrier), barrier->file, barrier->line, missing);
@@ -306,12 +360,19 @@ bool Machine::State::run_block() {
   for (size_t i = 0; i < fibres.size(); ++i) {
     Fibre& f = fibres[i];
     f.wait = Wait::none;
+    // Copies that the block before never waited for.
+    for (const Copy& copy : f.copies) land(static_cast<int>(i), copy);
+    f.copies.clear();
+    f.groups = 0;
     ready[i] = static_cast<int>(i);
     make_context(f.context, f.stack, fibre_entry);
   }
   // Bytes of ff are a NaN in every float type and an impossible index in every integer type.
   std::fill(shared.begin(), shared.end(), static_cast<char>(0xff));
   block_start = last_block_sync = ++clock;
+  barriers.clear();
+  bulk.clear();
+  known.clear();
   for (;;) {
     while (!ready.empty()) {
       std::swap(ready[random.below(ready.size())], ready.back());
@@ -324,6 +385,17 @@ bool Machine::State::run_block() {
     finish_block_barrier();
     if (failed) return false;
     if (!ready.empty()) continue;
+    if (!bulk.empty()) {
+      const bool ended = std::all_of(fibres.begin(), fibres.end(),
+                                     [](const Fibre& f) { return f.wait == Wait::done; });
+      if (ended) {
+        fail("block (%u, %u, %u) ends with a bulk copy on its way", fibres[0].at.block.x,
+             fibres[0].at.block.y, fibres[0].at.block.z);
+        return false;
+      }
+      land_bulk();
+      continue;
+    }
     const bool all_done = std::all_of(fibres.begin(), fibres.end(),
                                       [](const Fibre& f) { return f.wait == Wait::done; });
     if (!all_done) report_deadlock();
@@ -465,6 +537,8 @@ void Machine::State::finish_collective(int warp) {
   for (int i = 0; i < lanes; ++i) {
     if (me.mask >> i & 1u) ballot |= uint64_t{fibres[first + i].value != 0} << i;
   }
+  if (me.kind == Collective::ldmatrix) load_matrices(first);
+  if (me.kind == Collective::mma) multiply(first);
   if (me.kind == Collective::sync_warp) {
     ++clock;
     for (int i = 0; i < lanes; ++i) {
@@ -475,12 +549,13 @@ void Machine::State::finish_collective(int warp) {
       }
     }
     if (me.mask == (lanes == kWarp ? ~0u : (1u << lanes) - 1)) warp_sync[warp] = clock;
+    if (!known.empty()) join(me.mask, first);
   }
   for (int i = 0; i < lanes; ++i) {
     Fibre& f = fibres[first + i];
     if ((me.mask >> i & 1u) == 0) continue;
     f.result = ballot;
-    if (f.kind != Collective::ballot && f.kind != Collective::sync_warp) {
+    if (f.kind >= Collective::shuffle && f.kind <= Collective::shuffle_xor) {
       const int base = i / f.width * f.width;
       int source = i;
       if (f.kind == Collective::shuffle) source = base + (f.lane & (f.width - 1));
@@ -547,63 +622,329 @@ void* shared_bytes(size_t bytes, const void* site) {
 
 void* dynamic_shared_bytes() { return running->shared.data() + running->dynamic_begin; }
 
-// Whether a synchronisation lies between what thread `other` did at `stamp` and now.
-bool Machine::State::ordered(int other, uint64_t stamp) const {
-  const int me = self();
+// Whether a synchronisation lies between what thread `other` did at `stamp` and what `me` does now.
+bool Machine::State::ordered(int me, int other, uint64_t stamp) const {
   if (other == me || stamp < last_block_sync) return true;
+  if (!known.empty() && stamp < known[static_cast<size_t>(me)][static_cast<size_t>(other)]) {
+    return true;
+  }
   if (other / kWarp != me / kWarp) return false;
   const size_t pair = (static_cast<size_t>(me / kWarp) * kWarp + me % kWarp) * kWarp +
                       static_cast<size_t>(other % kWarp);
   return stamp < lane_sync[pair];
 }
 
-void shared_access(const void* p, size_t bytes, bool write) {
-  Machine::State& s = *running;
+void Machine::State::touch_shared(int me, const void* p, size_t bytes, bool write) {
   const char* what = write ? "write" : "read";
-  const auto offset = static_cast<size_t>(static_cast<const char*>(p) - s.shared.data());
-  const bool inside = std::any_of(
-      s.allocations.begin(), s.allocations.end(),
-      [&](const Allocation& a) { return offset >= a.begin && offset + bytes <= a.end; });
+  const auto offset = static_cast<size_t>(static_cast<const char*>(p) - shared.data());
+  const bool inside = std::any_of(allocations.begin(), allocations.end(), [&](const Allocation& a) {
+    return offset >= a.begin && offset + bytes <= a.end;
+  });
   if (!inside) {
-    const Allocation* nearest = &s.allocations.front();
-    for (const Allocation& a : s.allocations) {
+    const Allocation* nearest = &allocations.front();
+    for (const Allocation& a : allocations) {
       if (a.begin <= offset && (nearest->begin > offset || a.begin > nearest->begin)) nearest = &a;
     }
-    s.fail("out-of-bounds %s of %zu bytes of shared memory: offset %lld of an array of %zu bytes",
-           what, bytes, static_cast<long long>(offset) - static_cast<long long>(nearest->begin),
-           nearest->end - nearest->begin);
+    fail("out-of-bounds %s of %zu bytes of shared memory: offset %lld of an array of %zu bytes",
+         what, bytes, static_cast<long long>(offset) - static_cast<long long>(nearest->begin),
+         nearest->end - nearest->begin);
   }
-  const int me = s.self();
   const int warp = me / kWarp;
   for (size_t i = offset; i < offset + bytes; ++i) {
-    Shadow& b = s.shadow[i];
-    const bool written = b.writer != Shadow::kNobody && b.written >= s.block_start;
-    if (!write && !written) s.fail("read of shared memory that no thread has written");
-    if (written && !s.ordered(b.writer, b.written)) {
-      s.fail("race: thread %d %ss shared memory that thread %d wrote, no barrier between", me, what,
-             b.writer);
+    Shadow& b = shadow[i];
+    if (b.copier != Shadow::kNobody) {
+      fail("%s of shared memory that an asynchronous copy of thread %d has not reached", what,
+           b.copier);
+    }
+    const bool written = b.writer != Shadow::kNobody && b.written >= block_start;
+    if (!write && !written) fail("read of shared memory that no thread has written");
+    if (written && !ordered(me, b.writer, b.written)) {
+      fail("race: thread %d %ss shared memory that thread %d wrote, no barrier between", me, what,
+           b.writer);
     }
     // Reads that a synchronisation has put behind this thread no longer count.
-    bool read = b.reader != Shadow::kNobody && b.read >= s.last_block_sync;
+    bool read = b.reader != Shadow::kNobody && b.read >= last_block_sync;
     if (read && b.reader != Shadow::kSeveral) {
-      read = b.reader == me || !s.ordered(b.reader, b.read);
+      read = b.reader == me || !ordered(me, b.reader, b.read);
     } else if (read) {
-      read = b.reader_warp != warp || b.read >= s.warp_sync[static_cast<size_t>(warp)];
+      read = b.reader_warp != warp || b.read >= warp_sync[static_cast<size_t>(warp)];
+      if (read && write && !known.empty()) read = read_by_others(me, i);
+    }
+    if (!write && !known.empty()) {
+      reads[i / 16 * fibres.size() + static_cast<size_t>(me)] = clock;
     }
     if (write) {
       if (read && b.reader != me) {
-        s.fail("race: thread %d writes shared memory that another thread reads, no barrier between",
-               me);
+        fail("race: thread %d writes shared memory that another thread reads, no barrier between",
+             me);
       }
       b.writer = me;
-      b.written = s.clock;
+      b.written = clock;
       b.reader = b.reader_warp = Shadow::kNobody;
     } else {
       const bool alone = !read || b.reader == me;
       const bool one_warp = !read || b.reader_warp == warp;
       b.reader = alone ? me : Shadow::kSeveral;
       b.reader_warp = one_warp ? warp : Shadow::kSeveral;
-      b.read = s.clock;
+      b.read = clock;
+    }
+  }
+}
+
+void shared_access(const void* p, size_t bytes, bool write) {
+  running->touch_shared(running->self(), p, bytes, write);
+}
+
+void shared_access16(const void* p, bool write) {
+  Machine::State& s = *running;
+  if ((static_cast<const char*>(p) - s.shared.data()) % 16 != 0) {
+    s.fail("misaligned %s of 16 bytes of shared memory", write ? "write" : "read");
+  }
+  s.touch_shared(s.self(), p, 16, write);
+}
+
+// ---- asynchronous copies ------------------------------------------------------------------------
+
+void copy_async(void* shared, const void* global, size_t source_bytes) {
+  Machine::State& s = *running;
+  if (source_bytes > 0) s.check(s.readable, global, source_bytes, 16, false);
+  shared_access16(shared, true);
+  auto* to = static_cast<char*>(shared);
+  // What was there is gone; what comes has not come.
+  std::memset(to, 0xff, 16);
+  Shadow* b = &s.shadow[static_cast<size_t>(to - s.shared.data())];
+  for (int i = 0; i < 16; ++i) b[i].copier = s.self();
+  Fibre& f = *s.current;
+  f.copies.push_back({to, static_cast<const char*>(global), source_bytes, f.groups});
+}
+
+void commit_copies() { ++running->current->groups; }
+
+void wait_copies(int newest) {
+  Machine::State& s = *running;
+  Fibre& f = *s.current;
+  const int64_t landed = f.groups - newest;
+  size_t n = 0;
+  while (n < f.copies.size() && f.copies[n].group < landed) s.land(s.self(), f.copies[n++]);
+  f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<int64_t>(n));
+}
+
+void Machine::State::land(int thread, const Copy& copy) {
+  place(copy.to, copy.from, 16, copy.source_bytes, thread);
+}
+
+// The source is read now, as late as the kernel allows.
+void Machine::State::place(char* to, const char* from, size_t bytes, size_t source_bytes,
+                           int writer) {
+  std::memset(to, 0, bytes);
+  if (source_bytes > 0) std::memcpy(to, from, source_bytes);
+  Shadow* b = &shadow[static_cast<size_t>(to - shared.data())];
+  for (size_t i = 0; i < bytes; ++i) {
+    b[i].copier = Shadow::kNobody;
+    b[i].writer = writer;
+    b[i].written = clock;
+  }
+}
+
+// ---- mbarriers and bulk copies ------------------------------------------------------------------
+
+namespace {
+
+void raise_to(Known& known, const Known& other) {
+  for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], other[i]);
+}
+
+}  // namespace
+
+void barrier_init(uint64_t* barrier, int arrivals) {
+  Machine::State& s = *running;
+  shared_access(barrier, 8, true);
+  const size_t threads = s.fibres.size();
+  if (s.known.empty()) {
+    s.known.assign(threads, Known(threads + 1, 0));
+    s.reads.assign((s.shared.size() / 16 + 1) * threads, 0);
+    for (size_t i = 0; i < threads; ++i) {
+      for (size_t j = i / kWarp * kWarp; j < std::min(threads, (i / kWarp + 1) * kWarp); ++j) {
+        s.known[i][j] = s.lane_sync[i * kWarp + j % kWarp];
+      }
+    }
+  }
+  const Known nothing(threads + 1, 0);
+  s.barriers[barrier] = {arrivals, arrivals, 0, 0, nothing, nothing};
+}
+
+// The barrier at an address, whose initialisation the calling thread knows of.
+Barrier& Machine::State::barrier(const uint64_t* at) {
+  shared_access(at, 8, false);
+  const auto found = barriers.find(at);
+  if (found == barriers.end()) fail("mbarrier used before it is initialised");
+  return found->second;
+}
+
+// Ends the phase if nothing is missing, and wakes who waited for that.
+void Machine::State::settle(const uint64_t* at) {
+  Barrier& b = barriers.at(at);
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.pending = b.count;
+  ++b.phase;
+  b.completed = b.arrived;
+  for (Fibre& f : fibres) {
+    if (f.wait != Wait::barrier || f.barrier != at || b.phase % 2 == f.parity) continue;
+    raise_to(known[static_cast<size_t>(id(f))], b.completed);
+    wake(f);
+  }
+}
+
+void barrier_arrive(uint64_t* barrier, int64_t expected_bytes) {
+  Machine::State& s = *running;
+  Barrier& b = s.barrier(barrier);
+  if (--b.pending < 0) {
+    s.fail("mbarrier: more than %d arrivals in a phase that waits for bytes", b.count);
+  }
+  b.bytes += expected_bytes;
+  const auto me = static_cast<size_t>(s.self());
+  s.known[me][me] = ++s.clock;
+  raise_to(b.arrived, s.known[me]);
+  s.settle(barrier);
+}
+
+void barrier_wait(uint64_t* barrier, int parity) {
+  Machine::State& s = *running;
+  Barrier& b = s.barrier(barrier);
+  if (b.phase % 2 != parity) {
+    raise_to(s.known[static_cast<size_t>(s.self())], b.completed);
+    return;
+  }
+  s.current->barrier = barrier;
+  s.current->parity = parity;
+  s.current->wait = Wait::barrier;
+  s.yield();
+}
+
+void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier) {
+  Machine::State& s = *running;
+  s.barrier(barrier);
+  if (bytes % 16 != 0) s.fail("bulk copy of %zu bytes, no multiple of 16", bytes);
+  s.check(s.readable, global, bytes, 16, false);
+  auto* to = static_cast<char*>(shared);
+  for (size_t i = 0; i < bytes; i += 16) shared_access16(to + i, true);
+  std::memset(to, 0xff, bytes);
+  Shadow* shadow = &s.shadow[static_cast<size_t>(to - s.shared.data())];
+  for (size_t i = 0; i < bytes; ++i) shadow[i].copier = s.self();
+  s.bulk.push_back({to, static_cast<const char*>(global), bytes, barrier});
+}
+
+void Machine::State::land_bulk() {
+  std::swap(bulk[random.below(bulk.size())], bulk.back());
+  const BulkCopy copy = bulk.back();
+  bulk.pop_back();
+  const int engine = copy_engine();
+  place(copy.to, copy.from, copy.bytes, copy.bytes, engine);
+  Barrier& b = barriers.at(copy.barrier);
+  b.bytes -= static_cast<int64_t>(copy.bytes);
+  b.arrived[static_cast<size_t>(engine)] = ++clock;
+  settle(copy.barrier);
+}
+
+// __syncwarp: every lane of the mask knows what any of them knew.
+void Machine::State::join(uint32_t mask, int first) {
+  Known all(known[0].size(), 0);
+  for (int i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1u) == 0) continue;
+    raise_to(all, known[static_cast<size_t>(first + i)]);
+    all[static_cast<size_t>(first + i)] = clock;
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    if (mask >> i & 1u) known[static_cast<size_t>(first + i)] = all;
+  }
+}
+
+// Whether another thread has read there since the last write, with nothing that orders it.
+bool Machine::State::read_by_others(int me, size_t offset) const {
+  for (int other = 0; other < copy_engine(); ++other) {
+    const uint64_t read = reads[offset / 16 * fibres.size() + static_cast<size_t>(other)];
+    if (other != me && read >= block_start && read >= shadow[offset].written &&
+        !ordered(me, other, read)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// ---- tensor cores -------------------------------------------------------------------------------
+
+namespace {
+
+// A lane's operands; the lane that completes the collective fills in every lane's result.
+struct LoadMatrix {
+  const char* row;
+  bool transposed;
+  uint32_t r[4];
+};
+
+struct Multiply {
+  const uint32_t* a;
+  const uint32_t* b;
+  float* d;
+};
+
+float bf16_value(uint32_t bits) { return __uint_as_float(bits << 16); }
+
+}  // namespace
+
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed) {
+  LoadMatrix lane{static_cast<const char*>(row), transposed, {}};
+  warp_collective(Collective::ldmatrix, ~0u, reinterpret_cast<uint64_t>(&lane), 0, kWarp);
+  std::memcpy(r, lane.r, sizeof(r));
+}
+
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Multiply lane{a, b, d};
+  warp_collective(Collective::mma, ~0u, reinterpret_cast<uint64_t>(&lane), 0, kWarp);
+}
+
+void Machine::State::load_matrices(int first) {
+  LoadMatrix* lanes[kWarp];
+  for (int i = 0; i < kWarp; ++i) {
+    lanes[i] = reinterpret_cast<LoadMatrix*>(fibres[static_cast<size_t>(first + i)].value);
+    if ((lanes[i]->row - shared.data()) % 16 != 0)
+      fail("ldmatrix: row of lane %d is misaligned", i);
+    if (lanes[i]->transposed != lanes[0]->transposed) fail("ldmatrix: lanes differ in .trans");
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    for (int m = 0; m < 4; ++m) {
+      char* to = reinterpret_cast<char*>(&lanes[i]->r[m]);
+      for (int half = 0; half < 2; ++half) {
+        // Element (row, column) of matrix m, the transposed one's if asked for.
+        int row = i / 4, column = i % 4 * 2 + half;
+        if (lanes[i]->transposed) std::swap(row, column);
+        const char* from = lanes[m * 8 + row]->row + column * 2;
+        touch_shared(first + i, from, 2, false);
+        std::memcpy(to + half * 2, from, 2);
+      }
+    }
+  }
+}
+
+void Machine::State::multiply(int first) {
+  Multiply* lanes[kWarp];
+  float a[16][16], b[8][16];
+  for (int i = 0; i < kWarp; ++i) {
+    lanes[i] = reinterpret_cast<Multiply*>(fibres[static_cast<size_t>(first + i)].value);
+    const int row = i / 4, k = i % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      const auto value = [&](uint32_t pair) { return bf16_value(pair >> (16 * half) & 0xffffu); };
+      for (int r = 0; r < 4; ++r) a[row + r % 2 * 8][k + r / 2 * 8 + half] = value(lanes[i]->a[r]);
+      for (int r = 0; r < 2; ++r) b[row][k + r * 8 + half] = value(lanes[i]->b[r]);
+    }
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    for (int e = 0; e < 4; ++e) {
+      const float* x = a[i / 4 + e / 2 * 8];
+      const float* y = b[i % 4 * 2 + e % 2];
+      float sum = lanes[i]->d[e];
+      for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
+      lanes[i]->d[e] = sum;
     }
   }
 }

@@ -7,12 +7,19 @@
 //   shared      starts as NaN and as "never written"; every access is checked for bounds, for
 //               reading the unwritten, and for a race (no barrier between accesses of two threads)
 //   global      every access lies within one registered range and is aligned
+//   copies      an asynchronous copy lands in the wait that asks for it, not before: until then its
+//               bytes may be neither read nor written, and other threads need a barrier after it
+//   mbarriers   phases of arrivals and bytes; a wait orders what was done before the arrivals. A
+//   bulk
+//               copy lands when no thread can go on without it
+//   tensor core ldmatrix and mma.sync by their fragment layouts, all lanes of a warp together
 //
 // The first finding ends the launch and is reported with thread and block. Rules are stricter than
 // the device's: a mask may name only lanes that take part, and a __syncthreads is met by the whole
 // block at one place.
 //
-// Not modelled: memory order between blocks, asynchronous copies, tensor cores.
+// Not modelled: memory order between blocks, the rounding inside of a tensor core (here a chain of
+// fp32 additions over k).
 #pragma once
 
 #include <cmath>
@@ -78,7 +85,16 @@ void check_write(const void* p, size_t bytes, size_t alignment);
 
 void sync_threads(const char* file, int line);
 
-enum class Collective { sync_warp, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot };
+enum class Collective {
+  sync_warp,
+  shuffle,
+  shuffle_up,
+  shuffle_down,
+  shuffle_xor,
+  ballot,
+  ldmatrix,
+  mma,
+};
 // Rendezvous of the lanes in mask. Shuffles return the value of the lane that `lane` and `width`
 // name, ballot the mask of lanes with a nonzero value.
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int lane, int width);
@@ -86,6 +102,29 @@ uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int lan
 void* shared_bytes(size_t bytes, const void* site);
 void* dynamic_shared_bytes();
 void shared_access(const void* p, size_t bytes, bool write);
+// 16 bytes at once.
+void shared_access16(const void* p, bool write);
+
+// Matrix m has the rows that lanes 8m .. 8m + 7 name, 8 elements of 16 bits each; the calling lane
+// gets its fragment of matrix m in r[m].
+void ldmatrix(uint32_t (&r)[4], const void* row, bool transposed);
+// d += a b: a [16, 16] and b [16, 8] bf16, d [16, 8] fp32, as fragments of m16n8k16.
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+// 16 bytes to shared memory, of which the first source_bytes come from global memory and the rest
+// are zero.
+void copy_async(void* shared, const void* global, size_t source_bytes);
+void commit_copies();
+// All groups of the calling thread but its newest `newest` have landed.
+void wait_copies(int newest);
+
+// mbarrier: a phase is over after `arrivals` arrivals and as many bytes as were expected.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int64_t expected_bytes);
+// Returns once the phase of this parity is over.
+void barrier_wait(uint64_t* barrier, int parity);
+// Any multiple of 16 bytes; reports them to the barrier when they are there.
+void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier);
 
 // Shared memory element: reads and writes go through the checks.
 template <typename T>
@@ -115,6 +154,8 @@ class SharedPointer {
   SharedReference<T> operator[](int64_t i) const { return SharedReference<T>(p_ + i); }
   SharedReference<T> operator*() const { return SharedReference<T>(p_); }
   SharedPointer operator+(int64_t n) const { return SharedPointer(p_ + n); }
+  // For the accesses that prim.cuh makes: the address, unchecked.
+  T* get() const { return p_; }
 
  private:
   T* p_;
@@ -199,4 +240,7 @@ inline uint32_t __float_as_uint(float f) {
   std::memcpy(&bits, &f, sizeof(bits));
   return bits;
 }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }

@@ -9,21 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt.config import VisionConfig
-from internvl_rt.layers import LayerNorm, Linear
+from internvl_rt.layers import LayerNorm, Linear, RmsNorm
 from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
 
 
 class VisionLayer:
-    """x += ls1 * attention(norm1(x)); x += ls2 * mlp(norm2(x))."""
+    """x += ls1 * attention(norm1(x)); x += ls2 * mlp(norm2(x)).
+
+    Where queries and keys are normalised, it is over all heads at a time.
+    """
 
     def __init__(
         self, config: VisionConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
     ) -> None:
         self.ops, self.heads, self.head_dim = opset, config.num_heads, config.head_dim
         name, eps = f"vit.{i}", config.layer_norm_eps
-        self.norm1 = LayerNorm(opset, *w.pair(f"{name}.norm1"), eps, dtype)
-        self.norm2 = LayerNorm(opset, *w.pair(f"{name}.norm2"), eps, dtype)
+
+        def norm(which: str) -> LayerNorm | RmsNorm:
+            if config.norm_type == "layer_norm":
+                return LayerNorm(opset, *w.pair(f"{name}.{which}"), eps, dtype)
+            return RmsNorm(opset, w[f"{name}.{which}.weight"], eps, dtype)
+
+        self.norm1, self.norm2 = norm("norm1"), norm("norm2")
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RmsNorm(opset, w[f"{name}.q_norm.weight"], eps, dtype)
+            self.k_norm = RmsNorm(opset, w[f"{name}.k_norm.weight"], eps, dtype)
         self.qkv = Linear(opset, *w.linear(f"{name}.qkv"), dtype)
         self.proj = Linear(opset, *w.linear(f"{name}.proj"), dtype)
         self.fc1 = Linear(opset, *w.linear(f"{name}.fc1"), dtype)
@@ -34,7 +46,11 @@ class VisionLayer:
     def __call__(self, x: Tensor, cu: Tensor) -> None:
         """Updates x [T, C] in place; tile b owns the tokens cu[b] : cu[b+1]."""
         H, D = self.heads, self.head_dim
-        q, k, v = self.qkv(self.norm1(x)).view(-1, 3, H, D).unbind(1)  # [T, H, D] each
+        qkv = self.qkv(self.norm1(x)).view(-1, 3, H * D)
+        if self.q_norm is not None and self.k_norm is not None:
+            self.q_norm(qkv[:, 0], out=qkv[:, 0])
+            self.k_norm(qkv[:, 1], out=qkv[:, 1])
+        q, k, v = qkv.unflatten(2, (H, D)).unbind(1)  # [T, H, D] each
         a = self.ops.flash_attention(q, k, v, cu, cu, scale=D**-0.5, causal=False)
         self.proj(a.view(-1, H * D), scale=self.ls1, residual=x, out=x)
         f = self.fc1(self.norm2(x), activation="gelu")

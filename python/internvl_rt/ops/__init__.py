@@ -6,8 +6,12 @@ Each is declared once (schema, reference, cases, cost) in the module of its name
 from internvl_rt.ops.embed_scatter import embed_scatter
 from internvl_rt.ops.flash_attention import flash_attention
 from internvl_rt.ops.gated_activation import gated_activation
+from internvl_rt.ops.grouped_linear import PackedExperts, grouped_linear, pack_experts
 from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.moe_combine import moe_combine
+from internvl_rt.ops.moe_route import Routing, moe_route
+from internvl_rt.ops.mxfp4_unpack import mxfp4_unpack
 from internvl_rt.ops.paged_attention import paged_attention
 from internvl_rt.ops.pixel_unshuffle_mlp import pixel_unshuffle_mlp
 from internvl_rt.ops.preprocess import preprocess
@@ -19,14 +23,21 @@ from internvl_rt.ops.sample import sample
 __all__ = [
     "Op",
     "OpSet",
+    "PackedExperts",
     "PackedWeight",
+    "Routing",
     "catalogue",
     "embed_scatter",
     "flash_attention",
     "gated_activation",
+    "grouped_linear",
     "layer_norm",
     "linear",
+    "moe_combine",
+    "moe_route",
+    "mxfp4_unpack",
     "pack",
+    "pack_experts",
     "paged_attention",
     "pixel_unshuffle_mlp",
     "preprocess",

@@ -19,6 +19,9 @@ class Chunk:
     logits: str  # rows of logits wanted: "none" | "last" | "all"
     image: Tensor | None = None  # [N, hidden]: features of the sequence's pictures
     image_row: Tensor | None = None  # int64 [n]: row of `image`, -1 for text
+    # Length that the rotary angles follow: the whole prompt's for every part of it, so that they
+    # do not depend on how it is cut; None: the keys so far.
+    rope_len: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Batch:
     slots: Tensor  # int64 [T], where its key and value go: page * P + offset
     cu_q: Tensor  # int32 [B+1]
     kv_lens: Tensor  # int32 [B], keys that the last token of a sequence sees
+    rope_lens: tuple[int, ...]  # B lengths that the rotary angles follow
     page_table: Tensor  # int32 [B, pages of the longest]
     logits_rows: Tensor | None  # int64 [R], None: all rows
 
@@ -62,6 +66,10 @@ def make_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
         cu_q=cu.int(),
         kv_lens=torch.tensor(
             [c.start + n for c, n in zip(chunks, lengths, strict=True)], dtype=torch.int32
+        ),
+        rope_lens=tuple(
+            c.start + n if c.rope_len is None else c.rope_len
+            for c, n in zip(chunks, lengths, strict=True)
         ),
         page_table=table,
         logits_rows=_logits_rows(chunks, cu.tolist()),

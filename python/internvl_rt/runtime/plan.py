@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,32 +48,34 @@ class MemoryPlan:
                 f"cache, {self.available / GIB:.2f} GiB are available"
             )
 
-    def table(self) -> str:
-        rows = (
-            ("weights, packed", f"{self.weights / GIB:8.3f} GiB"),
-            ("embedding, mapped from the file", f"{self.mapped / GIB:8.3f} GiB"),
-            ("activations, peak", f"{self.activations / GIB:8.3f} GiB"),
-            ("KV cache per token", f"{self.kv_per_token / 1024:8.1f} KiB"),
-            ("KV cache per 1000 tokens", f"{self.kv_per_token * 1000 / GIB:8.3f} GiB"),
-            ("KV cache capacity", f"{self.kv_tokens:8d} tokens"),
-            ("memory available", f"{self.available / GIB:8.3f} GiB"),
-            ("fits", "yes" if self.fits else "no"),
-        )
-        return "\n".join(f"{name:<33}{value}" for name, value in rows)
+
+def table(plans: Mapping[str, MemoryPlan]) -> str:
+    """The plans side by side, under their names."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:.3f} GiB"
+
+    rows = (
+        ("weights, packed", lambda plan: gib(plan.weights)),
+        ("embedding, mapped from the file", lambda plan: gib(plan.mapped)),
+        ("activations, peak", lambda plan: gib(plan.activations)),
+        ("KV cache per token", lambda plan: f"{plan.kv_per_token / 1024:.1f} KiB"),
+        ("KV cache per 1000 tokens", lambda plan: gib(plan.kv_per_token * 1000)),
+        ("KV cache capacity", lambda plan: f"{plan.kv_tokens} tokens"),
+        ("memory available", lambda plan: gib(plan.available)),
+        ("fits", lambda plan: "yes" if plan.fits else "no"),
+    )
+    cells = [("", *plans), *((name, *map(show, plans.values())) for name, show in rows)]
+    return "\n".join(f"{name:<33}" + "".join(f"{c:>16}" for c in line) for name, *line in cells)
 
 
-def make_plan(
-    config: ModelConfig, dtype: torch.dtype, *, tied: bool, prefill_chunk: int
-) -> MemoryPlan:
-    """The plan for a model in dtype on this machine.
-
-    tied: the head shares the embedding's tensor in the file; packed, it is memory of its own.
-    """
+def make_plan(config: ModelConfig, dtype: torch.dtype, *, prefill_chunk: int) -> MemoryPlan:
+    """The plan for a model in dtype on this machine."""
     size = dtype.itemsize
     shapes = dict(tensor_shapes(config))
     embed = math.prod(shapes.pop("llm.embed.weight")) * size
-    if tied:
-        shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
+    # Memory of its own even where it shares the embedding's tensor in the file.
+    shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
     weights = sum(math.prod(s) for s in shapes.values()) * size
     text = config.text
     kv_per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size
@@ -80,7 +83,7 @@ def make_plan(
     available = available_memory()
     # Half of the rest: what else the process does needs memory too.
     spare = max(0, available - weights - activations) // 2
-    capacity = min(spare // kv_per_token, CONTEXTS * text.max_position_embeddings)
+    capacity = min(spare // kv_per_token, CONTEXTS * text.context)
     return MemoryPlan(
         weights=weights,
         mapped=embed,
@@ -101,7 +104,10 @@ def _vision_peak(config: ModelConfig) -> int:
 def _text_peak(config: ModelConfig, chunk: int) -> int:
     t = config.text
     heads = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
-    return chunk * (2 * t.hidden_size + 2 * max(heads, 3 * t.intermediate_size)) + 2 * t.vocab_size
+    mlp = 3 * t.intermediate_size
+    if t.experts:
+        mlp = t.experts.top_k * (3 * t.experts.width + t.hidden_size)
+    return chunk * (2 * t.hidden_size + 2 * max(heads, mlp)) + 2 * t.vocab_size
 
 
 def available_memory() -> int:

@@ -1,0 +1,20 @@
+// What linear and grouped_linear share: the product's steps and how a call's memory is bounded.
+#pragma once
+
+#include "kernels/linear.h"
+
+namespace ivr {
+
+// x is prepared for at most this many bytes at a time, so that a call's memory does not grow with
+// M.
+constexpr int64_t kWorkspaceBytes = 24 << 20;
+// A multiple of every instruction set's row group.
+constexpr int64_t kRowMultiple = 96;
+// Below this much work per product a second thread does not pay.
+constexpr int64_t kSerialFlops = 1 << 17;
+constexpr int64_t kPrepareElements = 16384;
+
+// The steps of a product of this dtype on the current instruction set.
+LinearSteps linear_steps(DType dtype);
+
+}  // namespace ivr

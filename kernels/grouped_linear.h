@@ -1,0 +1,25 @@
+// grouped_linear: rows sorted by expert, every expert's rows times its own weight:
+// out[m] = x[rows[m]] W_e^T + bias_e for offsets[e] <= m < offsets[e + 1].
+//
+// Each expert's product is the one of kernels/linear.h, weights and steps alike: a row has the bits
+// that linear gives it with that expert's weight, whatever else is in the call. On the CPU the
+// steps of all experts run as one list of chunks.
+#pragma once
+
+#include "kernels/linear.h"
+
+namespace ivr {
+
+struct GroupedLinearParams {
+  const void* x;           // [R, K]
+  const int32_t* rows;     // [M]: rows of x, or null: row m is x[m]
+  const void* weight;      // the packed weights of the E experts, one behind the other
+  const void* bias;        // [E, N] or null
+  const int32_t* offsets;  // [E + 1]
+  void* out;               // [M, N]
+  int64_t M, N, K, E;
+  int64_t x_r, bias_e, out_m;  // row strides in elements
+  DType dtype;                 // f32 or bf16: x, weight, bias and out
+};
+
+}  // namespace ivr

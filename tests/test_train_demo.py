@@ -1,0 +1,180 @@
+"""The demonstration model's pictures are what their answers say, and its training trains."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import internvl_rt as ivr
+from internvl_rt.prompt import render
+
+TOOLS = Path(__file__).parents[1] / "tools" / "train_demo"
+if not TOOLS.is_dir():
+    pytest.skip("not run from the repository", allow_module_level=True)
+sys.path.insert(0, str(TOOLS))
+
+import data  # noqa: E402
+import draw  # noqa: E402
+import export  # noqa: E402
+import optimizer  # noqa: E402
+import tokens  # noqa: E402
+import world  # noqa: E402
+from model import Demo, Sizes  # noqa: E402
+
+SMALL = Sizes(
+    vision_width=64, vision_layers=2, vision_heads=2, vision_inner=96, image_size=112, width=64,
+    layers=2, heads=2, kv_heads=1, inner=96, vocab=700,
+)  # fmt: skip
+
+
+def scenes(task, count=20, side=112):
+    rng = np.random.default_rng([7, *task.encode()])
+    return [draw.scene(rng, task, side, side) for _ in range(count)]
+
+
+@pytest.mark.parametrize("task", ["shape and colour", "count", "relation", "emoji", "outside"])
+def test_the_same_generator_draws_the_same(task):
+    a, b = scenes(task, 3), scenes(task, 3)
+    assert all(
+        np.array_equal(x.pixels, y.pixels) and x.turns == y.turns for x, y in zip(a, b, strict=True)
+    )
+    assert all(x.pixels.shape == (112, 112, 3) and x.pixels.dtype == np.uint8 for x in a)
+
+
+def test_count_is_the_number_of_things_drawn():
+    for picture in scenes("count", 30):
+        assert picture.turns[0][2] == str(len(picture.items))
+        assert len({item.kind for item in picture.items}) == 1
+
+
+def test_relation_agrees_with_the_boxes():
+    def named(picture, text):
+        words = text.split()
+        found = [
+            i
+            for i in picture.items
+            if world.SHAPES[i.kind - world.SHAPE_CLASS] == words[-1]
+            and (len(words) == 1 or i.colour == words[0])
+        ]
+        assert len(found) == 1
+        x0, y0, x1, y1 = found[0].box
+        return (x0 + x1) / 2, (y0 + y1) / 2
+
+    for picture in scenes("relation", 60):
+        _, question, answer = picture.turns[1]
+        text = question.removeprefix("Where is the ").rstrip("?")
+        separator = ", seen from the " if ", seen" in text else " relative to the "
+        a, b = (named(picture, name) for name in text.split(separator))
+        holds = {
+            "left": a[0] < b[0],
+            "right": a[0] > b[0],
+            "above": a[1] < b[1],
+            "below": a[1] > b[1],
+        }
+        assert holds[answer.split()[0]], (question, answer)
+        assert picture.turns[0][2] == answer.split()[0]
+
+
+def test_labels_cover_the_thing_and_nothing_else():
+    canvas = draw.Canvas(np.random.default_rng(0), 112, 112)
+    canvas.shape("square", "red", 42, (14, 28))
+    kinds, colours = (x.reshape(8, 8) for x in canvas.picture().labels())
+    inside = np.zeros((8, 8), bool)
+    inside[2:5, 1:4] = True
+    assert (kinds[inside] == world.SHAPE_CLASS + world.SHAPES.index("square")).all()
+    assert (colours[inside] == world.COLOUR_NAMES.index("red")).all()
+    assert set(kinds[~inside].tolist()) <= {0, draw.IGNORE}
+    assert (colours[~inside] == draw.IGNORE).all()
+
+
+def test_a_conversation_is_the_prompt_that_runs():
+    writer = tokens.Writer(tokens.make_tokenizer(700))
+    turns = [("What number is this?", "4821"), ("What colour is the number?", "red")]
+    talk = writer.conversation(turns)
+    shown = writer.tokenizer.decode(talk.before, skip_special_tokens=False) + "<IMG_CONTEXT>"
+    shown += writer.tokenizer.decode(talk.after, skip_special_tokens=False)
+    expected = render(
+        turns[1][0],
+        template=tokens.TEMPLATE,
+        history=[(f"<image>\n{turns[0][0]}", "4821")],
+        system=world.SYSTEM_MESSAGE,
+        num_tiles=[1],
+        tokens_per_tile=1,
+    )
+    assert shown == expected + "red<|im_end|>"
+    marked = [i for i, answer in zip(talk.after, talk.answers, strict=True) if answer]
+    assert (
+        writer.tokenizer.decode(marked, skip_special_tokens=False) == "4821<|im_end|>red<|im_end|>"
+    )
+
+
+def test_optimizer_learns_and_leaves_the_frozen_alone():
+    torch.manual_seed(0)
+    model = Demo(SMALL, 5, 3).bfloat16()
+    steps = optimizer.Optimizer(model)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if n.startswith("mlp1.")}
+    pixels = torch.randn(8, 3, 112, 112).bfloat16()
+    labels = torch.randint(0, 5, (8 * 64,))
+    losses = []
+    for _ in range(25):
+        patches = model.vision_model(pixels)[:, 1:].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(model.dense["kind"](patches).float(), labels)
+        loss.backward()
+        steps.step({"vision_model.": 3e-3, "dense.": 3e-3})
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.75 * losses[0]
+    named = dict(model.named_parameters())
+    assert all(torch.equal(named[n], p) for n, p in frozen.items())
+
+
+def test_the_exported_checkpoint_is_the_trained_model(tmp_path):
+    torch.manual_seed(1)
+    model = Demo(SMALL, 5, 3)
+    with torch.no_grad():  # what the file stores
+        for p in model.parameters():
+            p.copy_(p.add_(0.05 * torch.randn_like(p)).bfloat16())
+    export.write(dict(model.named_parameters()), tmp_path, SMALL)
+    loaded = ivr.load(tmp_path, dtype="float32")
+    picture = scenes("emoji", 1)[0]
+    pixels = data.normalise(picture.pixels[None], "cpu", torch.float32)
+    features = model.project(model.vision_model(pixels))
+    assert torch.allclose(loaded.encode_images(pixels), features, atol=1e-4, rtol=1e-3)
+    writer = tokens.Writer(tokens.make_tokenizer(SMALL.vocab))
+    talk = writer.conversation([picture.turns[0][1:]], last_answer=False)
+    ids = [*talk.before, *[loaded.image_token_id] * 16, *talk.after]
+    logits = loaded.forward(torch.tensor([ids]), pixels)
+    parts = (torch.tensor([talk.before]), torch.tensor([talk.after]))
+    states = torch.cat((model.embed(parts[0]), features, model.embed(parts[1])), 1)
+    expected = model.logits(model.decode(states))
+    assert torch.allclose(logits, expected, atol=1e-3, rtol=1e-3)
+    assert loaded.system_message == world.SYSTEM_MESSAGE
+    assert isinstance(
+        loaded.chat(picture.turns[0][1], images=picture.pixels, max_new_tokens=3), str
+    )
+
+
+def test_tiles_are_those_of_preprocess():
+    rng = np.random.default_rng(3)
+    picture = draw.scene(rng, "emoji", 300, 200)
+    tiles = data.tiles_of(picture.pixels, 112)
+    whole = ivr.image.preprocess(picture.pixels, max_tiles=data.MAX_TILES, image_size=112)
+    assert len(tiles) == len(whole) - 1 > 1
+    assert torch.allclose(data.normalise(tiles, "cpu", torch.float32), whole[:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scene", "thumbnail", "tiles"])
+def test_a_batch_of_every_source(kind, monkeypatch):
+    monkeypatch.setattr(data, "JOINS", {"emoji": 0.0, "relation": 0.5})
+    writer = tokens.Writer(tokens.make_tokenizer(700))
+    plan = data.Plan("test", (data.Source(kind, 112, 3),), staged=True)
+    arrays = data.batch(plan, writer, 0, 0.1)
+    assert arrays["pixels"].shape == (3, 112, 112, 3)
+    assert arrays["kinds"].shape == arrays["colours"].shape == (3, 64)
+    assert (arrays["kinds"] >= world.EMOJI_CLASS).any(1).all()  # relation has not joined
+    assert arrays["after"].shape == arrays["answers"].shape
+    assert arrays["answers"].any(1).all()
+    assert ("tiles" in arrays) == (kind == "tiles")
+    again = data.batch(plan, writer, 0, 0.1)
+    assert all(np.array_equal(arrays[k], again[k]) for k in arrays)

@@ -1,0 +1,173 @@
+"""Batches of pictures and conversations, drawn in a process of their own."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import draw
+from internvl_rt.image import tile_grid
+from tokens import Writer, make_tokenizer, pad
+
+_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+MAX_TILES = 6  # of a training picture; `load(...).chat` takes up to 12 by default
+# A task joins the mixture when this share of the stage is over: circuits form faster alone.
+JOINS = {
+    "number": 0.0,
+    "shape and colour": 0.1,
+    "emoji": 0.2,
+    "relation": 0.3,
+    "count": 0.45,
+    "outside": 0.9,
+}
+# Share of a task in the mixture: more of what is learned more slowly.
+WEIGHTS = {
+    "number": 2.0,
+    "shape and colour": 0.6,
+    "emoji": 0.8,
+    "relation": 2.0,
+    "count": 1.4,
+    "outside": 0.4,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pictures of one kind in a batch.
+
+    kind: "page" (nothing is asked); "scene", square; "thumbnail", a larger scene of any shape,
+    squeezed into a square; "tiles", the same as tiles and thumbnail, all of one grid.
+    """
+
+    kind: str
+    side: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage is fed: its sources take turns; tasks join one after the other if `staged`."""
+
+    name: str
+    sources: tuple[Source, ...]
+    staged: bool = False
+    vocab: int = 0
+    seed: int = 0
+
+
+def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, Any]:
+    """Arrays of one batch: pixels, kinds, colours and, for scenes, before, after and answers.
+
+    pixels uint8 [B, S, S, 3]; for tiles also tiles [B, t, S, S, 3], the thumbnail not among them.
+    """
+    rng = np.random.default_rng([plan.seed, *plan.name.encode(), index])
+    source = plan.sources[index % len(plan.sources)]
+    if source.kind == "page":
+        return _arrays([draw.page(rng, source.side) for _ in range(source.count)])
+    tasks = [t for t, start in JOINS.items() if progress >= start or not plan.staged]
+    weights = np.array([WEIGHTS[t] for t in tasks])
+    chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
+    drawn = _draw(rng, source, chosen)
+    talks = []
+    for picture in drawn:
+        turns = [picture.turns[i] for i in rng.permutation(len(picture.turns))]
+        talks.append(writer.conversation([t[1:] for t in turns[: int(rng.integers(1, 3))]]))
+    arrays = _arrays(
+        [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
+    )
+    if source.kind == "tiles":
+        arrays["tiles"] = np.stack([tiles_of(p.pixels, source.side) for p in drawn])
+    arrays["before"] = np.array([t.before for t in talks])
+    arrays["after"] = pad([t.after for t in talks], 0)
+    arrays["answers"] = pad([t.answers for t in talks], False)
+    return arrays
+
+
+def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[draw.Picture]:
+    if source.kind == "scene":
+        return [draw.scene(rng, task, source.side, source.side) for task in tasks]
+    low, high = 5 * source.side // 4, 3 * source.side
+    size = rng.integers(low, high, 2)  # shared: all of a batch have one grid
+    if source.kind == "tiles":
+        return [draw.scene(rng, task, *size.tolist()) for task in tasks]
+    drawn = []
+    for task in tasks:
+        width = int(rng.integers(low, high))
+        height = int(np.clip(width * rng.uniform(0.6, 1.67), low, high))
+        drawn.append(draw.scene(rng, task, width, height).resized(source.side))
+    return drawn
+
+
+def tiles_of(pixels: np.ndarray, side: int) -> np.ndarray:
+    """The tiles of InternVL's dynamic tiling without the thumbnail, uint8 [t, side, side, 3]."""
+    height, width = pixels.shape[:2]
+    columns, rows = tile_grid(width, height, MAX_TILES, side)
+    if columns * rows == 1:
+        return np.empty((0, side, side, 3), np.uint8)
+    image = Image.fromarray(pixels).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    grid = np.asarray(image).reshape(rows, side, columns, side, 3).transpose(0, 2, 1, 3, 4)
+    return grid.reshape(rows * columns, side, side, 3)
+
+
+def _arrays(pictures: list[draw.Picture]) -> dict[str, np.ndarray]:
+    kinds, colours = zip(*(p.labels() for p in pictures), strict=True)
+    pixels = np.stack([p.pixels for p in pictures])
+    return {"pixels": pixels, "kinds": np.stack(kinds), "colours": np.stack(colours)}
+
+
+def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list[draw.Picture]:
+    """Fresh pictures for one task (or "outside"); turns[0] is the one to ask."""
+    rng = np.random.default_rng([seed, *f"exam {task} {side}".encode()])
+    pictures = []
+    while len(pictures) < count:
+        picture = draw.scene(rng, task, side, side, held_out)
+        if picture.turns[0][0] == task:  # "count" has another task for six to nine
+            pictures.append(picture)
+    return pictures
+
+
+def normalise(pixels: np.ndarray | Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    """uint8 [B, S, S, 3] -> [B, 3, S, S]."""
+    x = torch.as_tensor(pixels).permute(0, 3, 1, 2).float() / 255
+    return ((x - _MEAN) / _STD).to(device, dtype)
+
+
+class Loader:
+    """Batches of a plan, drawn ahead by worker processes; `progress` is told to them."""
+
+    def __init__(self, plan: Plan, workers: int) -> None:
+        context = mp.get_context("spawn")
+        self.progress = context.Value("d", 0.0)
+        self._queues = [context.Queue(4) for _ in range(workers)]
+        self._workers = [
+            context.Process(target=_work, args=(plan, q, self.progress, i, workers), daemon=True)
+            for i, q in enumerate(self._queues)
+        ]
+        for worker in self._workers:
+            worker.start()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        index = 0
+        while True:
+            yield self._queues[index % len(self._queues)].get()
+            index += 1
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+
+def _work(plan: Plan, queue: Any, progress: Any, first: int, step: int) -> None:
+    writer = Writer(make_tokenizer(plan.vocab)) if plan.vocab else None
+    index = first
+    while True:
+        queue.put(batch(plan, writer, index, progress.value))
+        index += step

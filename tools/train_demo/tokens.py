@@ -1,0 +1,88 @@
+"""The demonstration model's tokenizer, and conversations as token ids with their answers marked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import world
+from internvl_rt.prompt import render
+
+TEMPLATE = "internvl2_5"
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MARKERS = (
+    *("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"),
+    *("<ref>", "</ref>", "<box>", "</box>"),
+)
+
+
+def make_tokenizer(vocab: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE over the world's questions and answers; digits stay single."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab - len(SPECIAL) - len(MARKERS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(world.corpus(), trainer)
+    for name in SPECIAL + MARKERS:
+        tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """before: ids up to the picture's; after: ids that follow it; answers: mask over `after`."""
+
+    before: list[int]
+    after: list[int]
+    answers: list[bool]
+
+
+class Writer:
+    """Turns into ids; the text around them is `internvl_rt.prompt.render`'s, as at inference."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def conversation(self, turns: list[tuple[str, str]], last_answer: bool = True) -> Conversation:
+        """turns: (question, answer); without last_answer the text ends where it would begin."""
+        parts: list[tuple[str, bool]] = []
+        known = ""
+        for i, (question, answer) in enumerate(turns):
+            text = render(
+                question if i else f"<image>\n{question}",
+                template=TEMPLATE,
+                history=[
+                    (f"<image>\n{q}" if j == 0 else q, a) for j, (q, a) in enumerate(turns[:i])
+                ],
+                system=world.SYSTEM_MESSAGE,
+                num_tiles=[1],
+                tokens_per_tile=1,
+            )
+            assert text.startswith(known)
+            parts.append((text[len(known) :], False))
+            known = text
+            if i < len(turns) - 1 or last_answer:
+                parts.append((f"{answer}<|im_end|>", True))
+                known += f"{answer}<|im_end|>"
+        before, _, rest = parts[0][0].partition("<IMG_CONTEXT>")
+        parts[0] = (rest, False)
+        pieces = [(self.ids(text), flag) for text, flag in parts]
+        after = [i for ids, _ in pieces for i in ids]
+        return Conversation(self.ids(before), after, [f for ids, f in pieces for _ in ids])
+
+
+def pad(rows: list[list], value: int | bool) -> np.ndarray:
+    longest = max(map(len, rows))
+    return np.array([row + [value] * (longest - len(row)) for row in rows])

@@ -1,0 +1,272 @@
+"""Trains the demonstration model on pictures that it draws itself.
+
+    python tools/train_demo/train.py --out /tmp/demo                    # all stages
+    python tools/train_demo/train.py --out /tmp/demo --stages whole --minutes 30   # goes on
+
+Stages: `tower` teaches the vision tower what lies in every patch; `answer` the decoder with the
+tower frozen, one task after the other; `whole` all of it, at 112 and at 224 pixels, with the dense
+loss kept; `tiles` the same with pictures of any shape, as a thumbnail or as several tiles. A stage
+runs for its minutes: the learning rate and the mixture follow the clock, so a faster machine sees
+more pictures. OUT/state.pt is written every few minutes and read at the start; OUT/log.jsonl gets
+loss and held-out accuracy. Uses a GPU when there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import draw
+import world
+from model import Demo, Sizes
+from optimizer import Optimizer
+from tokens import Writer, make_tokenizer, pad
+
+BACKGROUND_WEIGHT = 0.15
+
+
+@dataclass(frozen=True)
+class Stage:
+    """minutes on two cores; rates: learning rate by the beginning of a parameter's name."""
+
+    minutes: float
+    rates: dict[str, float]
+    plan: data.Plan
+    dense: float  # weight of the dense loss
+    exam_side: int
+
+
+_PAGES = data.Source("page", 112, 64)
+_SMALL, _LARGE = data.Source("scene", 112, 64), data.Source("scene", 224, 20)
+_THUMBNAILS, _TILES = data.Source("thumbnail", 224, 20), data.Source("tiles", 224, 4)
+_TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
+_TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
+_ALL = {"vision_model.": 4e-4, "dense.": 4e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
+STAGES = {
+    "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
+    "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
+    "whole": Stage(22, _ALL, data.Plan("whole", (_SMALL, _SMALL, _SMALL, _LARGE)), 0.5, 112),
+    "tiles": Stage(
+        33,
+        _ALL,
+        data.Plan(
+            "tiles",
+            (_LARGE, _SMALL, _THUMBNAILS, _PAGES, _SMALL, _THUMBNAILS, _TILES, _SMALL),
+        ),
+        0.5,
+        224,
+    ),
+}
+
+
+def rate_factor(progress: float) -> float:
+    """Warm-up over 2 % of a stage, flat, linear to a twentieth over its last 40 %."""
+    return min(progress / 0.02, 1.0, max(0.05, (1 - progress) / 0.4))
+
+
+class Trainer:
+    def __init__(self, out: Path, device: str) -> None:
+        torch.manual_seed(0)
+        self.out, self.device = out, device
+        self.sizes = Sizes()
+        self.tokenizer = make_tokenizer(self.sizes.vocab)
+        self.writer = Writer(self.tokenizer)
+        model = Demo(self.sizes, world.class_count(), len(world.COLOUR_NAMES))
+        self.model = model.to(device, torch.bfloat16)
+        self.optimizer = Optimizer(self.model)
+        weight = torch.ones(world.class_count(), device=device)
+        weight[0] = BACKGROUND_WEIGHT
+        self.kind_weight = weight
+        out.mkdir(parents=True, exist_ok=True)
+        state = out / "state.pt"
+        if state.exists():
+            self.optimizer.load(torch.load(state, map_location=device))
+
+    def run(self, name: str, stage: Stage, minutes: float, workers: int) -> None:
+        plan = replace(stage.plan, vocab=self.sizes.vocab)
+        loader = data.Loader(plan, workers)
+        begin = saved = shown = time.monotonic()
+        seen = steps = 0
+        losses: dict[str, float] = {}
+        try:
+            for arrays in loader:
+                progress = (time.monotonic() - begin) / (60 * minutes)
+                if progress >= 1:
+                    break
+                loader.progress.value = progress
+                factor = rate_factor(max(progress, 1e-4))
+                found = self.losses(name, stage, arrays)
+                sum(found.values()).backward()
+                norm = self.optimizer.step({k: v * factor for k, v in stage.rates.items()})
+                seen, steps = seen + len(arrays["pixels"]), steps + 1
+                figures = {k: float(v.detach()) for k, v in found.items()} | {"norm": norm}
+                for key, value in figures.items():
+                    losses[key] = 0.95 * losses.get(key, value) + 0.05 * value
+                now = time.monotonic()
+                if now - shown > 10:
+                    shown = now
+                    self.show(name, progress, seen, seen / (now - begin), losses)
+                if now - saved > 240:
+                    self.report(name, stage, seen, now - begin, losses, 48)
+                    saved = time.monotonic()
+                    begin += saved - now  # examining does not count as training
+        finally:
+            loader.close()
+        self.report(name, stage, seen, time.monotonic() - begin, losses, 200)
+
+    def losses(self, name: str, stage: Stage, arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+        pixels = data.normalise(arrays["pixels"], self.device, torch.bfloat16)
+        room = self.sizes.grid - pixels.shape[-1] // draw.PATCH
+        corner = tuple(np.random.default_rng(arrays["pixels"].sum()).integers(0, room + 1, 2))
+        found = {}
+        with torch.set_grad_enabled(stage.rates.get("vision_model.", 0) > 0):
+            features = self.model.vision_model(pixels, corner)
+        if stage.dense:
+            kinds, colours = (
+                torch.as_tensor(arrays[k]).to(self.device).flatten() for k in ("kinds", "colours")
+            )
+            patches = features[:, 1:].flatten(0, 1)
+            kind = self.model.dense["kind"](patches).float()
+            colour = self.model.dense["colour"](patches[colours >= 0]).float()
+            found["kind"] = stage.dense * F.cross_entropy(kind, kinds, self.kind_weight)
+            found["colour"] = 0.3 * stage.dense * F.cross_entropy(colour, colours[colours >= 0])
+        if "after" in arrays:
+            pictures = self.model.project(features)
+            if "tiles" in arrays:
+                pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
+            found["answer"] = self.answer_loss(pictures, arrays)
+        return found
+
+    def tiles(self, tiles: np.ndarray) -> Tensor:
+        """uint8 [B, t, S, S, 3] -> embeddings [B, t * n, W], without gradient: they come first."""
+        B, t = tiles.shape[:2]
+        pixels = data.normalise(tiles.reshape(B * t, *tiles.shape[2:]), self.device, torch.bfloat16)
+        with torch.no_grad():
+            found = self.model.project(self.model.vision_model(pixels))
+        return found.reshape(B, -1, found.shape[-1])
+
+    def answer_loss(self, pictures: Tensor, arrays: dict[str, np.ndarray]) -> Tensor:
+        before, after = (torch.as_tensor(arrays[k]).to(self.device) for k in ("before", "after"))
+        states = self.states(before, pictures, after[:, :-1])
+        answers = torch.as_tensor(arrays["answers"]).to(self.device)
+        last = states[:, -after.shape[1] :]  # the states that predict `after`
+        return F.cross_entropy(self.model.logits(last[answers]), after[answers])
+
+    def states(self, before: Tensor, pictures: Tensor, after: Tensor) -> Tensor:
+        """before, after: ids [B, T]; pictures: embeddings [B, n, W] that stand between them."""
+        parts = (self.model.embed(before), pictures, self.model.embed(after))
+        return self.model.decode(torch.cat(parts, 1))
+
+    # Exams
+
+    @torch.no_grad()
+    def answers(self, pictures: list[draw.Picture], turn: int = 0) -> list[str]:
+        """Greedy answers to one turn of every picture."""
+        pixels = np.stack([p.pixels for p in pictures])
+        pixels = data.normalise(pixels, self.device, torch.bfloat16)
+        embedded = self.model.project(self.model.vision_model(pixels))
+        talks = [self.writer.conversation([p.turns[turn][1:]], last_answer=False) for p in pictures]
+        before = torch.tensor([t.before for t in talks], device=self.device)
+        rows = [list(t.after) for t in talks]
+        starts, end = [len(r) for r in rows], self.tokenizer.token_to_id("<|im_end|>")
+        for _ in range(12):
+            after = torch.as_tensor(pad(rows, 0)).to(self.device)
+            states = self.states(before, embedded, after)[:, -after.shape[1] :]
+            at = torch.tensor([len(r) - 1 for r in rows], device=self.device)
+            best = self.model.logits(states[torch.arange(len(rows)), at]).argmax(-1).tolist()
+            for row, token in zip(rows, best, strict=True):
+                row.append(token)
+            if all(end in r[s:] for r, s in zip(rows, starts, strict=True)):
+                break
+        cut = [[*r[s:], end] for r, s in zip(rows, starts, strict=True)]
+        return [self.tokenizer.decode(c[: c.index(end)]) for c in cut]
+
+    def examine(self, side: int, count: int) -> dict[str, float]:
+        """Per cent of exact answers per task, unseen pictures and fonts."""
+        scores = {}
+        for task in (*world.TASKS, "outside"):
+            pictures = data.exam(task, side, count, held_out=True, seed=1)
+            right = 0
+            for i in range(0, count, 50):
+                part = pictures[i : i + 50]
+                given = self.answers(part)
+                right += sum(a == p.turns[0][2] for a, p in zip(given, part, strict=True))
+            scores[task] = round(100 * right / count, 1)
+        return scores
+
+    @torch.no_grad()
+    def examine_patches(self, side: int, count: int) -> dict[str, float]:
+        """Per cent of patches of unseen pages and fonts whose content the tower knows."""
+        rng = np.random.default_rng(2)
+        pages = [draw.page(rng, side, held_out=True) for _ in range(count)]
+        pixels = data.normalise(np.stack([p.pixels for p in pages]), self.device, torch.bfloat16)
+        patches = self.model.vision_model(pixels)[:, 1:].flatten(0, 1)
+        kinds, colours = (
+            torch.as_tensor(np.concatenate(x))
+            for x in zip(*(p.labels() for p in pages), strict=True)
+        )
+        right = self.model.dense["kind"](patches).argmax(-1).cpu() == kinds
+        tint = self.model.dense["colour"](patches).argmax(-1).cpu() == colours
+        groups = {
+            "background": kinds == 0,
+            "digits": (kinds >= world.DIGIT_CLASS) & (kinds < world.SHAPE_CLASS),
+            "shapes": (kinds >= world.SHAPE_CLASS) & (kinds < world.EMOJI_CLASS),
+            "emoji": kinds >= world.EMOJI_CLASS,
+        }
+        scores = {k: round(100 * float(right[g].float().mean()), 1) for k, g in groups.items()}
+        scores["colours"] = round(100 * float(tint[colours >= 0].float().mean()), 1)
+        return scores
+
+    # Reports
+
+    def show(self, name: str, progress: float, seen: int, speed: float, losses: dict) -> None:
+        bar = "#" * round(20 * progress)
+        figures = " ".join(f"{k} {v:.3f}" for k, v in losses.items())
+        print(f"{name} [{bar:20}] {seen} pictures, {speed:.0f}/s, {figures}", flush=True)
+
+    def report(
+        self, name: str, stage: Stage, seen: int, seconds: float, losses: dict, count: int
+    ) -> None:
+        torch.save(self.optimizer.state(), self.out / "state.new")
+        (self.out / "state.new").replace(self.out / "state.pt")
+        entry = {"stage": name, "pictures": seen, "seconds": round(seconds)}
+        entry |= {k: round(v, 4) for k, v in losses.items()}
+        entry["patches"] = self.examine_patches(stage.exam_side, count)
+        if stage.plan.sources[0].kind != "page":
+            entry["answers"] = self.examine(stage.exam_side, count)
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(entry) + "\n")
+        print(json.dumps(entry), flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of state and log")
+    parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in order")
+    parser.add_argument("--minutes", type=float, help="of every stage, instead of its own")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    given = parser.parse_args()
+    names = given.stages.split(",")
+    if unknown := [n for n in names if n not in STAGES]:
+        parser.error(f"--stages has {unknown[0]!r}, allowed: {', '.join(STAGES)}")
+    torch.set_num_threads(given.threads)
+    trainer = Trainer(given.out, "cuda" if torch.cuda.is_available() else "cpu")
+    for name in names:
+        stage = STAGES[name]
+        trainer.run(name, stage, given.minutes or stage.minutes, given.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
