@@ -83,9 +83,14 @@ constexpr int64_t preprocess_second_blocks(const PreprocessParams& p) {
   return n;
 }
 
-// Vectors are read whole: 64 bytes of slack.
+// Bytes from row to row of the picture between the passes on a GPU: packed pixels where the first
+// pass is along y, one channel's otherwise (kernels/cuda/preprocess.cuh).
+constexpr int64_t preprocess_mid_pitch(const PreprocessTarget& t) {
+  return ((t.vertical_first ? 3 * t.x.n_in : t.x.n_out) + 15) / 16 * 16;
+}
+// Vectors are read whole: room for padded rows, and 64 bytes of slack.
 constexpr int64_t preprocess_mid_bytes(const PreprocessTarget& t) {
-  return 3 * (t.vertical_first ? t.x.n_in * t.y.n_out : t.x.n_out * t.y.n_in) + 64;
+  return preprocess_mid_pitch(t) * (t.vertical_first ? t.y.n_out : 3 * t.y.n_in) + 64;
 }
 // Scratch of one call: a transposed band of the picture, and an output band where the horizontal
 // pass is the second.

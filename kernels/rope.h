@@ -1,5 +1,9 @@
 // rope: rotates q and k by their positions (half-split pairs j, j + R/2) and appends k and v to the
 // pages of the KV cache.
+//
+// On the CPU the caller has checked every sequence and slot. On a GPU nobody has: a token whose
+// sequence is out of range is rotated to NaN, and a slot out of range is stored nowhere, so that
+// its request, and no other, fails later.
 #pragma once
 
 #include "kernels/cpu/isa.h"
@@ -21,7 +25,8 @@ struct RopeParams {
   void* k_cache;            // [pages, K, P, D]
   void* v_cache;            // [pages, K, P, D]
   void* out;                // [T, H, D]; may be q
-  int64_t H, K, P, D;
+  int64_t T, H, K, P, D, B;
+  int64_t places;                        // pages * P
   int64_t half;                          // R/2; dimensions from R on are copied
   int64_t q_t, q_h, k_t, k_h, v_t, v_h;  // strides in elements
   int64_t inv_freq_b, out_t, out_h;

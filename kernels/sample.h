@@ -6,6 +6,9 @@
 // depends on its row, its seed and its index alone. Temperature 0 is argmax, the lowest id winning
 // a tie.
 //
+// On the CPU the caller has checked every parameter and id. On a GPU nobody has: a row with one out
+// of range answers -1.
+//
 // Filters are thresholds on the value: tokens that tie with the last kept one are kept too.
 #pragma once
 
@@ -25,10 +28,11 @@ struct SampleParams {
   const int32_t* cu_history;        // [B + 1], row b owns history[cu[b]] .. history[cu[b + 1]]
   const int64_t* seed;              // [B] or null (0)
   const int64_t* index;             // [B] or null (0)
-  float* workspace;                 // [B, V]
+  float* workspace;                 // [B, V], rows workspace_b elements apart, padded to 16 bytes
   int64_t* out;                     // [B]; -1 where a logit is NaN or +inf, or none is finite
-  int64_t V;
-  int64_t logits_b;
+  int64_t B, V;
+  int64_t L;  // length of history
+  int64_t logits_b, workspace_b;
 };
 
 // Rows [begin, end).

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import ops
+from internvl_rt.ops.preprocess import _weights as reference_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int32: 3, torch.int64: 4}
@@ -36,9 +37,13 @@ def struct(header: str, name: str) -> type[ctypes.Structure]:
     body = re.search(rf"struct {name} \{{(.*?)\}};", text, re.DOTALL)[1]
     fields = []
     for kind, names in re.findall(r"(?:const )?(\w+\*?)\s+([^;]+);", body):
-        c_type = ctypes.c_void_p if kind.endswith("*") else C_TYPES.get(kind)
-        c_type = c_type or struct(NESTED[kind], kind)
-        fields += [(n.strip(), c_type) for n in names.split(",")]
+        if kind.endswith("*"):
+            c_type = ctypes.c_void_p
+        else:
+            c_type = C_TYPES.get(kind) or struct(NESTED.get(kind, header), kind)
+        for field in map(str.strip, names.split(",")):
+            field, _, length = field.rstrip("]").partition("[")
+            fields.append((field, c_type * int(length) if length else c_type))
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -132,6 +137,95 @@ def rms_norm(
         **_strides(x_th=x, residual_th=residual, y_th=y, residual_out_th=residual_out),
         dtype=x.dtype,
     )
+
+
+def rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    inv_freq: Tensor,
+    scale: Tensor,
+    sequence: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    out: Tensor,
+) -> ctypes.Structure:
+    pages, K, P, D = k_cache.shape
+    return fill(
+        *("rope", "RopeParams"),
+        **{"q": q, "k": k, "v": v, "positions": positions, "inv_freq": inv_freq, "scale": scale},
+        **{"sequence": sequence, "slots": slots, "k_cache": k_cache, "v_cache": v_cache},
+        **{"out": out, "T": q.shape[0], "H": q.shape[1], "K": K, "P": P, "D": D},
+        **{"B": scale.shape[0], "places": pages * P, "half": inv_freq.shape[1], "dtype": q.dtype},
+        **_strides(q_th=q, k_th=k, v_th=v, inv_freq_b=inv_freq, out_th=out),
+        **{"k_page": k_cache.stride(0), "k_cache_h": k_cache.stride(1), "k_p": k_cache.stride(2)},
+        **{"v_page": v_cache.stride(0), "v_cache_h": v_cache.stride(1), "v_p": v_cache.stride(2)},
+    )
+
+
+def sample(
+    logits: Tensor, *, workspace: Tensor, out: Tensor, **parameters: Tensor | None
+) -> ctypes.Structure:
+    history = parameters["history"]
+    return fill(
+        *("sample", "SampleParams"),
+        **{"logits": logits, "workspace": workspace, "out": out, **parameters},
+        **{"B": logits.shape[0], "V": logits.shape[1], "L": 0 if history is None else len(history)},
+        **_strides(logits_b=logits, workspace_b=workspace),
+    )
+
+
+def preprocess(
+    image: Tensor,
+    table: Tensor,
+    out: Tensor,
+    columns: int,
+    rows: int,
+    S: int,
+    thumbnail: bool,
+) -> ctypes.Structure:
+    """With the weights of the reference, which owes nothing to the C++ ones."""
+    H, W, _ = image.shape
+    kept: list[Tensor] = []
+
+    def axis(n_in: int, n_out: int) -> ctypes.Structure:
+        first, weights = reference_weights(n_in, n_out)
+        fixed = torch.stack(weights, 1)  # [n_out, taps]
+        high = fixed + 2048 >> 12
+        digits = torch.stack((high, fixed - high * 4096), 1).short()
+        count = (first + len(weights)).clamp(max=n_in) - first
+        kept.extend((first.int(), count.int(), digits))
+        return fill(
+            *("preprocess", "ResampleAxis"),
+            **{"n_in": n_in, "n_out": n_out, "taps": len(weights)},
+            **dict(zip(("first", "count", "weights"), kept[-3:], strict=True)),
+        )
+
+    def target(columns: int, rows: int, out: Tensor) -> ctypes.Structure:
+        # The order of the passes shows in the bytes: it is Pillow's.
+        lost = H - rows * S
+        vertical_first = columns * S != W and lost > 0 and lost > 2 * (W - columns * S)
+        lines, width = (rows * S, 3 * W) if vertical_first else (3 * H, columns * S)
+        kept.append(torch.empty(lines * (-(-width // 16) * 16) + 64, dtype=torch.uint8))
+        return fill(
+            *("preprocess", "PreprocessTarget"),
+            **{"mid": kept[-1], "out": out, "columns": columns, "vertical_first": vertical_first},
+            **{"x": axis(W, columns * S), "y": axis(H, rows * S)},
+        )
+
+    grid = columns * rows
+    targets = [target(columns, rows, out)] if grid else []
+    targets += [target(1, 1, out[grid:])] if thumbnail else []
+    params = fill(
+        *("preprocess", "PreprocessParams"),
+        **{"image": image, "H": H, "W": W, "row_stride": image.stride(0), "S": S},
+        **{"n_targets": len(targets), "table": table, "dtype": out.dtype},
+        targets=(struct("preprocess", "PreprocessTarget") * 2)(*targets),
+    )
+    params.kept = kept
+    return params
 
 
 def _attention(
@@ -239,5 +333,8 @@ PARAMS: dict[str, Callable[..., ctypes.Structure]] = {
     "linear": linear,
     "paged_attention": paged_attention,
     "pixel_unshuffle_mlp": pixel_unshuffle_norm,
+    "preprocess": preprocess,
     "rms_norm": rms_norm,
+    "rope": rope,
+    "sample": sample,
 }

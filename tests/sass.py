@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 LOAD, STORE = r"\bLDG\.E\.128\b", r"\bSTG\.E\.128\b"
+MATRIX = r"\bHG?MMA\b"
 NARROW = r"\b(LDG|STG)\.E\b(?!\.128)"
 
 

@@ -118,8 +118,9 @@ def emulate(emulator, monkeypatch):
     def run(op: Any, case: Case, dtype: torch.dtype, seed: int) -> str:
         configs: list[str] = []
 
-        def face(*arguments: Any) -> None:
-            configs.append(emulator.run(op.name, emulated.PARAMS[op.name](*arguments), seed))
+        def face(*arguments: Any, **named: Any) -> None:
+            params = emulated.PARAMS[op.name](*arguments, **named)
+            configs.append(emulator.run(op.name, params, seed))
 
         monkeypatch.setitem(op.faces, "emulated", face)
         check(op, case, dtype, "emulated")
@@ -132,17 +133,19 @@ def _id(value: object) -> str:
     return getattr(value, "name", str(value).removeprefix("torch."))
 
 
+TOO_LARGE = ("uhd_3840x2160",)  # half a minute each
 CATALOGUE = [
     (o, c, d)
     for o, c, d in all_cases()
     if o.name in emulated.PARAMS
+    and c.name not in TOO_LARGE
     and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
 ]
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
 def test_catalogue(op, case, dtype, emulate):
-    for seed in SEEDS[: 1 if case.slow or op.name in HEAVY else None]:
+    for seed in SEEDS[: 1 if case.slow or op.name in {*HEAVY, "sample"} else None]:
         emulate(op, case, dtype, seed)
 
 
@@ -424,6 +427,151 @@ def test_rms_norm_rounds_where_the_contract_says(emulator, weight_in_fp32):
     twice = (x.double() * 0.2).bfloat16() * weight
     assert not torch.equal(once, twice)
     assert torch.equal(y, once if weight_in_fp32 else twice)
+
+
+# ---- the other ops: in place, at the edges, with ids that nobody has checked --------------------
+
+
+def _emulate(emulator: Emulator, op: str, *arguments: Any, **named: Any) -> str:
+    return emulator.run(op, emulated.PARAMS[op](*arguments, **named))
+
+
+# (T, C, offset of x, dtype, expected configuration)
+LAYER_NORM = [
+    (5, 256, 0, torch.bfloat16, "vectors=1 aligned=1 block=32x4 grid=2"),
+    (5, 256, 1, torch.bfloat16, "vectors=0 aligned=0 block=32x4 grid=2"),
+    (3, 1024, 0, torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=1"),
+    (2, 3200, 0, torch.bfloat16, "vectors=4 aligned=1 block=128x1 grid=2"),
+    (2, 8191, 3, torch.float32, "vectors=0 aligned=0 block=512x1 grid=2"),
+    (1, 32776, 0, torch.bfloat16, "vectors=0 aligned=1 block=1024x1 grid=1"),
+]
+
+
+@pytest.mark.parametrize(("T", "C", "offset", "dtype", "config"), LAYER_NORM, ids=_id)
+def test_layer_norm_configurations(T, C, offset, dtype, config, emulate):
+    def build(make: Inputs) -> dict[str, Any]:
+        x = make.normal(T, C + 8, mean=2.0)[:, offset : offset + C]
+        return {"x": x, "weight": make.normal(C), "bias": make.normal(C), "eps": 1e-5}
+
+    case = Case(f"{T}x{C}+{offset}", build)
+    assert emulate(ops.catalogue()["layer_norm"], case, dtype, seed=3) == config
+
+
+@pytest.mark.parametrize("C", [64, 1024, 2048, 33000])
+def test_layer_norm_bits_depend_on_the_row_alone(emulator, C):
+    make = Inputs(f"layer_norm/{C}", torch.bfloat16)
+    x, weight, bias = make.normal(3, C + 9)[:, 1 : C + 1], make.normal(C), make.normal(C)
+    y = torch.full((3, C), float("nan"), dtype=x.dtype)
+    alone = torch.full((1, C), float("nan"), dtype=x.dtype)
+    assert "aligned=0" in _emulate(emulator, "layer_norm", x, weight, bias, y, 1e-6)
+    for i in range(3):
+        row = x[i : i + 1].clone()
+        assert "aligned=1" in _emulate(emulator, "layer_norm", row, weight, bias, alone, 1e-6)
+        assert torch.equal(alone[0], y[i])
+    _emulate(emulator, "layer_norm", x, weight, bias, x, 1e-6)
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("width", [37, 96])
+def test_gated_activation_in_place(emulator, width):
+    x = Inputs("gated/in_place", torch.bfloat16).normal(3, 2 * width)
+    y = torch.full((3, width), float("nan"), dtype=x.dtype)
+    _emulate(emulator, "gated_activation", x, y, 0)
+    _emulate(emulator, "gated_activation", x, x[:, :width], 0)
+    assert torch.equal(x[:, :width], y)
+
+
+def test_embed_scatter_marks_ids_out_of_range(emulator):
+    table, image = torch.randn(4, 8), torch.randn(2, 8)
+    ids = torch.tensor([0, -1, 3, 4, 7, 2**40])
+    row = torch.tensor([-1, -1, -1, -1, 1, 2])
+    out = torch.zeros(6, 8)
+    _emulate(emulator, "embed_scatter", ids, table, image, row, out)
+    assert out.isnan().all(1).tolist() == [False, True, False, True, False, True]
+    assert torch.equal(out[[0, 2, 4]], torch.stack((table[0], table[3], image[1])))
+
+
+def test_rope_marks_sequences_and_slots_out_of_range(emulator):
+    make = Inputs("rope/range", torch.float32)
+    q, k, v = make.normal(4, 2, 8), make.normal(4, 1, 8), make.normal(4, 1, 8)
+    cache = torch.zeros(2, 2, 1, 4, 8)  # K and V, pages, K, P, D
+    out = torch.zeros_like(q)
+    sequence = torch.tensor([0, 1, -1, 0], dtype=torch.int32)
+    slots = torch.tensor([2, 3, 4, 8])
+    angles = torch.zeros(4), torch.ones(1, 4), torch.ones(1)
+    _emulate(emulator, "rope", q, k, v, *angles, sequence, *cache, slots, out)
+    assert torch.equal(out[[0, 3]], q[[0, 3]])
+    assert out[1:3].isnan().all()
+    stored = cache.transpose(2, 3).flatten(1, 2)  # [2, slots, K, D]
+    assert torch.equal(stored[0, 2], k[0])
+    assert stored[0, 3:5].isnan().all()
+    assert torch.equal(stored[1, 2:5], v[:3])
+    assert not stored[:, [0, 1, 5, 6, 7]].any()
+
+
+def _sample(emulator: Emulator, logits: Tensor, **parameters: Tensor) -> list[int]:
+    names = [
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "history",
+        "cu_history",
+        "seed",
+        "index",
+    ]
+    B, V = logits.shape
+    out, workspace = torch.full((B,), -7), torch.full((B, -(-V // 4) * 4), float("nan"))
+    everything = dict.fromkeys(names) | parameters
+    _emulate(emulator, "sample", logits, **everything, workspace=workspace, out=out)
+    return out.tolist()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"temperature": float("nan")},
+        {"temperature": -1.0},
+        {"temperature": 1.0, "top_p": 0.0},
+        {"temperature": 1.0, "top_p": 1.5},
+        {"temperature": 1.0, "min_p": -0.1},
+        {"temperature": 1.0, "top_k": -1},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_sample_marks_parameters_out_of_range(parameters, emulator):
+    dtypes = {"top_k": torch.int32}
+    rows = {n: torch.tensor([v], dtype=dtypes.get(n)) for n, v in parameters.items()}
+    assert _sample(emulator, torch.ones(1, 5), **rows) == [-1]
+
+
+def test_sample_marks_rows_that_have_no_answer(emulator):
+    inf, nan = float("inf"), float("nan")
+    rows = [[0.0, -0.0], [-0.0, 0.0], [-inf, 3.0], [-inf, -inf], [nan, 1.0], [1.0, inf], [2.0, 2.0]]
+    logits = torch.tensor(rows).repeat(1, 3)[:, :6]
+    assert _sample(emulator, logits) == [0, 0, 1, -1, -1, -1, 0]
+    hot = {"temperature": torch.full((7,), 0.5), "seed": torch.arange(7)}
+    answers = _sample(emulator, logits, **hot)
+    assert [a == -1 for a in answers] == [False, False, False, True, True, True, False]
+    bad = {"history": torch.tensor([6]), "cu_history": torch.tensor([0, 1], dtype=torch.int32)}
+    bad["repetition_penalty"] = torch.tensor([2.0])
+    assert _sample(emulator, logits[:1], **bad) == [-1]
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.5])
+@pytest.mark.parametrize("top_k", [0, 7])
+def test_sample_rejects_until_a_kept_token_is_drawn(top_p, top_k, emulator):
+    # Nearly flat: most first draws lie outside of what top-p and top-k keep. Some values tie.
+    logits = Inputs("sample/flat", torch.float32).integers(0, 9, 12, 203).float() / 50
+    rows = {
+        "temperature": torch.ones(12),
+        "top_p": torch.full((12,), top_p),
+        "top_k": torch.full((12,), top_k, dtype=torch.int32),
+        "seed": torch.arange(12),
+    }
+    expected = ops.sample(logits, **rows, backend="reference")
+    assert _sample(emulator, logits, **rows) == expected.tolist()
 
 
 # ---- the emulator itself -----------------------------------------------------------------------

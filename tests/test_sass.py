@@ -81,6 +81,13 @@ BUDGETS = {
         Budget(r"pixel_unshuffle_kernelI.*Lb1E", registers=64, **WIDE),
         Budget(r"pixel_unshuffle_kernelI.*Li1ELb1E", registers=40),
     ),
+    "preprocess": (
+        Budget(r"preprocess_kernel", registers=80),
+        # Along y: sixteen bytes at a time; the lookups and weights are small.
+        Budget(r"preprocess_kernelI.*Lb1ELb1ELb[01]E", registers=80, needs=(LOAD,)),
+        Budget(r"preprocess_kernelI.*Lb1ELb1ELb1E", registers=80, needs=(STORE,)),
+        Budget(r"preprocess_kernelI.*Lb1ELb0ELb1E", registers=80, needs=(LOAD, STORE)),
+    ),
     "rms_norm": (
         # 1024 threads of 64 registers fill an SM's register file.
         Budget(r"rms_norm_kernel", registers=64),
@@ -88,6 +95,13 @@ BUDGETS = {
         # One vector a thread: full occupancy, 2048 threads an SM.
         Budget(r"rms_norm_kernelI.*Li1ELb1E", registers=32),
     ),
+    "rope": (
+        # Positions, sequences, slots and angles are single words.
+        Budget(r"rope_kernel", registers=64),
+        Budget(r"rope_kernelI.*Lb1E", registers=64, needs=(LOAD, STORE)),
+    ),
+    # Parameters, ids and the penalised logits are single words.
+    "sample": (Budget(r"sample_kernel", registers=64, needs=(LOAD, STORE)),),
 }
 
 

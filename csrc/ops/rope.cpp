@@ -31,7 +31,6 @@ void rope(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor inv_freq, Tenso
                                       std::to_string(kRopeMaxDim) + " allowed");
   check.require(2 * half <= D, "inv_freq has R/2 = " + std::to_string(half) +
                                    " columns, at most D/2 = " + std::to_string(D / 2) + " allowed");
-  require_cpu(check, q);
   const RopeParams p{.q = q.data,
                      .k = k.data,
                      .v = v.data,
@@ -43,10 +42,13 @@ void rope(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor inv_freq, Tenso
                      .k_cache = k_cache.data,
                      .v_cache = v_cache.data,
                      .out = out.data,
+                     .T = T,
                      .H = H,
                      .K = K,
                      .P = P,
                      .D = D,
+                     .B = B,
+                     .places = places,
                      .half = half,
                      .q_t = q.stride(0),
                      .q_h = q.stride(1),
@@ -64,6 +66,7 @@ void rope(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor inv_freq, Tenso
                      .v_cache_h = v_cache.stride(1),
                      .v_p = v_cache.stride(2),
                      .dtype = q.dtype};
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(rope), p, q)) return;
   for (int64_t t = 0; t < T; ++t) {
     if (p.sequence[t] < 0 || p.sequence[t] >= B) {
       check.fail("sequence[" + std::to_string(t) + "] is " + std::to_string(p.sequence[t]) +

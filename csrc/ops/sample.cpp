@@ -23,7 +23,9 @@ void sample(Tensor logits, std::optional<Tensor> temperature, std::optional<Tens
             std::optional<Tensor> index, Tensor workspace, Tensor out) {
   Checker check("sample");
   check.tensor("logits", logits, {DType::f32}, {"B", "V"});
-  check.tensor("workspace", workspace, {DType::f32}, {"B", "V"});
+  const int64_t padded = (check["V"] + 3) / 4 * 4;
+  check.bind("padded V", padded, "logits");
+  check.tensor("workspace", workspace, {DType::f32}, {"B", "padded V"});
   check.tensor("out", out, {DType::i64}, {"B"});
   check.require(workspace.contiguous(), "workspace must be contiguous");
   check.require(history.has_value() == cu_history.has_value(),
@@ -41,10 +43,22 @@ void sample(Tensor logits, std::optional<Tensor> temperature, std::optional<Tens
                  .index = row_parameter<int64_t>(check, "index", index, DType::i64),
                  .workspace = static_cast<float*>(workspace.data),
                  .out = static_cast<int64_t*>(out.data),
+                 .B = check["B"],
                  .V = check["V"],
-                 .logits_b = logits.stride(0)};
+                 .L = 0,
+                 .logits_b = logits.stride(0),
+                 .workspace_b = padded};
   const int64_t B = check["B"];
-  require_cpu(check, logits);
+  if (history) {
+    check.tensor("history", *history, {DType::i64}, {"L"});
+    check.tensor("cu_history", *cu_history, {DType::i32}, {"B+1"});
+    check.require(check["B+1"] == B + 1, "cu_history must have B + 1 entries");
+    p.history = static_cast<const int64_t*>(history->data);
+    p.cu_history = static_cast<const int32_t*>(cu_history->data);
+    p.L = check["L"];
+  }
+  check.require(B == 0 || p.V > 0, "logits have no columns");
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(sample), p, logits)) return;
   // Written so that NaN fails too.
   for (int64_t b = 0; b < B; ++b) {
     const std::string row = "[" + std::to_string(b) + "]";
@@ -62,24 +76,18 @@ void sample(Tensor logits, std::optional<Tensor> temperature, std::optional<Tens
     }
   }
   if (history) {
-    check.tensor("history", *history, {DType::i64}, {"L"});
-    check.tensor("cu_history", *cu_history, {DType::i32}, {"B+1"});
-    check.require(check["B+1"] == B + 1, "cu_history must have B + 1 entries");
-    p.history = static_cast<const int64_t*>(history->data);
-    p.cu_history = static_cast<const int32_t*>(cu_history->data);
-    check.require(p.cu_history[0] == 0 && p.cu_history[B] == check["L"],
+    check.require(p.cu_history[0] == 0 && p.cu_history[B] == p.L,
                   "cu_history must run from 0 to the length of history");
     for (int64_t b = 0; b < B; ++b) {
       check.require(p.cu_history[b] <= p.cu_history[b + 1], "cu_history must not decrease");
     }
-    for (int64_t i = 0; i < check["L"]; ++i) {
+    for (int64_t i = 0; i < p.L; ++i) {
       check.require(p.history[i] >= 0 && p.history[i] < p.V,
                     "history[" + std::to_string(i) + "] is " + std::to_string(p.history[i]) +
                         ", expected 0 to V-1=" + std::to_string(p.V - 1));
     }
   }
   if (B == 0) return;
-  check.require(p.V > 0, "logits have no columns");
   const auto run = kernel.pick();
   parallel_for(B, 1, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }

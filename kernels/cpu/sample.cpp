@@ -110,7 +110,7 @@ int64_t sample_row(const SampleParams& p, int64_t b) {
 
   const float temperature = p.temperature ? p.temperature[b] : 0.0f;
   const float penalty = p.repetition_penalty ? p.repetition_penalty[b] : 1.0f;
-  float* x = p.workspace + b * V;
+  float* x = p.workspace + b * p.workspace_b;
   const float* source = logits;
   if (penalty != 1.0f && p.history) {
     memcpy(x, logits, static_cast<size_t>(V) * 4);

@@ -12,7 +12,10 @@
 #include "kernels/linear.h"
 #include "kernels/paged_attention.h"
 #include "kernels/pixel_unshuffle_mlp.h"
+#include "kernels/preprocess.h"
 #include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
 
 namespace ivr::cuda {
 
@@ -23,7 +26,10 @@ cudaError_t layer_norm(const LayerNormParams& params, cudaStream_t stream);
 cudaError_t linear(const LinearParams& params, cudaStream_t stream);
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t pixel_unshuffle_norm(const PixelUnshuffleParams& params, cudaStream_t stream);
+cudaError_t preprocess(const PreprocessParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
+cudaError_t rope(const RopeParams& params, cudaStream_t stream);
+cudaError_t sample(const SampleParams& params, cudaStream_t stream);
 
 // Floats of workspace for a decode step of this shape; 0: decode steps take none.
 int64_t paged_attention_workspace(const PagedAttentionParams& params);

@@ -72,6 +72,23 @@ IVR_DEVICE void pack(const float (&f)[8], Vec<bf16>& v) {
   for (int i = 0; i < 4; ++i) v.words[i] = pack_bf16(f[2 * i], f[2 * i + 1]);
 }
 
+IVR_DEVICE int count_bits(uint32_t v) {
+#if defined(__CUDACC__)
+  return __popc(v);
+#else
+  return __builtin_popcount(v);
+#endif
+}
+
+// The index of the highest bit of v != 0.
+IVR_DEVICE int highest_bit(uint32_t v) {
+#if defined(__CUDACC__)
+  return 31 - __clz(static_cast<int>(v));
+#else
+  return 31 - __builtin_clz(v);
+#endif
+}
+
 // a / b within 2 ulp; 0 for b beyond 2^126.
 IVR_DEVICE float fast_divide(float a, float b) {
 #if defined(__CUDACC__)
@@ -494,6 +511,15 @@ IVR_DEVICE float warp_sum(float v, int width) {
 #pragma unroll
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
     if (offset < width) v += __shfl_xor_sync(kFullMask, v, offset);
+  }
+  return v;
+}
+
+// The largest of all lanes; all 32 must call it.
+IVR_DEVICE float warp_max(float v) {
+#pragma unroll
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    v = fmaxf(v, __shfl_xor_sync(kFullMask, v, offset));
   }
   return v;
 }

@@ -32,6 +32,10 @@ class Checker:
     def __getitem__(self, dim: str) -> int:
         return self._bound[dim][0]
 
+    def bind(self, dim: str, value: int, origin: str) -> None:
+        """Gives a name a value that no tensor binds."""
+        self._bound[dim] = (value, origin)
+
     def fail(self, what: str) -> NoReturn:
         raise ValueError(f"{self._op}: {what}")
 

@@ -1,15 +1,13 @@
 """rms_norm in Triton (contract: kernels/rms_norm.h).
 
 A program owns ROWS rows of BLOCK >= C columns and holds them in registers between the two passes;
-rows wider than MAX_BLOCK are streamed twice. ROWS, BLOCK and the number of warps depend on C alone,
-and T and H are never specialised on, so that a row's bits do not depend on its batch.
+wider rows are streamed twice. T and H are never specialised on, so that a row's bits do not depend
+on its batch.
 """
 
 # ruff: noqa: ANN001, ANN202 (arguments of jitted functions are typed by the call)
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,8 +15,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 from internvl_rt._triton.check import Checker
-
-MAX_BLOCK = 16384
+from internvl_rt._triton.rows import config
 
 
 @triton.jit
@@ -103,20 +100,6 @@ def _rms_norm(
             w = tl.load(weight + start + column, mask=start + column < C, other=0.0)
             result = _scale(v, w, inverse, WEIGHT_IN_FP32, dtype)
             tl.store(y_row + at, result, mask=inside)
-
-
-@dataclass(frozen=True)
-class Config:
-    ROWS: int
-    BLOCK: int
-    STREAM: bool
-    num_warps: int
-
-
-def config(C: int) -> Config:
-    block = min(triton.next_power_of_2(C), MAX_BLOCK)
-    rows = max(1, 1024 // block)
-    return Config(rows, block, block < C, min(max(rows * block // 1024, 4), 16))
 
 
 def rms_norm(

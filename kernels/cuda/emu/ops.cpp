@@ -14,7 +14,10 @@
 #include "kernels/linear.h"
 #include "kernels/paged_attention.h"
 #include "kernels/pixel_unshuffle_mlp.h"
+#include "kernels/preprocess.h"
 #include "kernels/rms_norm.h"
+#include "kernels/rope.h"
+#include "kernels/sample.h"
 
 namespace ivr::emu {
 
@@ -40,7 +43,10 @@ constexpr Op kOps[] = {
     {"linear", sizeof(LinearParams), run_linear},
     {"paged_attention", sizeof(PagedAttentionParams), run_paged_attention},
     {"pixel_unshuffle_mlp", sizeof(PixelUnshuffleParams), run_pixel_unshuffle_norm},
+    {"preprocess", sizeof(PreprocessParams), run_preprocess},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
+    {"rope", sizeof(RopeParams), run_rope},
+    {"sample", sizeof(SampleParams), run_sample},
 };
 
 const Op* find(const char* name) {

@@ -35,7 +35,10 @@ bool run_layer_norm(Machine& machine, const void* params, std::string& config);
 bool run_linear(Machine& machine, const void* params, std::string& config);
 bool run_paged_attention(Machine& machine, const void* params, std::string& config);
 bool run_pixel_unshuffle_norm(Machine& machine, const void* params, std::string& config);
+bool run_preprocess(Machine& machine, const void* params, std::string& config);
 bool run_rms_norm(Machine& machine, const void* params, std::string& config);
+bool run_rope(Machine& machine, const void* params, std::string& config);
+bool run_sample(Machine& machine, const void* params, std::string& config);
 
 // Kernels with a known bug each, and correct ones beside them: the test of the emulator itself.
 struct PlantedParams {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def flash_attention(
@@ -197,7 +197,11 @@ _op = register(
         name="flash_attention",
         function=flash_attention,
         reference=reference,
-        faces={"native": _C.flash_attention, "cuda": _C.flash_attention},
+        faces={
+            "native": _C.flash_attention,
+            "cuda": _C.flash_attention,
+            "triton": triton_kernel("flash_attention", "flash_attention"),
+        },
         cost=cost,
         dims="T queries, Tkv keys, H query heads, K kv heads, D head dim, B sequences",
         shaped=_shaped,

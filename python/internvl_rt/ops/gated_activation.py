@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 _KINDS = dict(_C.Gate.__members__)
 
@@ -71,7 +71,11 @@ _op = register(
         name="gated_activation",
         function=gated_activation,
         reference=reference,
-        faces={"native": _C.gated_activation, "cuda": _C.gated_activation},
+        faces={
+            "native": _C.gated_activation,
+            "cuda": _C.gated_activation,
+            "triton": triton_kernel("gated_activation", "gated_activation"),
+        },
         cost=cost,
         dims="T tokens, I intermediate channels",
         shaped=_shaped,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def layer_norm(
@@ -70,7 +70,11 @@ _op = register(
         name="layer_norm",
         function=layer_norm,
         reference=reference,
-        faces={"native": _C.layer_norm, "cuda": _C.layer_norm},
+        faces={
+            "native": _C.layer_norm,
+            "cuda": _C.layer_norm,
+            "triton": triton_kernel("layer_norm", "layer_norm"),
+        },
         cost=cost,
         dims="T tokens, C channels",
         shaped=_shaped,

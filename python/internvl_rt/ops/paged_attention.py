@@ -10,7 +10,7 @@ from torch import Tensor
 
 from internvl_rt import _C
 from internvl_rt.ops.flash_attention import attend, offsets
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def paged_attention(
@@ -70,7 +70,11 @@ def paged_attention(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     workspace = None
-    if q.is_cuda and (phase or ("decode" if len(q) == len(kv_lens) else "prefill")) == "decode":
+    if (
+        q.is_cuda
+        and backend != "triton"
+        and (phase or ("decode" if len(q) == len(kv_lens) else "prefill")) == "decode"
+    ):
         size = _C.paged_attention_workspace(q, k_cache, page_table)
         workspace = torch.empty(size, dtype=torch.float32, device=q.device) if size else None
     run(
@@ -168,7 +172,11 @@ _op = register(
         name="paged_attention",
         function=paged_attention,
         reference=reference,
-        faces={"native": _C.paged_attention, "cuda": _C.paged_attention},
+        faces={
+            "native": _C.paged_attention,
+            "cuda": _C.paged_attention,
+            "triton": triton_kernel("paged_attention", "paged_attention"),
+        },
         cost=cost,
         dims="T queries, H query heads, K kv heads, D head dim, B sequences, P page size, "
         "L keys of each (bench)",

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from internvl_rt import _C
 from internvl_rt.ops.linear import Weight, linear, pack, unpack
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, catalogue, give, register
+from internvl_rt.ops.registry import (
+    Case,
+    Cost,
+    Inputs,
+    Op,
+    catalogue,
+    give,
+    register,
+    triton_kernel,
+)
 
 _VERSIONS = ("v2", "v1")
 
@@ -158,7 +167,11 @@ _op = register(
         name="pixel_unshuffle_mlp",
         function=pixel_unshuffle_mlp,
         reference=reference,
-        faces={"native": _C.pixel_unshuffle_norm, "cuda": _C.pixel_unshuffle_norm},
+        faces={
+            "native": _C.pixel_unshuffle_norm,
+            "cuda": _C.pixel_unshuffle_norm,
+            "triton": triton_kernel("pixel_unshuffle_mlp", "pixel_unshuffle_norm"),
+        },
         cost=cost,
         dims="t tiles, h x w patches, C channels, r ratio, h1 and h2 projector widths",
         shaped=_shaped,

@@ -36,7 +36,8 @@ def preprocess(
 ) -> Any:
     """Resizes a picture to a grid of square tiles, cuts and normalises them.
 
-    image: [H, W, 3] uint8 RGB on the CPU, where pictures are decoded; rows may be strided.
+    image: [H, W, 3] uint8 RGB; rows may be strided. The tiles are made, bit for bit the same, on
+        the device where it lies.
     columns, rows: the grid, 0 to 1024; the picture is resized to columns*S x rows*S whatever its
         aspect ratio. 0 leaves the grid out.
     image_size: S, the side of a tile in pixels.
@@ -69,9 +70,21 @@ def preprocess(
                 f"preprocess: columns, rows and image_size are {columns}, {rows} and {image_size}, "
                 "allowed: at least 0, 0 and 1"
             )
-        out = torch.empty(tiles, 3, image_size, image_size, dtype=dtype)
-    run(image, table, out, columns, rows, image_size, thumbnail)
+        out = torch.empty(tiles, 3, image_size, image_size, dtype=dtype, device=image.device)
+    run(image, table.to(image.device), out, columns, rows, image_size, thumbnail)
     return out
+
+
+def _native(image: Tensor, table: Tensor, out: Tensor, *request: Any) -> None:
+    if not image.is_cuda:
+        return _C.preprocess(image, table, out, *request)
+    # The weights are made by the host, in the double precision that Pillow's are.
+    table_bytes, all_bytes = _C.preprocess_workspace(image, table, out, *request)
+    tables = torch.empty(table_bytes, dtype=torch.uint8)
+    _C.preprocess_tables(tables, *image.shape[:2], *request)
+    workspace = torch.empty(all_bytes, dtype=torch.uint8, device=image.device)
+    workspace[:table_bytes].copy_(tables)
+    return _C.preprocess_cuda(image, table, out, *request, workspace)
 
 
 def _three(name: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -204,7 +217,7 @@ _op = register(
         name="preprocess",
         function=preprocess,
         reference=reference,
-        faces={"native": _C.preprocess},
+        faces={"native": _native, "cuda": _native},
         cost=cost,
         dims="H, W picture, S tile side, t tiles",
         tolerance=Tolerance(exact=True),

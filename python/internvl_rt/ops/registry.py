@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -104,6 +105,15 @@ def _interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def triton_kernel(module: str, launcher: str) -> Callable[..., None]:
+    """The face of a launcher in internvl_rt._triton, which is imported with the first call."""
+
+    def face(*arguments: Any) -> None:
+        getattr(importlib.import_module(f"internvl_rt._triton.{module}"), launcher)(*arguments)
+
+    return face
 
 
 def _on_cuda(op: str, face: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def rms_norm(
@@ -47,12 +47,6 @@ def rms_norm(
 
 def _rows(x: Tensor | None) -> Tensor | None:
     return x.unsqueeze(1) if x is not None and x.dim() == 2 else x  # [T, H, C]
-
-
-def _triton(*arguments: Any) -> None:
-    from internvl_rt._triton.rms_norm import rms_norm as launch
-
-    launch(*arguments)
 
 
 def reference(
@@ -112,7 +106,11 @@ _op = register(
         name="rms_norm",
         function=rms_norm,
         reference=reference,
-        faces={"native": _C.rms_norm, "cuda": _C.rms_norm, "triton": _triton},
+        faces={
+            "native": _C.rms_norm,
+            "cuda": _C.rms_norm,
+            "triton": triton_kernel("rms_norm", "rms_norm"),
+        },
         cost=cost,
         dims="T tokens, H heads (1 unless per head), C channels",
         shaped=_shaped,

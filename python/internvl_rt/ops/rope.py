@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
 
 def rope(
@@ -45,7 +45,8 @@ def rope(
         call must differ.
     Returns the rotated q [T, H, D]. out may be q.
     Raises ValueError for shapes, dtypes, slots or sequences that do not fit; nothing is written
-    then.
+    then. On a GPU, where looking would mean waiting, a token whose sequence does not fit turns to
+    NaN instead, and a slot that does not fit is stored nowhere.
     """
     run = _op.face(backend)
     if run is None:
@@ -151,7 +152,7 @@ _op = register(
         name="rope",
         function=rope,
         reference=reference,
-        faces={"native": _C.rope},
+        faces={"native": _C.rope, "cuda": _C.rope, "triton": triton_kernel("rope", "rope")},
         cost=cost,
         dims="T tokens, H query heads, K kv heads, D head dim, R rotated dims, B sequences, "
         "P page size",

@@ -38,7 +38,8 @@ def sample(
     Order: penalty, temperature, top-k, top-p, min-p, then Gumbel-max. Tokens that tie with the last
     one kept by a filter are kept too.
     Returns int64 [B]; -1 marks a row with NaN or +inf, or with no finite logit.
-    Raises ValueError for parameters out of range.
+    Raises ValueError for parameters out of range; on a GPU, where looking would mean waiting, the
+    row answers -1 instead.
     """
     parameters = {
         "temperature": temperature,
@@ -56,7 +57,9 @@ def sample(
         return give("sample", reference(logits, **parameters), out)
     if out is None:
         out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    run(logits, **parameters, workspace=torch.empty(logits.shape, device=logits.device), out=out)
+    B, V = logits.shape
+    workspace = torch.empty((B, -(-V // 4) * 4), device=logits.device)
+    run(logits, **parameters, workspace=workspace, out=out)
     return out
 
 
@@ -165,7 +168,7 @@ _op = register(
         name="sample",
         function=sample,
         reference=reference,
-        faces={"native": _C.sample},
+        faces={"native": _C.sample, "cuda": _C.sample},
         cost=cost,
         dims="B rows, V vocabulary, L ids under penalty",
         shaped=_shaped,
