@@ -24,7 +24,7 @@ class Linear:
     ) -> None:
         self.ops = opset
         if opset.choice("linear") == "native":
-            self.weight: Any = ops.pack([w.to(dtype) for w in weights])
+            self.weight: Any = ops.hold([w.to(dtype) for w in weights])
         else:
             self.weight = torch.cat([w.to(dtype) for w in weights])
         self.bias = None if biases is None else torch.cat([b.to(dtype) for b in biases])

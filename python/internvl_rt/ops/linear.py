@@ -38,6 +38,67 @@ class PackedWeight:
         return self.n, self.k
 
 
+@dataclass(frozen=True)
+class WeightRows:
+    """A weight [n, k] that stays where it is, as in a mapped file.
+
+    parts: the tensors whose rows, one after the other, are the weight's; pointers: int64, where
+    each row lies, padded to whole panels and one more.
+    """
+
+    parts: tuple[Tensor, ...]
+    pointers: Tensor
+    n: int
+    k: int
+    format: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.k
+
+    @property
+    def data(self) -> Tensor:
+        return self.pointers
+
+
+# What a product takes; a plain tensor is held anew in every call.
+Weight = Tensor | PackedWeight | WeightRows
+
+
+def hold(weight: Tensor | Sequence[Tensor]) -> PackedWeight | WeightRows:
+    """The weight in the form that the current instruction set reads best.
+
+    Where its kernel reads rows as fast as packed panels nothing is copied, so that a mapped file
+    costs neither time nor memory of its own; else the weight is packed. Arguments as of `pack`.
+    """
+    weights = _joinable(weight)
+    first = weights[0]
+    in_place = all(
+        w.dtype == first.dtype and w.device.type == "cpu" and (w.stride(1) == 1 or w.shape[1] < 2)
+        for w in weights
+    )
+    if not (in_place and first.dtype in _FORMATS and _C.reads_rows(_FORMATS[first.dtype])):
+        return pack(weights)
+    n, k = sum(w.shape[0] for w in weights), first.shape[1]
+    rows = torch.cat(
+        [torch.arange(len(w)) * (w.stride(0) * w.element_size()) + w.data_ptr() for w in weights]
+    )
+    pointers = torch.zeros((-(-n // PANEL) + 1) * PANEL, dtype=torch.int64)
+    if n:
+        pointers[:n], pointers[n:] = rows, rows[0]
+    return WeightRows(tuple(weights), pointers, n, k, _FORMATS[first.dtype])
+
+
+def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not weights:
+        raise ValueError("pack: got no weight, expected at least one")
+    for w in weights:
+        if w.dim() != 2 or w.shape[1] != weights[0].shape[-1]:
+            raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
+    return weights
+
+
 def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> PackedWeight:
     """Packs a weight [N, K], or several with one K, whose outputs then stand side by side.
 
@@ -46,13 +107,8 @@ def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> Pac
     out: flat memory of `packed_size(N, K, dtype)` elements (N * K on CUDA), else it is allocated.
     Raises ValueError for shapes or dtypes that do not fit.
     """
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
-    if not weights:
-        raise ValueError("pack: got no weight, expected at least one")
+    weights = _joinable(weight)
     first = weights[0]
-    for w in weights:
-        if w.dim() != 2 or w.shape[1] != first.shape[-1]:
-            raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
     size = packed_size(n, k, first.dtype)
     if first.is_cuda:
@@ -72,8 +128,10 @@ def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
     return _C.packed_size(n, k, _FORMATS[dtype])
 
 
-def unpack(weight: PackedWeight) -> Tensor:
+def unpack(weight: PackedWeight | WeightRows) -> Tensor:
     """The weight [n, k] again."""
+    if isinstance(weight, WeightRows):
+        return torch.cat(weight.parts)
     if weight.data.is_cuda:
         return weight.data.view(weight.n, weight.k)
     columns = -(-weight.n // PANEL) * PANEL
@@ -85,7 +143,7 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 def linear(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Weight,
     *,
     bias: Tensor | None = None,
     activation: str = "none",
@@ -100,8 +158,8 @@ def linear(
 
     x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others;
         on CUDA that holds within a phase.
-    weight: [N, K] of x's dtype, from `pack`; a plain tensor is packed in every call, which costs
-        more than the product itself where M is small.
+    weight: [N, K] of x's dtype, from `hold` or `pack`; a plain tensor is held anew in every call,
+        which costs more than the product itself where M is small.
     bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
     activation: "none", "gelu" (exact), "silu"; "swiglu" is not implemented.
     residual: [M, N], dtype of the result.
@@ -130,7 +188,9 @@ def linear(
         )
         return give("linear", result, out)
     if isinstance(weight, Tensor):
-        weight = pack(weight)
+        weight = hold(weight)
+    elif isinstance(weight, WeightRows) and not _C.reads_rows(weight.format):
+        weight = pack(weight.parts)
     if out is None:
         out = torch.empty(
             (x.shape[0] if x.dim() == 2 else 0, weight.n),
@@ -157,7 +217,7 @@ def linear(
 
 def reference(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Weight,
     *,
     bias: Tensor | None = None,
     activation: str = "none",
@@ -165,7 +225,7 @@ def reference(
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    w = unpack(weight) if isinstance(weight, PackedWeight) else weight
+    w = weight if isinstance(weight, Tensor) else unpack(weight)
     w = w.to(x.dtype)
     if out_dtype is not None and x.dtype != torch.float64 and out_dtype != x.dtype:
         x, w = x.to(out_dtype), w.to(out_dtype)
@@ -184,7 +244,7 @@ def reference(
 
 def cost(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Weight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
