@@ -36,7 +36,7 @@ def struct(header: str, name: str) -> type[ctypes.Structure]:
     text = re.sub(r"//[^\n]*", "", (ROOT / "kernels" / f"{header}.h").read_text())
     body = re.search(rf"struct {name} \{{(.*?)\}};", text, re.DOTALL)[1]
     fields = []
-    for kind, names in re.findall(r"(?:const )?(\w+\*?)\s+([^;]+);", body):
+    for kind, names in re.findall(r"(?:const )?(\w+\*?)(?: const\*)?\s+([^;]+);", body):
         if kind.endswith("*"):
             c_type = ctypes.c_void_p
         else:
@@ -316,7 +316,8 @@ def linear(
     return fill(
         *("linear", "LinearParams"),
         **{"x": x, "weight": weight, "bias": bias, "residual": residual, "scale": scale},
-        **{"out": out, "M": x.shape[0], "N": N, "K": K, "activation": int(activation)},
+        **{"rows": None, "out": out, "M": x.shape[0], "N": N, "K": K},
+        **{"activation": int(activation)},
         **{"dtype": x.dtype, "out_dtype": out.dtype},
         **_strides(x_m=x, residual_m=residual, out_m=out),
         decode=x.shape[0] <= 16 if decode is None else decode,
