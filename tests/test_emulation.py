@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import emulated
-from internvl_rt import ops
+from internvl_rt import _C, ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,6 +109,12 @@ def emulator(objects):
 
 # Ops that take seconds here: one seed, and no slow cases.
 HEAVY = {"flash_attention", "linear", "paged_attention"}
+
+
+@pytest.fixture(autouse=True)
+def packed_weights(monkeypatch):
+    """The face of linear gets weights packed, on every CPU: `emulated.linear` unpacks them."""
+    monkeypatch.setattr(_C, "reads_rows", lambda _: False)
 
 
 @pytest.fixture
