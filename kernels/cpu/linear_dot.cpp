@@ -6,6 +6,11 @@
 // pieces of kDepth, whose sums are added in order: so a piece of a panel stays in L1 and a chunk's
 // rows of x in L2. One group alone walks several panels at once: weights come from DRAM then, and
 // more streams with prefetch read them faster than one.
+//
+// Quantised weights become pairs in a small buffer before they are used: a piece of a panel for all
+// rows that meet it, or, for the fewest rows, a group of each panel while the sums stay in
+// registers.
+#include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
 #include "kernels/linear.h"
@@ -21,6 +26,7 @@ constexpr int64_t kMostPanels = 4;
 // Part of the result's definition: the same for every M. 12 rows of x are 6 KB, a piece of a panel
 // is 16 KB: both fit L1.
 constexpr int64_t kDepth = 256;
+constexpr int64_t kPieceWords = kDepth / 2 * kPanelColumns;
 constexpr int64_t kRowStep = 360;  // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;  // 368 KB of partial sums
 constexpr int64_t kFewRows = 36;   // below, the weights pass once, in the order of memory
@@ -30,23 +36,22 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t pairs_of(const LinearParams& p) { return (p.K + 1) / 2; }
 
-// c[Rows][Panels * 32] (+)= a[pairs][Rows]^T * w[pairs][32], for panels panel_pairs words apart.
 template <int Rows, int Panels>
-void multiply(const uint32_t* a, const uint32_t* w, int64_t panel_pairs, int64_t pairs, float* c,
-              int64_t c_m, bool resume) {
+using Sums = F[Rows][Panels * kPanelVectors];
+
+// acc += a[pairs][Rows]^T * w[pairs][32], for panels `step` bytes apart, of which what comes
+// `ahead` bytes later is fetched meanwhile.
+template <int Rows, int Panels>
+[[gnu::always_inline]] inline void accumulate(const uint32_t* a, const uint32_t* w, int64_t step,
+                                              int64_t pairs, int64_t ahead,
+                                              Sums<Rows, Panels>& acc) {
   constexpr int kVectors = Panels * kPanelVectors;
-  F acc[Rows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = set(0.0f);
-  }
   for (int64_t k = 0; k < pairs; ++k, a += Rows, w += kPanelColumns) {
     Pairs b[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const uint32_t* at = w + v / kPanelVectors * panel_pairs + v % kPanelVectors * kLanes;
-      __builtin_prefetch(at + kAhead / 4);
+      const uint32_t* at = beside(w, v / kPanelVectors * step) + v % kPanelVectors * kLanes;
+      if (ahead > 0) __builtin_prefetch(beside(at, ahead));
       b[v] = load_pairs(at);
     }
 #pragma GCC unroll 16
@@ -55,6 +60,38 @@ void multiply(const uint32_t* a, const uint32_t* w, int64_t panel_pairs, int64_t
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) acc[r][v] = dot_pairs(x, b[v], acc[r][v]);
     }
+  }
+}
+
+// The same for quantised panels. w begins a group.
+template <int Rows, int Panels, class Code>
+[[gnu::always_inline]] inline void accumulate_codes(const uint32_t* a, const Code* w, int64_t step,
+                                                    int64_t pairs, Sums<Rows, Panels>& acc) {
+  constexpr int64_t kWords = kGroupPairs * kPanelColumns;
+  alignas(64) uint32_t made[Panels * kWords];
+  for (int64_t k = 0; k < pairs; k += kGroupPairs) {
+    for (int64_t i = 0; i < Panels; ++i) {
+      decode(beside(w, i * step), k, kGroupPairs, made + i * kWords);
+    }
+    accumulate<Rows, Panels>(a + k * Rows, made, kWords * 4, least(kGroupPairs, pairs - k), 0, acc);
+  }
+}
+
+// c[Rows][Panels * 32] (+)= a^T * w.
+template <int Rows, int Panels, class W>
+void multiply(const uint32_t* a, const W* w, int64_t step, int64_t pairs, float* c, int64_t c_m,
+              bool resume) {
+  constexpr int kVectors = Panels * kPanelVectors;
+  Sums<Rows, Panels> acc;
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = set(0.0f);
+  }
+  if constexpr (kIsCode<W>) {
+    accumulate_codes<Rows, Panels>(a, w, step, pairs, acc);
+  } else {
+    accumulate<Rows, Panels>(a, w, step, pairs, kAhead, acc);
   }
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
@@ -66,26 +103,31 @@ void multiply(const uint32_t* a, const uint32_t* w, int64_t panel_pairs, int64_t
   }
 }
 
-using Multiply = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t,
-                          bool);
+template <class W>
+using Multiply = void (*)(const uint32_t*, const W*, int64_t, int64_t, float*, int64_t, bool);
 
-// The panels that a group alone takes at once.
-inline int64_t panels_at_once(int64_t rows) {
-  return rows * 4 <= kRegisterPanels ? 4 : rows * 2 <= kRegisterPanels ? 2 : 1;
+// The panels that a group alone takes at once. Codes are worth decoding on the way where several
+// panels' sums fit: one panel at a time leaves them in a buffer anyway.
+template <class W>
+int64_t panels_at_once(int64_t rows) {
+  if (rows * 4 <= kRegisterPanels) return 4;
+  return rows * 2 <= kRegisterPanels && !kIsCode<W> ? 2 : 1;
 }
 
-template <int Rows = kGroup>
-Multiply multiply_for(int64_t rows, int64_t panels) {
+template <class W, int Rows = kGroup>
+Multiply<W> multiply_for(int64_t rows, int64_t panels) {
   if (rows == Rows) {
     if constexpr (Rows * 4 <= kRegisterPanels) {
-      if (panels == 4) return multiply<Rows, 4>;
+      if (panels == 4) return multiply<Rows, 4, W>;
     }
-    if constexpr (Rows * 2 <= kRegisterPanels) {
-      if (panels == 2) return multiply<Rows, 2>;
+    if constexpr (!kIsCode<W>) {
+      if constexpr (Rows * 2 <= kRegisterPanels) {
+        if (panels == 2) return multiply<Rows, 2, W>;
+      }
+      return multiply<Rows, 1, W>;
     }
-    return multiply<Rows, 1>;
   }
-  if constexpr (Rows > 1) return multiply_for<Rows - 1>(rows, panels);
+  if constexpr (Rows > 1) return multiply_for<W, Rows - 1>(rows, panels);
   return nullptr;
 }
 
@@ -94,7 +136,7 @@ void plan(LinearParams& p, int threads) {
   if (p.M <= kGroup) {
     p.row_step = p.M;
     p.row_blocks = 1;
-    const int64_t step = panels_at_once(p.M);
+    const int64_t step = panels_at_once<uint32_t>(p.M);
     p.panel_step = panels >= 8 * step * threads ? step : 1;
   } else {
     // Even blocks, whole groups.
@@ -109,7 +151,8 @@ void plan(LinearParams& p, int threads) {
   p.panel_blocks = ceil_div(panels, p.panel_step);
   p.items = ceil_div(p.M, kGroup);
   p.workspace_size = p.M * pairs_of(p) * 4;
-  p.scratch_size = p.row_step * (p.M <= kGroup ? kMostPanels : p.panel_step) * kPanelColumns * 4;
+  const int64_t sums = p.row_step * (p.M <= kGroup ? kMostPanels : p.panel_step) * kPanelColumns;
+  p.scratch_size = (kPieceWords + sums) * 4;
 }
 
 // Where the pairs of rows from m on lie, from pair k on: k is a multiple of kDepth / 2, `pairs` the
@@ -149,23 +192,41 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// A piece of a panel as pairs: where it lies, or decoded.
+template <class W>
+const uint32_t* as_pairs(const W* w, int64_t pairs, uint32_t* made) {
+  if constexpr (kIsCode<W>) {
+    decode(w, 0, pairs, made);
+    return made;
+  } else {
+    return w;
+  }
+}
+
 // One group meets its panels; the weights pass once, in the order of memory.
+template <class W>
 void few_rows(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
-              float* sums) {
-  const int64_t all = pairs_of(p), size = panel_size(WeightFormat::bf16, p.K) / 2;
-  const int64_t most = m1 - m0 <= kGroup ? panels_at_once(m1 - m0) : 1;
+              float* sums, uint32_t* made) {
+  const int64_t all = pairs_of(p), step = panel_bytes(p.format, p.K);
+  const int64_t most = m1 - m0 <= kGroup ? panels_at_once<W>(m1 - m0) : 1;
   int64_t together;
   for (int64_t panel = panel0; panel < panel1; panel += together) {
     together = panel1 - panel >= most ? most : 1;
     const int64_t stride = together * kPanelColumns;
-    const uint32_t* w = static_cast<const uint32_t*>(p.weight) + panel * size;
     // At least one piece: the epilogue of a product over nothing.
     for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
       const int64_t pairs = least(kDepth / 2, all - k);
+      const W* w = panel_at<W>(p, panel, 2 * k);
+      if (together > 1) {
+        multiply_for<W>(m1 - m0, together)(rows_at(p, m0, k, pairs), w, step, pairs, sums, stride,
+                                           k > 0);
+        continue;
+      }
+      const uint32_t* one = as_pairs(w, pairs, made);
       for (int64_t m = m0; m < m1; m += kGroup) {
         const int64_t rows = least(m1 - m, kGroup);
-        multiply_for(rows, together)(rows_at(p, m, k, pairs), w + k * kPanelColumns, size, pairs,
-                                     sums + (m - m0) * stride, stride, k > 0);
+        multiply_for<uint32_t>(rows, 1)(rows_at(p, m, k, pairs), one, 0, pairs,
+                                        sums + (m - m0) * stride, stride, k > 0);
       }
     }
     for (int64_t i = 0; i < together; ++i) {
@@ -175,32 +236,48 @@ void few_rows(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int
 }
 
 // A piece of every panel, then the next piece.
+template <class W>
 void many_rows(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
-               float* sums) {
-  const int64_t all = pairs_of(p), size = panel_size(WeightFormat::bf16, p.K) / 2;
+               float* sums, uint32_t* made) {
+  const int64_t all = pairs_of(p);
   for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
     const int64_t pairs = least(kDepth / 2, all - k);
     for (int64_t panel = panel0; panel < panel1; ++panel) {
-      const uint32_t* w = static_cast<const uint32_t*>(p.weight) + panel * size + k * kPanelColumns;
+      const uint32_t* w = as_pairs(panel_at<W>(p, panel, 2 * k), pairs, made);
       float* to = sums + (panel - panel0) * (m1 - m0) * kPanelColumns;
       for (int64_t m = m0; m < m1; m += kGroup) {
         const int64_t rows = least(m1 - m, kGroup);
         float* c = to + (m - m0) * kPanelColumns;
-        multiply_for(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns, k > 0);
+        multiply_for<uint32_t>(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns,
+                                        k > 0);
         if (k + pairs >= all) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
       }
     }
   }
 }
 
-void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+template <class W>
+void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   const int64_t panels = panel_count(p.N);
+  uint32_t* made = static_cast<uint32_t*>(scratch);
+  float* sums = static_cast<float*>(scratch) + kPieceWords;
   for (int64_t i = begin; i < end; ++i) {
     // Rows go first, so that neighbours in time share weights.
     const int64_t m = i % p.row_blocks * p.row_step, m1 = least(m + p.row_step, p.M);
     const int64_t panel = i / p.row_blocks * p.panel_step;
-    const auto run = m1 - m < kFewRows ? few_rows : many_rows;
-    run(p, m, m1, panel, least(panel + p.panel_step, panels), static_cast<float*>(scratch));
+    const auto rows = m1 - m < kFewRows ? few_rows<W> : many_rows<W>;
+    rows(p, m, m1, panel, least(panel + p.panel_step, panels), sums, made);
+  }
+}
+
+void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+  switch (p.format) {
+    case WeightFormat::int8:
+      return run<Int8Pair>(p, begin, end, scratch);
+    case WeightFormat::int4:
+      return run<Int4Pair>(p, begin, end, scratch);
+    default:
+      return run<uint32_t>(p, begin, end, scratch);
   }
 }
 
