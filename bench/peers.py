@@ -7,12 +7,14 @@ caches), and returns the call to time; None where it has no way to do the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from internvl_rt.ops.grouped_linear import PackedExperts
 from internvl_rt.ops.linear import PackedWeight, unpack
 
 Call = Callable[[], Any]
@@ -64,6 +66,64 @@ def linear(
     return call
 
 
+def grouped_linear(
+    x: Tensor,
+    weight: Tensor | PackedExperts,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Call:
+    experts = [_plain(weight[e]) for e in range(weight.shape[0])]
+    bounds = offsets.tolist()
+
+    def call() -> Tensor:
+        sorted_x = x if rows is None else x[rows]
+        parts = [
+            F.linear(sorted_x[begin:end], w, None if bias is None else bias[e])
+            for e, (w, (begin, end)) in enumerate(zip(experts, pairwise(bounds), strict=True))
+        ]
+        return torch.cat(parts)
+
+    return call
+
+
+def moe_route(logits: Tensor, top_k: int, normalize: bool) -> Call:
+    E = logits.shape[1]
+
+    def call() -> tuple[Tensor, ...]:
+        scores = logits.float().softmax(1)
+        weights, ids = (t[:, :top_k] for t in scores.sort(descending=True, stable=True))
+        if normalize:
+            weights = weights / weights.sum(1, keepdim=True)
+        order = ids.flatten().argsort(stable=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
+        offsets = F.pad(torch.bincount(ids.flatten(), minlength=E).cumsum(0), (1, 0))
+        return ids.int(), weights, (order // top_k).int(), places.view_as(ids).int(), offsets.int()
+
+    return call
+
+
+def moe_combine(x: Tensor, weights: Tensor, places: Tensor, residual: Tensor | None = None) -> Call:
+    def call() -> Tensor:
+        y = (x[places] * weights[..., None]).sum(1).to(x.dtype)
+        return y if residual is None else residual + y
+
+    return call
+
+
+_MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def mxfp4_unpack(blocks: Tensor, scales: Tensor) -> Call:
+    table = _MXFP4.bfloat16()
+
+    def call() -> Tensor:
+        values = torch.stack((table[(blocks & 15).int()], table[(blocks >> 4).int()]), -1)
+        return torch.ldexp(values.flatten(-2), scales.int()[..., None] - 127).flatten(-2).bfloat16()
+
+    return call
+
+
 def gated_activation(x: Tensor, kind: str = "silu") -> Call | None:
     if kind != "silu":
         return None
@@ -93,6 +153,17 @@ def flash_attention(
     )[0].transpose(0, 1)
 
 
+def _with_sinks(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor, scale: float
+) -> Tensor:
+    """Eager attention on [B, H, n, D], as transformers runs GPT-OSS."""
+    B, H, n, _ = q.shape
+    k, v = (t.repeat_interleave(H // t.shape[1], 1) for t in (k, v))
+    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, -torch.inf)
+    extra = sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, n, 1)
+    return torch.cat((scores, extra), -1).softmax(-1)[..., :-1] @ v
+
+
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -108,7 +179,7 @@ def paged_attention(
     """Contiguous keys and values, as transformers keeps them; equal lengths only."""
     if len(set(kv_lens.tolist())) != 1 or len(set(cu_q.diff().tolist())) != 1:
         return None
-    if window is not None or sinks is not None or prefix is not None:
+    if prefix is not None or (sinks is None and window is not None):
         return None
     B, L, n = len(kv_lens), int(kv_lens[0]), int(cu_q[1])
     K, D = k_cache.shape[1], k_cache.shape[3]
@@ -120,9 +191,16 @@ def paged_attention(
     k, v = gather(k_cache), gather(v_cache)
     q = q.unflatten(0, (B, n)).transpose(1, 2)  # [B, H, n, D]
     mask = None if n == 1 else torch.ones(n, L, dtype=torch.bool).tril(L - n)
+    if sinks is not None:
+        mask = torch.ones(n, L, dtype=torch.bool).tril(L - n).triu(L - n + 1 - (window or L))
 
     def call() -> Tensor:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        if sinks is not None:
+            y = _with_sinks(q, k, v, mask, sinks, scale)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=True
+            )
         return y.transpose(1, 2).flatten(0, 1)
 
     return call
@@ -267,8 +345,12 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         embed_scatter,
         flash_attention,
         gated_activation,
+        grouped_linear,
         layer_norm,
         linear,
+        moe_combine,
+        moe_route,
+        mxfp4_unpack,
         paged_attention,
         pixel_unshuffle_mlp,
         preprocess,

@@ -60,6 +60,21 @@ AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& 
   return p;
 }
 
+void check_cuda_rows(const Checker& check, const AttentionParams& p,
+                     std::initializer_list<NamedTensor> tensors) {
+  const int64_t elements = attention_alignment(p);
+  const int64_t bytes = elements * static_cast<int64_t>(size_of(p.dtype));
+  for (const auto& [name, t] : tensors) {
+    bool aligned = reinterpret_cast<uintptr_t>(t->data) % bytes == 0;
+    for (int i = 0; i + 1 < t->ndim; ++i) {
+      aligned = aligned && (t->size(i) <= 1 || t->stride(i) % elements == 0);
+    }
+    check.require(aligned, std::string(name) +
+                               " has an address or a stride that is no multiple of " +
+                               std::to_string(elements) + " elements, as CUDA expects it");
+  }
+}
+
 const std::vector<AttentionItem>& attention_items(const AttentionParams& p, int64_t B, int64_t K) {
   // Blocks of all sizes of register tiles (kRows in attention_core.h) divide this.
   constexpr int64_t kUnit = 42;

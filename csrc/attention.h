@@ -1,6 +1,7 @@
 // Checks and work division that flash_attention and paged_attention share.
 #pragma once
 
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -31,6 +32,14 @@ void check_prefix(const Checker& check, const AttentionParams& p, int64_t B, KvL
                ", allowed: 0 to the sequence's " + std::to_string(kv_len(b)) + " keys");
   }
 }
+
+// On CUDA rows are fetched in vectors: addresses and strides are multiples of them.
+struct NamedTensor {
+  const char* name;
+  const Tensor* tensor;
+};
+void check_cuda_rows(const Checker& check, const AttentionParams& p,
+                     std::initializer_list<NamedTensor> tensors);
 
 // The items of a call, the longest first. The list belongs to the calling thread and is valid until
 // its next call.

@@ -21,6 +21,8 @@ inline void require_cpu(const Checker& check, const Tensor& t) {
 }
 
 #if defined(IVR_CUDA)
+#define IVR_CUDA_KERNEL(op) (&cuda::op)
+
 // Calls launch(params, stream) for tensors on t's device. Throws where the launch was refused.
 template <class Launch, class Params>
 void launch_cuda(const Checker& check, Launch launch, const Params& params, const Tensor& t) {
@@ -32,6 +34,22 @@ void launch_cuda(const Checker& check, Launch launch, const Params& params, cons
   if (device != t.device_index) cudaSetDevice(device);
   if (error != cudaSuccess) check.fail(std::string("CUDA: ") + cudaGetErrorString(error));
 }
+#else
+#define IVR_CUDA_KERNEL(op) nullptr
 #endif
+
+// For tensors on a CUDA device: launches IVR_CUDA_KERNEL(op) and returns true, or throws. For
+// tensors on the CPU: false.
+template <class Launch, class Params>
+bool ran_on_cuda(const Checker& check, [[maybe_unused]] Launch launch,
+                 [[maybe_unused]] const Params& params, const Tensor& t) {
+  if (t.device == Device::cpu) return false;
+#if defined(IVR_CUDA)
+  launch_cuda(check, launch, params, t);
+#else
+  require_cpu(check, t);
+#endif
+  return true;
+}
 
 }  // namespace ivr

@@ -29,7 +29,7 @@ struct AttentionParams {
   const void* sinks;      // [H] or null: a logit per head that takes weight and gives no value
   const int32_t* cu_q;    // [B + 1]: queries cu_q[b] .. cu_q[b + 1] belong to sequence b
   const int32_t* prefix;  // [B] or null: the first prefix[b] keys are visible to every query
-  int64_t T, B, K;                 // queries, sequences, kv heads
+  int64_t T, B, K;        // queries, sequences, kv heads
   int64_t q_t, q_h, out_t, out_h;  // strides in elements
   int64_t D;                       // a multiple of 4 in [4, kAttentionMaxHeadDim]
   int64_t group;                   // query heads per kv head
@@ -52,6 +52,16 @@ constexpr int64_t attention_rows(int64_t D) {
 constexpr int64_t attention_scratch(int64_t D) {
   const int64_t rows = attention_rows(D) + 16, wide = attention_padded(D);
   return 2 * rows * wide + 2 * kAttentionChunk * wide + 2 * 16 * rows + 16 * (kAttentionChunk + 16);
+}
+
+// CUDA: tensor cores where they fit, plain multiply-adds for the rest.
+inline bool attention_on_tensor_cores(const AttentionParams& a) {
+  return a.dtype == DType::bf16 && (a.D == 64 || a.D == 128);
+}
+
+// CUDA: elements whose multiple every address and stride of q, K, V and out has to be.
+inline int64_t attention_alignment(const AttentionParams& a) {
+  return attention_on_tensor_cores(a) ? 8 : 4;
 }
 
 }  // namespace ivr

@@ -1,5 +1,8 @@
 // linear: out = residual + scale * act(x W^T + bias), computed in fp32 and rounded once.
 //
+// On CUDA the weight is plain, [N, K] row by row; see kernels/cuda/linear.cuh. The rest of this
+// comment is about the CPU.
+//
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
 // columns, zero-padded.
 // f32: [ceil(N/32)][K][32].
@@ -59,7 +62,7 @@ constexpr int64_t panel_bytes(WeightFormat format, int64_t K) {
 
 struct LinearParams {
   const void* x;         // [M, K]
-  const void* weight;    // packed
+  const void* weight;    // packed; on CUDA [N, K]
   const void* bias;      // [N] or null
   const void* residual;  // [M, N] or null; may be out
   const void* scale;     // [N] or null
@@ -70,6 +73,7 @@ struct LinearParams {
   DType dtype;                     // f32 or bf16: of x, bias and scale
   DType out_dtype;                 // of out and residual: dtype, or f32
   WeightFormat format;             // of weight: dtype's, int8 or int4
+  bool decode;                     // CUDA: the kernel for few rows, whatever M is
 
   // Filled in by `plan`. Work is cut into chunks of row_step rows by panel_step panels.
   int64_t row_step, panel_step;

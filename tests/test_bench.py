@@ -116,7 +116,9 @@ def test_refusals_are_one_line(arguments, message):
 def test_a_missing_gpu_is_an_error_not_a_gap(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for backend in ("cuda", "triton"):
-        with pytest.raises(ValueError, match=f"bench: backend {backend} "):
+        with pytest.raises(
+            ValueError, match=f"rms_norm: backend is '{backend}', but .*; available: "
+        ):
             bench.run("rms_norm", "2x8", ["f32"], ["cpu", backend])
 
 

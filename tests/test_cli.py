@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import internvl_rt as ivr
+from internvl_rt.__main__ import main
 
 
 def command(*arguments):
@@ -54,6 +55,41 @@ def test_conversation_from_standard_input(chat_folder, photo):
 def test_show_prompt(chat_folder):
     done = run("chat", chat_folder, "Hello", "--system", "", "--show-prompt")
     assert done.stdout.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n\n")
+
+
+def test_draw(photo, tmp_path, monkeypatch, capsys):
+    """The answer's boxes are those of the picture as the model sees it."""
+    answer = "<ref>cat</ref><box>[[0, 0, 500, 1000]]</box>"
+
+    class Fake:
+        def chat(self, *arguments, **options):
+            return iter([answer[:20], answer[20:]])
+
+    monkeypatch.setattr(ivr, "load", lambda *arguments, **options: Fake())
+    out = tmp_path / "out.png"
+    assert main(["chat", "model", "-i", str(photo), "--draw", str(out), "Where is the cat?"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() == answer
+    assert printed.err.strip() == f"regions drawn into {out}: 1"
+    before, after = (np.asarray(Image.open(p).convert("RGB")) for p in (photo, out))
+    changed = (before != after).any(-1)
+    assert changed[:, 45].all()
+    assert not changed[:, 50:].any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--draw", "out.png", "Hi"], "--draw needs one picture"),
+        (["-i", "a.png", "-i", "b.png", "--draw", "out.png", "Hi"], "--draw needs one picture"),
+        (["-i", "a.png", "--draw", "out.png"], "and a question on the command line"),
+        (["-i", "a.png", "--draw", "out.png", "--show-prompt", "Hi"], "--draw needs"),
+        (["-i", "a.png", "--draw", "out.abc", "Hi"], "expected a name such as out.png"),
+    ],
+)
+def test_draw_is_checked_before_anything_is_loaded(arguments, match, capsys):
+    assert main(["chat", "no-such-folder", *arguments]) == 2
+    assert match in capsys.readouterr().err
 
 
 def test_interrupt_ends_quietly(chat_folder):

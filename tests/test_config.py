@@ -1,5 +1,6 @@
 """config.json: what is read, what is defaulted, what is refused and in which words."""
 
+import functools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from internvl_rt.config import (
     load_vision_config,
 )
 from internvl_rt.json_file import MAX_JSON_BYTES, show
-from tiny_model import PREPROCESSOR, native, original, write_config
+from tiny_model import FAMILIES, NATIVE_FAMILIES, PREPROCESSOR, native, original, write_config
 
 
 def _at(config, path):
@@ -163,11 +164,156 @@ def test_end_tokens_of_both_files(tmp_path):
     assert load_config(tmp_path).eos_token_ids == (7, 38, 5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, family):
+    text = load_config(write_config(tmp_path, original(family))).text
+    everywhere = family == "internlm3"
+    assert text.backbone == family
+    assert text.qkv_bias == (everywhere or family == "qwen2")
+    assert (text.o_bias, text.mlp_bias) == (everywhere, everywhere)
+    assert text.qk_norm == (family == "qwen3")
+    assert text.head_dim == (12 if family == "qwen3" else 8)
+    if family in NATIVE_FAMILIES:
+        assert load_config(write_config(tmp_path, native(family))).text == text
+    config = original(family)
+    del config["llm_config"]["architectures"]
+    assert load_config(write_config(tmp_path, config)).text == text
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "biases"),
+    [
+        ("qwen3", {"attention_bias": True}, (True, True, False)),
+        ("llama", {"attention_bias": True}, (True, True, False)),
+        ("llama", {"mlp_bias": True}, (False, False, True)),
+        ("internlm2", {"bias": True}, (True, True, False)),
+        ("internlm3", {"bias": False}, (True, False, False)),
+        ("internlm3", {"qkv_bias": False}, (False, True, True)),
+    ],
+)
+def test_biases(tmp_path, family, keys, biases):
+    config = original(family)
+    config["llm_config"] |= keys
+    text = load_config(write_config(tmp_path, config)).text
+    assert (text.qkv_bias, text.o_bias, text.mlp_bias) == biases
+
+
+def test_class_defaults_of_biases(tmp_path):
+    config = original("internlm2")
+    del config["llm_config"]["bias"]
+    text = load_config(write_config(tmp_path, config)).text
+    assert (text.qkv_bias, text.o_bias, text.mlp_bias) == (True, True, False)
+
+
+@pytest.mark.parametrize(
+    ("family", "context"), [("qwen2", 65536), ("qwen3", 32768), ("phi3", 131072)]
+)
+def test_context(tmp_path, family, context):
+    assert load_config(write_config(tmp_path, original(family))).text.context == context
+
+
+def test_longrope(tmp_path):
+    """Phi-3's three spellings; the factor of the angles is not that of the sines."""
+    config = original("phi3")
+    scaling = load_config(write_config(tmp_path, config)).text.rope_scaling
+    assert (scaling.type, scaling.factor) == ("longrope", 32.0)
+    assert scaling.attention_factor == pytest.approx(1.1902380714)
+    assert scaling.original_max_position_embeddings == 4096
+    assert scaling.long_factor == (1.0, 2.0, 4.0, 8.0)
+    for spelling, factor in (("longrope", 1.1902380714), ("yarn", 1.3465735903)):
+        config["llm_config"]["rope_scaling"]["type"] = spelling
+        other = load_config(write_config(tmp_path, config)).text.rope_scaling
+        assert other.attention_factor == pytest.approx(factor)
+    _set(config, "llm_config.max_position_embeddings", 4096)
+    assert load_config(write_config(tmp_path, config)).text.rope_scaling.attention_factor == 1
+    parameters = config["llm_config"].pop("rope_scaling") | {"attention_factor": 1.5}
+    parameters |= {"rope_theta": 1e6, "rope_type": "longrope", "type": "longrope"}
+    _set(config, "llm_config.rope_parameters", parameters)
+    assert load_config(write_config(tmp_path, config)).text.rope_scaling.attention_factor == 1.5
+
+
+def test_old_vision_defaults(tmp_path):
+    """Configs of the first towers leave out what their class knew."""
+    config = original()
+    config["vision_config"] = {"model_type": "intern_vit_6b"}
+    config["force_image_size"] = 448
+    loaded = load_config(write_config(tmp_path, config))
+    vision = loaded.vision
+    assert (vision.hidden_size, vision.intermediate_size) == (3200, 12800)
+    assert (vision.num_layers, vision.num_heads, vision.head_dim) == (48, 25, 128)
+    assert (vision.image_size, vision.patch_size, vision.layer_norm_eps) == (224, 14, 1e-6)
+    assert (vision.norm_type, vision.qkv_bias, vision.qk_norm) == ("rms_norm", False, True)
+    assert loaded.tokens_per_tile == 256
+
+
+@pytest.mark.parametrize(("template", "layer"), [("internvl_zh", -4), ("Hermes-2", -1)])
+def test_old_selected_layer(tmp_path, template, layer):
+    config = _drop(original() | {"template": template}, "select_layer")
+    config["vision_config"]["num_hidden_layers"] = 5
+    assert load_config(write_config(tmp_path, config)).select_layer == layer
+
+
 ACCEPTED = [
     ("llm_config.rope_scaling", None, None),
     ("llm_config.rope_scaling", {"rope_type": "dynamic", "factor": 3}, RopeScaling("dynamic", 3.0)),
     ("llm_config.rope_scaling", {"rope_type": "default"}, None),
 ]
+
+
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def test_rope_of_llama(tmp_path):
+    config = original("llama")
+    for scaling in ({"type": "linear", "factor": 4.0}, {"type": "dynamic", "factor": 4.0}):
+        _set(config, "llm_config.rope_scaling", scaling)
+        text = load_config(write_config(tmp_path, config)).text
+        assert text.rope_scaling == RopeScaling(scaling["type"], 4.0)
+        assert text.context == 4 * 32768
+    text = load_config(write_config(tmp_path, _set(config, "llm_config.rope_scaling", _LLAMA3)))
+    scaling = text.text.rope_scaling
+    assert (scaling.type, scaling.factor, scaling.attention_factor) == ("llama3", 8.0, 1.0)
+    assert (scaling.low_freq_factor, scaling.high_freq_factor) == (1.0, 4.0)
+    assert text.text.context == 32768
+
+
+REFUSED_FAMILY = [
+    ("llama", "rope_scaling", _LLAMA3 | {"high_freq_factor": 1.0}, "more than low_freq_factor=1"),
+    ("llama", "rope_scaling", {"type": "llama3", "factor": 8.0}, "low_freq_factor is missing"),
+    ("llama", "rope_scaling", {"type": "longrope"}, "type is 'longrope', supported: default, lin"),
+    ("llama", "rope_parameters", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    ("llama", "attention_bias", 0, "attention_bias is 0, expected true or false"),
+    ("internlm2", "bias", None, "bias is None, expected true or false"),
+    ("phi3", "partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5, expected 1"),
+    ("phi3", "sliding_window", 2047, "sliding_window is 2047, expected an integer from 131072"),
+    ("phi3", "rope_scaling", {"type": "dynamic", "factor": 2.0}, "supported: default, su"),
+    ("phi3", "rope_scaling", {"type": "su"}, "short_factor is missing, expected 4 numbers"),
+    ("phi3", "original_max_position_embeddings", 1, "original_max_position_embeddings is 1"),
+]
+
+
+@pytest.mark.parametrize(("family", "key", "value", "match"), REFUSED_FAMILY)
+def test_refused_of_a_family(tmp_path, family, key, value, match):
+    write_config(tmp_path, _set(original(family), f"llm_config.{key}", value))
+    with pytest.raises(ValueError, match=match) as error:
+        load_config(tmp_path)
+    assert _one_line(error).startswith("config.json: llm_config.")
+
+
+@pytest.mark.parametrize("key", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("value", [[1.0] * 3, [1.0] * 5, [1.0, 1, 1, 0], [1, 1, 1, "1"], 1, None])
+def test_refused_longrope_factors(tmp_path, key, value):
+    config = original("phi3")
+    config["llm_config"]["rope_scaling"][key] = value
+    with pytest.raises(ValueError, match=f"{key} is .*, expected 4 numbers") as error:
+        load_config(write_config(tmp_path, config))
+    _one_line(error)
 
 
 @pytest.mark.parametrize(("path", "value", "expected"), ACCEPTED)
@@ -450,7 +596,8 @@ def _mutate(rng, data):
 def _mutate_value(rng, config):
     """One value somewhere replaced by another kind of value."""
     parents = [config, *(v for v in config.values() if isinstance(v, dict))]
-    parent = rng.choice(parents)
+    scaling = [p["rope_scaling"] for p in parents if isinstance(p.get("rope_scaling"), dict)]
+    parent = rng.choice([*parents, *scaling])
     key = rng.choice(sorted(parent))
     odd = [None, True, -1, 0, 1, 3, 10**40, 1.5, -0.0, 1e308, "", "x", "\ud800", [], [1], {}, [[]]]
     if rng.random() < 0.2:
@@ -460,14 +607,18 @@ def _mutate_value(rng, config):
     return config
 
 
-@pytest.mark.parametrize("make", [original, native])
-def test_fuzz(tmp_path, make, monkeypatch):
-    rng = random.Random(f"test_config.fuzz.{make.__name__}")
+FUZZED = [(original, f) for f in FAMILIES] + [(native, f) for f in NATIVE_FAMILIES]
+
+
+@pytest.mark.parametrize(("make", "family"), FUZZED)
+def test_fuzz(tmp_path, make, family, monkeypatch):
+    rng = random.Random(f"test_config.fuzz.{make.__name__}.{family}")
+    make = functools.partial(make, family)
     good = json.dumps(make()).encode()
     data = b""
     monkeypatch.setattr("internvl_rt.json_file.read_bytes", lambda path, limit: data)
     accepted = 0
-    for i in range(5_000):
+    for i in range(1_000):
         changed = _mutate_value(rng, make())
         data = _mutate(rng, good) if i % 2 else json.dumps(changed).encode()
         for load in (load_config, load_vision_config):
@@ -477,4 +628,4 @@ def test_fuzz(tmp_path, make, monkeypatch):
             except (ValueError, OSError) as error:
                 assert "\n" not in str(error)  # noqa: PT017 (success is allowed too)
                 str(error).encode("utf-8")
-    assert accepted > 500
+    assert accepted > 100

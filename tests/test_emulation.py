@@ -7,6 +7,8 @@ planted bug each.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import itertools
 import re
 import shutil
@@ -19,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulated
 from internvl_rt import ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 
@@ -102,110 +105,10 @@ def emulator(objects):
     return _link(objects, objects[0].parent / "emulator.so")
 
 
-# ---- ops: the native face's arguments as a params struct ---------------------------------------
+# ---- ops ---------------------------------------------------------------------------------------
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.int32: 3, torch.int64: 4}
-
-
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
-
-
-class RmsNormParams(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("x", "residual", "weight", "y", "residual_out")),
-        *((n, ctypes.c_int64) for n in ("T", "H", "C")),
-        *((n, ctypes.c_int64) for n in ("x_t", "x_h", "residual_t", "residual_h")),
-        *((n, ctypes.c_int64) for n in ("y_t", "y_h", "residual_out_t", "residual_out_h")),
-        ("eps", ctypes.c_float),
-        ("weight_in_fp32", ctypes.c_bool),
-        ("dtype", ctypes.c_int32),
-    )
-
-
-def rms_norm_params(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    y: Tensor,
-    residual_out: Tensor | None,
-    eps: float,
-    weight_in_fp32: bool,
-) -> RmsNormParams:
-    pointers = map(_pointer, (x, residual, weight, y, residual_out))
-    strides = sum(map(_strides, (x, residual, y, residual_out)), ())
-    return RmsNormParams(*pointers, *x.shape, *strides, eps, weight_in_fp32, DTYPES[x.dtype])
-
-
-NO_WINDOW = 2**63 - 1
-
-
-class AttentionParams(ctypes.Structure):
-    _fields_ = (
-        *((n, ctypes.c_void_p) for n in ("q", "out", "sinks", "cu_q", "prefix")),
-        *((n, ctypes.c_int64) for n in ("T", "B", "K", "q_t", "q_h", "out_t", "out_h")),
-        *((n, ctypes.c_int64) for n in ("D", "group", "window")),
-        ("scale", ctypes.c_float),
-        ("causal", ctypes.c_bool),
-        ("dtype", ctypes.c_int32),
-        ("sinks_dtype", ctypes.c_int32),
-    )
-
-
-def attention_params(
-    q: Tensor,
-    cu_q: Tensor,
-    K: int,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: Tensor | None,
-    out: Tensor,
-) -> AttentionParams:
-    T, H, D = q.shape
-    pointers = map(_pointer, (q, out, sinks, cu_q, prefix))
-    sizes = (T, len(cu_q) - 1, K, *_strides(q), *_strides(out), D, H // K)
-    dtypes = DTYPES[q.dtype], DTYPES[torch.float32 if sinks is None else sinks.dtype]
-    return AttentionParams(*pointers, *sizes, window or NO_WINDOW, scale, causal, *dtypes)
-
-
-class FlashAttentionParams(ctypes.Structure):
-    _fields_ = (
-        ("a", AttentionParams),
-        *((n, ctypes.c_void_p) for n in ("k", "v", "cu_kv")),
-        *((n, ctypes.c_int64) for n in ("k_t", "k_h", "v_t", "v_h")),
-    )
-
-
-def flash_attention_params(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_q: Tensor,
-    cu_kv: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    sinks: Tensor | None,
-    prefix: Tensor | None,
-    out: Tensor,
-) -> FlashAttentionParams:
-    a = attention_params(q, cu_q, k.shape[1], scale, causal, window, sinks, prefix, out)
-    return FlashAttentionParams(a, *map(_pointer, (k, v, cu_kv)), *_strides(k), *_strides(v))
-
-
-# A new op: its params struct, the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
-PARAMS = {
-    "flash_attention": flash_attention_params,
-    "rms_norm": rms_norm_params,
-}
-# Ops whose slow cases would take minutes here.
-HEAVY = {"flash_attention"}
+# Ops that take seconds here: one seed, and no slow cases.
+HEAVY = {"flash_attention", "linear", "paged_attention"}
 
 
 @pytest.fixture
@@ -216,7 +119,7 @@ def emulate(emulator, monkeypatch):
         configs: list[str] = []
 
         def face(*arguments: Any) -> None:
-            configs.append(emulator.run(op.name, PARAMS[op.name](*arguments), seed))
+            configs.append(emulator.run(op.name, emulated.PARAMS[op.name](*arguments), seed))
 
         monkeypatch.setitem(op.faces, "emulated", face)
         check(op, case, dtype, "emulated")
@@ -232,20 +135,196 @@ def _id(value: object) -> str:
 CATALOGUE = [
     (o, c, d)
     for o, c, d in all_cases()
-    if o.name in PARAMS and not (c.slow and o.name in HEAVY)
+    if o.name in emulated.PARAMS
+    and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
 ]
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
 def test_catalogue(op, case, dtype, emulate):
-    for seed in SEEDS[: 1 if case.slow else None]:
+    for seed in SEEDS[: 1 if case.slow or op.name in HEAVY else None]:
         emulate(op, case, dtype, seed)
 
 
 def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
-    assert sources == set(emulator.ops()) == set(PARAMS)
+    assert sources == set(emulator.ops()) == set(emulated.PARAMS)
     assert sources <= set(ops.catalogue())
+
+
+# ---- attention: decode, broken page tables, who shares the batch --------------------------------
+
+PAGED = ops.catalogue()["paged_attention"]
+DECODE = [
+    c
+    for c in PAGED.cases
+    if not c.slow and c.build(Inputs(c.name, torch.bfloat16))["q"].shape[2] in (64, 128)
+]
+
+
+def _workspace(q: Tensor, k_cache: Tensor, page_table: Tensor) -> Tensor:
+    T, H, D = q.shape
+    splits = max(1, -(-page_table.shape[1] * k_cache.shape[2] // (16384 // D)))
+    return torch.full((max(splits * T * H * (D + 2), 4),), float("nan"))
+
+
+def _decode_params(*arguments: Any) -> ctypes.Structure:
+    *given, _, out = arguments
+    return emulated.paged_attention(*given, _workspace(given[0], given[1], given[3]), out)
+
+
+@pytest.mark.parametrize("case", DECODE, ids=_id)
+def test_paged_attention_splits(case, emulate, monkeypatch):
+    monkeypatch.setitem(emulated.PARAMS, "paged_attention", _decode_params)
+    config = emulate(PAGED, case, torch.bfloat16, seed=1)
+    assert config == "empty" or "splits=0" not in config
+
+
+def _attend(
+    emulator: Emulator, arguments: dict[str, Any], params: Any = emulated.paged_attention
+) -> Tensor:
+    names = ("q", "k_cache", "v_cache", "page_table", "cu_q", "kv_lens", "scale")
+    names += ("window", "sinks", "prefix")
+    out = torch.full_like(arguments["q"], float("nan"), memory_format=torch.contiguous_format)
+    emulator.run("paged_attention", params(*(arguments.get(n) for n in names), None, out))
+    return out
+
+
+PHASES = {"prefill": emulated.paged_attention, "decode": _decode_params}
+# D, group, dtype, phase: every kernel of paged_attention.
+KERNELS = [
+    (64, 7, torch.bfloat16, "prefill"),
+    (64, 7, torch.bfloat16, "decode"),
+    (128, 3, torch.bfloat16, "prefill"),
+    (128, 3, torch.bfloat16, "decode"),
+    (20, 2, torch.bfloat16, "prefill"),
+    (64, 2, torch.float32, "prefill"),
+]
+
+
+@pytest.mark.parametrize(("D", "group", "dtype", "phase"), KERNELS, ids=_id)
+def test_paged_attention_bits_depend_on_the_sequence_alone(emulator, D, group, dtype, phase):
+    # Alone and with a short table, or in company, in chunks, at other pages of a wider table.
+    make = Inputs(f"alone/{D}", dtype)
+    lengths, P = (200, 330, 1), 16
+    q = make.normal(6, 2 * group, D)
+    table = make.permutation(200)[: 3 * 50].int().view(3, 50)
+    caches = {n: make.normal(200, 2, P, D) for n in ("k_cache", "v_cache")}
+    together = {
+        "q": q,
+        **caches,
+        "page_table": table,
+        "cu_q": torch.tensor([0, 1, 5, 6], dtype=torch.int32),
+        "kv_lens": torch.tensor(lengths, dtype=torch.int32),
+        "scale": D**-0.5,
+        "window": 290,
+    }
+    y = _attend(emulator, together, PHASES[phase])
+    for rows, length in (((0, 1), 200), ((1, 2), 327), ((2, 5), 330), ((5, 6), 1)):
+        sequence = 0 if rows[0] == 0 else 2 if rows[0] == 5 else 1
+        pages = -(-length // P)
+        alone = together | {
+            "q": q[slice(*rows)],
+            "page_table": table[sequence : sequence + 1, :pages].clone(),
+            "cu_q": torch.tensor([0, rows[1] - rows[0]], dtype=torch.int32),
+            "kv_lens": torch.tensor([length], dtype=torch.int32),
+        }
+        assert torch.equal(_attend(emulator, alone, PHASES[phase]), y[slice(*rows)])
+
+
+@pytest.mark.parametrize("page", [-1, 200, 2**31 - 1, "behind the table"])
+@pytest.mark.parametrize(("D", "group", "dtype", "phase"), KERNELS, ids=_id)
+def test_a_broken_page_table_harms_its_own_sequence(emulator, D, group, dtype, phase, page):
+    make = Inputs(f"broken/{D}", dtype)
+    table = make.permutation(200)[: 2 * 20].int().view(2, 20)
+    arguments = {
+        "q": make.normal(2, 2 * group, D),
+        "k_cache": make.normal(200, 2, 16, D),
+        "v_cache": make.normal(200, 2, 16, D),
+        "page_table": table,
+        "cu_q": torch.tensor([0, 1, 2], dtype=torch.int32),
+        "kv_lens": torch.tensor([300, 290], dtype=torch.int32),
+        "scale": D**-0.5,
+    }
+    good = _attend(emulator, arguments, PHASES[phase])
+    assert bool(good.isfinite().all())
+    if page == "behind the table":
+        arguments["kv_lens"] = torch.tensor([20 * 16 + 1, 290], dtype=torch.int32)
+    else:
+        arguments["page_table"] = table.index_put(
+            (torch.tensor(0), torch.tensor(7)), torch.tensor(page, dtype=torch.int32)
+        )
+    broken = _attend(emulator, arguments, PHASES[phase])
+    assert bool(broken[0].isnan().all())
+    assert torch.equal(broken[1], good[1])
+
+
+# ---- linear: every kernel, and what a row's bits depend on --------------------------------------
+
+LINEAR = ops.catalogue()["linear"]
+
+
+def _linear_case(M: int, N: int, K: int, offset: int = 0, **options: Any) -> Case:
+    """All of the epilogue; x starts `offset` elements behind an aligned address."""
+
+    def build(make: Inputs) -> dict[str, Any]:
+        return {
+            "x": make.normal(M, K + 8)[:, offset : offset + K],
+            "weight": make.normal(N, K, std=K**-0.5),
+            "bias": make.normal(N),
+            "scale": make.normal(N),
+            "residual": make.normal(M, N),
+            "activation": "silu",
+        } | options
+
+    return Case(f"{M}x{N}x{K}+{offset}", build)
+
+
+# (case, phase, expected configuration) in bfloat16.
+LINEARS = [
+    (_linear_case(1, 40, 264), "decode", "rows 16x8 aligned=1 grid=5x1"),
+    (_linear_case(17, 40, 520), "decode", "rows 64x8 aligned=1 grid=5x1"),
+    (_linear_case(65, 24, 40), "decode", "rows 64x8 aligned=1 grid=3x2"),
+    (_linear_case(3, 4096, 32), "decode", "rows 16x32 aligned=1 grid=128x1"),
+    (_linear_case(20, 4100, 24), "decode", "rows 64x32 aligned=1 grid=129x1"),
+    (_linear_case(18, 41, 264), "decode", "rows 16x8 aligned=0 grid=6x2"),
+    (_linear_case(18, 40, 264, 1), "decode", "rows 16x8 aligned=0 grid=5x2"),
+    (_linear_case(70, 130, 136), "prefill", "tiles 64x64 aligned=1 grid=3x2"),
+    (_linear_case(70, 130, 137), "prefill", "tiles 64x64 aligned=0 grid=3x2"),
+    (_linear_case(1, 6, 8), "prefill", "tiles 64x64 aligned=1 grid=1x1"),
+    (_linear_case(129, 64 * 128, 72), "prefill", "tiles 128x128 aligned=1 grid=64x2"),
+]
+
+
+@pytest.mark.parametrize(("case", "phase", "config"), LINEARS, ids=_id)
+def test_linear_configurations(case, phase, config, emulator, monkeypatch):
+    def face(*arguments: Any) -> None:
+        assert emulator.run("linear", emulated.linear(*arguments), seed=3) == config
+
+    monkeypatch.setitem(LINEAR.faces, "emulated", face)
+    phased = functools.partial(LINEAR.function, phase=phase)
+    check(dataclasses.replace(LINEAR, function=phased), case, torch.bfloat16, "emulated")
+
+
+def _linear(emulator: Emulator, x: Tensor, weight: ops.PackedWeight, *, decode: bool) -> Tensor:
+    out = torch.full((len(x), weight.n), float("nan"), dtype=x.dtype)
+    arguments = (weight.data, weight.n, weight.k, weight.format, None, 0, None, None, decode, out)
+    emulator.run("linear", emulated.linear(x, *arguments))
+    return out
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(("N", "K"), [(72, 328), (4104, 40), (33, 77)])
+def test_linear_bits_depend_on_the_row_alone(emulator, N, K, decode):
+    make = Inputs(f"rows/{N}", torch.bfloat16)
+    x, weight = make.normal(80, K), ops.pack(make.normal(N, K))
+    y = _linear(emulator, x, weight, decode=decode)
+    for rows in (slice(0, 1), slice(79, 80), slice(5, 22)):
+        assert torch.equal(_linear(emulator, x[rows], weight, decode=decode), y[rows])
+    # Nor on how operands are fetched.
+    shifted = make.normal(80, K + 9)
+    shifted[:, 1 : K + 1] = x
+    assert torch.equal(_linear(emulator, shifted[:, 1 : K + 1], weight, decode=decode), y)
 
 
 # ---- rms_norm: what the catalogue's shapes leave out -------------------------------------------
@@ -265,15 +344,15 @@ def _rms_norm_case(T: int, C: int, offset: int = 0, residual: bool = False) -> C
 # (case, dtype, expected configuration): every kernel of the table, at the edges of its range.
 RMS_NORM = [
     (_rms_norm_case(5, 256), torch.bfloat16, "vectors=1 aligned=1 block=32x4 grid=2"),
-    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 256, 1), torch.bfloat16, "vectors=0 aligned=0 block=32x4 grid=2"),
     (_rms_norm_case(70, 8), torch.bfloat16, "vectors=1 aligned=1 block=1x128 grid=1"),
-    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=1 aligned=0 block=32x4 grid=2"),
+    (_rms_norm_case(5, 128, 1, True), torch.float32, "vectors=0 aligned=0 block=32x4 grid=2"),
     (_rms_norm_case(5, 264), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=2"),
     (_rms_norm_case(3, 1024), torch.bfloat16, "vectors=4 aligned=1 block=32x4 grid=1"),
     (_rms_norm_case(3, 1032, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=64x1 grid=3"),
     (_rms_norm_case(2, 4096, 0, True), torch.bfloat16, "vectors=4 aligned=1 block=128x1 grid=2"),
     (_rms_norm_case(2, 4096), torch.float32, "vectors=4 aligned=1 block=256x1 grid=2"),
-    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=4 aligned=0 block=512x1 grid=2"),
+    (_rms_norm_case(2, 8191, 3, True), torch.float32, "vectors=0 aligned=0 block=512x1 grid=2"),
     (_rms_norm_case(1, 32768), torch.bfloat16, "vectors=4 aligned=1 block=1024x1 grid=1"),
     (_rms_norm_case(1, 32776, 0, True), torch.bfloat16, "vectors=0 aligned=1 block=1024x1 grid=1"),
     (_rms_norm_case(1, 16391, 1, True), torch.float32, "vectors=0 aligned=0 block=1024x1 grid=1"),
@@ -290,7 +369,7 @@ def _rms_norm(emulator: Emulator, x: Tensor, weight: Tensor, y: Tensor, **option
     residual, residual_out = options.get("residual"), options.get("residual_out")
     return emulator.run(
         "rms_norm",
-        rms_norm_params(
+        emulated.rms_norm(
             x.unsqueeze(1),
             weight,
             None if residual is None else residual.unsqueeze(1),
@@ -335,7 +414,7 @@ def test_rms_norm_rounds_where_the_contract_says(emulator, weight_in_fp32):
     x = torch.tensor([1.0, 7.0]).repeat(64).bfloat16().view(1, 1, 128)
     weight = (1 + torch.arange(128) / 128).bfloat16()
     y = torch.full_like(x, float("nan"))
-    emulator.run("rms_norm", rms_norm_params(x, weight, None, y, None, 0.0, weight_in_fp32))
+    emulator.run("rms_norm", emulated.rms_norm(x, weight, None, y, None, 0.0, weight_in_fp32))
     once = (x.double() * 0.2 * weight.double()).bfloat16()
     twice = (x.double() * 0.2).bfloat16() * weight
     assert not torch.equal(once, twice)
@@ -387,6 +466,18 @@ FINDINGS = {
     r"|read of shared memory that an asynchronous copy of thread \d+ has not",
     "async_past_row": r"out-of-bounds read of 16 bytes at 0x\w+: x\[\d\] \+ 4096, which has 4096",
     "async_misaligned": r"misaligned read of 16 bytes at 0x",
+    "bulk_no_wait": r"read of shared memory that (an asynchronous copy|no thread)",
+    "bulk_wrong_phase": r"read of shared memory that (an asynchronous copy|no thread)",
+    "bulk_wrong_bytes": r"deadlock in block .* 128 at an mbarrier",
+    "bulk_early_reuse": r"race: thread 0 writes shared memory that another thread reads"
+    r"|read of shared memory that an asynchronous copy of thread 0 has not reached",
+    "bulk_missing_arrival": r"deadlock in block .* at an mbarrier",
+    "bulk_extra_arrival": r"race: thread 0 writes shared memory|deadlock|more than 128 arrivals"
+    r"|read of shared memory that an asynchronous copy of thread 0 has not reached",
+    "bulk_unknown_barrier": r"mbarrier used before|race: thread \d+ reads shared memory that thread"
+    r"|read of shared memory that no thread has written",
+    "bulk_past_row": r"out-of-bounds read of 2048 bytes at 0x",
+    "bulk_unawaited": r"block \(\d, 0, 0\) ends with a bulk copy on its way",
     "tile_row_off_by_one": r"out-of-bounds read of 2 bytes of shared memory: offset 512 of an",
     "tile_uncommitted": r"read of shared memory that an asynchronous copy of thread \d+ has not",
     "tile_unsynchronised": r"race: thread \d+ reads shared memory that thread \d+ wrote",
@@ -399,7 +490,9 @@ FINDINGS = {
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FINDINGS)
 def test_planted_bug_is_found(emulator, name, seed):
-    x = torch.ones({"async": (3, 1024), "tile": (32, 16)}.get(name.split("_")[0], (3, 100)))
+    x = torch.ones(
+        {"async": (3, 1024), "bulk": (3, 2048), "tile": (32, 16)}.get(name.split("_")[0], (3, 100))
+    )
     with pytest.raises(Finding) as finding:
         _planted(emulator, name, x, seed)
     assert re.search(FINDINGS[name], str(finding.value)), finding.value
@@ -438,9 +531,10 @@ def test_collectives(emulator, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_asynchronous_copies(emulator, seed):
+@pytest.mark.parametrize("name", ["async_copy", "bulk_copy"])
+def test_asynchronous_copies(emulator, name, seed):
     x = Inputs("async", torch.float32).normal(3, 2048)
-    y = _planted(emulator, "async_copy", x, seed)
+    y = _planted(emulator, name, x, seed)
     assert torch.equal(y, x.unflatten(1, (4, 512)).flip(2).flatten(1))
 
 

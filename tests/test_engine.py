@@ -1,5 +1,6 @@
 """The engine's laws: bit-equality, fault containment, pages that come back."""
 
+import itertools
 import os
 import signal
 import threading
@@ -17,9 +18,11 @@ from isas import ISAS
 from test_golden import GOLDEN
 
 CASE = "internvl3-qwen2_5"
+# Packed weights and rotary angles that change within the lengths below: at 192 and at 96 tokens.
+FAMILIES = ("internvl2-internlm2", "internvl2-phi3", "internvl3_5-qwen3", "chat-v1_1-llama")
 IMAGE = 595
 # Prompts that end inside, at, and beyond a 256-key chunk of attention.
-LENGTHS = (1, 5, 64, 255, 256, 257, 400)
+LENGTHS = (1, 5, 64, 255, 256, 257, 360)
 
 
 def prompt(n, seed=0):
@@ -71,7 +74,10 @@ def test_logits_do_not_depend_on_the_batch(model, isa):
 
 @pytest.mark.parametrize("chunk", [1, 3, 64, 100, 256])
 def test_logits_do_not_depend_on_the_prefill_chunk(model, chunk):
-    ids = prompt(300)
+    assert_chunks_agree(model, prompt(300), chunk)
+
+
+def assert_chunks_agree(model, ids, chunk):
     whole = model.forward(ids[None])[0]
     decoder, text = model._core.decoder, model.config.text
     pages = KvCache.pages_for(len(ids))
@@ -81,7 +87,7 @@ def test_logits_do_not_depend_on_the_prefill_chunk(model, chunk):
     table = cache.allocator.take(pages + 3)[torch.randperm(pages + 3)[:pages]]
     parts = []
     for start in range(0, len(ids), chunk):
-        step = Chunk(ids[start : start + chunk], start, table, "all")
+        step = Chunk(ids[start : start + chunk], start, table, "all", rope_len=len(ids))
         parts.append(decoder(make_batch([step], PAGE_SIZE), cache))
     assert torch.equal(torch.cat(parts), whole)
 
@@ -104,8 +110,48 @@ def test_tokens_do_not_depend_on_batch_chunk_or_threads(model):
     finally:
         ivr.set_num_threads(threads)
     for chunk in (1, 7, 130):
-        other = ivr.load(GOLDEN / CASE, dtype=model.dtype, prefill_chunk=chunk)
+        other = ivr.load(model.folder, dtype=model.dtype, prefill_chunk=chunk)
         assert other.generate(ids, attention_mask=mask, **settings) == alone
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_family_keeps_the_laws(case, dtype):
+    """Prompts and answers within, across and beyond the limits of the rotary angles."""
+    model = ivr.load(GOLDEN / case, dtype=dtype, prefill_chunk=50)
+    rows = [prompt(n, seed=2) for n in (5, 90, 187, 250)]
+    ids, mask = padded(rows)
+    settings = {"max_new_tokens": 8, "eos_token_id": -1}
+    alone = [model.generate(r[None], **settings)[0] for r in rows]
+    assert model.generate(ids, attention_mask=mask, **settings) == alone
+    other = ivr.load(GOLDEN / case, dtype=dtype, prefill_chunk=512)
+    assert other.generate(ids, attention_mask=mask, **settings) == alone
+    together = model.forward(ids, attention_mask=mask)
+    for b, row in enumerate(rows):
+        assert torch.equal(together[b, mask[b].bool()], model.forward(row[None])[0])
+    assert_chunks_agree(model, rows[3], 70)
+
+
+@pytest.mark.parametrize("case", ["internvl2-internlm2", "internvl2-phi3"])
+def test_cached_keys_keep_the_rotation_they_were_written_with(case):
+    """Beyond the limit an answer is not what a prefill of the same tokens would give."""
+    model = ivr.load(GOLDEN / case, dtype="float32")
+    limit = model.config.text.max_position_embeddings
+    scaling = model.config.text.rope_scaling
+    limit = scaling.original_max_position_embeddings or limit
+    ids = prompt(limit - 4)
+    new = model.generate(ids[None], max_new_tokens=12, eos_token_id=-1)[0]
+    both = torch.cat((ids, torch.tensor(new[:-1])))
+    text, pages = model.config.text, KvCache.pages_for(len(both))
+    cache = KvCache(text.num_layers, pages, text.num_kv_heads, text.head_dim, model.dtype)
+    table = cache.allocator.take(pages)
+    cuts = [0, *range(len(ids), len(both) + 1)]
+    steps = [Chunk(both[a:b], a, table, "last") for a, b in itertools.pairwise(cuts)]
+    stepped = [model._core.decoder(make_batch([s], PAGE_SIZE), cache)[0] for s in steps]
+    assert [int(row.argmax()) for row in stepped] == new
+    whole = model.forward(both[None])[0]
+    assert torch.equal(stepped[0], model.forward(ids[None])[0, -1])
+    assert not torch.allclose(stepped[-1], whole[-1], atol=1e-3)
 
 
 def test_forward_and_generate_agree(model):

@@ -49,3 +49,30 @@ def test_unknown_backend_is_refused(op):
     arguments = case.arguments(op.name, case.dtypes[0])
     with pytest.raises(ValueError, match=f"{op.name}: backend is 'cudnn', available: native"):
         op.function(**arguments, backend="cudnn")
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("op", ops.catalogue().values(), ids=_id)
+def test_a_gpu_backend_without_a_gpu_is_one_line(op, backend, built, monkeypatch):
+    monkeypatch.setattr(_C, "has_cuda", built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    case = op.cases[0]
+    arguments = case.arguments(op.name, case.dtypes[0])
+    why = "there is no CUDA device|the package triton is not installed"
+    if backend == "cuda" and not built:
+        why = "this build has no CUDA kernels"
+    why = f" but ({why});" if backend in op.faces else ""
+    there = f"^{op.name}: backend is '{backend}',{why} available: native, reference$"
+    with pytest.raises(ValueError, match=there):
+        op.function(**arguments, backend=backend)
+    with pytest.raises(ValueError, match=f": backend is '{backend}',.* available: native, ref"):
+        ops.OpSet(backend)
+
+
+def test_the_cuda_backend_never_runs_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(_C, "has_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match="rms_norm: backend is 'cuda', but a tensor is on cpu"):
+        ops.rms_norm(x, torch.ones(8), eps=1e-6, backend="cuda")

@@ -11,6 +11,7 @@ import pytest
 from internvl_rt import prompt
 from internvl_rt.prompt import (
     TEMPLATES,
+    FinalChannel,
     ImageSpan,
     Media,
     StopMatcher,
@@ -18,12 +19,13 @@ from internvl_rt.prompt import (
     build_prompt,
     default_system,
     get_template,
+    is_first_generation,
     parse_messages,
     render,
     with_placeholders,
 )
 from internvl_rt.tokenizer import load_tokenizer
-from tiny_tokenizer import ADDED, write_json
+from tiny_tokenizer import ADDED, HARMONY, write_json, write_phi3
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden/conversation/golden.json").read_text(encoding="utf-8")
@@ -75,9 +77,9 @@ def test_templates_equal_the_reference(name):
     assert template.user.prefix.startswith(golden["roles"][0])
 
 
-def test_six_templates_and_the_native_one():
+def test_six_templates_the_native_one_and_llavas():
     known = {name.split("/")[1] for name in GOLDEN["templates"]}
-    assert set(TEMPLATES) == known | {"hf"}
+    assert set(TEMPLATES) == known | {"hf", "vicuna_v1"}
 
 
 def test_native_template():
@@ -95,6 +97,100 @@ def test_default_system():
     assert default_system("internvl_zh") == ""
     assert default_system("Hermes-2", v1=True) == "Answer the questions."
     assert default_system("internvl2_5", v1=True) == default_system("internvl2_5")
+
+
+@pytest.mark.parametrize(
+    ("name", "ps_version", "first"),
+    [
+        ("InternVL-Chat-V1-1", "v1", True),
+        ("anything", "v1", True),
+        ("InternVL-Chat-V1-5", "v2", True),
+        ("InternVL-Chat-V1-5-AWQ", "v2", True),
+        ("Mini-InternVL-Chat-2B-V1-5", "v2", True),
+        ("Mini-InternVL-Chat-4B-V1-5", "v2", True),
+        ("mini-internvl-chat-4b-v1_5", "v2", True),
+        ("InternVL2-4B", "v2", False),
+        ("InternVL2_5-1B", "v2", False),
+        ("InternVL3-1B", "v2", False),
+        ("InternVL3_5-1B", "v2", False),
+        ("model-v1-5", "v2", False),
+    ],
+)
+def test_first_generation(name, ps_version, first):
+    assert is_first_generation(name, ps_version) == first
+
+
+def test_vicuna():
+    """LLaVA's format: pictures are features alone, each text between them a text of its own."""
+    text = render(
+        "<image>\nWhat?",
+        template="vicuna_v1",
+        history=[("Hi", "Hello")],
+        system="Be brief.",
+        num_tiles=[1],
+    )
+    assert text == "Be brief. USER: Hi ASSISTANT: Hello</s>USER: <image>\nWhat? ASSISTANT:"
+    assert default_system("vicuna_v1").startswith("A chat between a curious user and an art")
+
+
+def test_vicuna_ids(tmp_path):
+    write_phi3(tmp_path, legacy=None)
+    tokenizer = load_tokenizer(tmp_path)
+    built = build_prompt(
+        tokenizer,
+        "<image>\nis",
+        template="vicuna_v1",
+        system="a",
+        num_tiles=[2],
+        tokens_per_tile=2,
+    )
+    (span,) = built.image_spans
+    ends = built.token_ids[: span.start], built.token_ids[span.start + span.length :]
+    assert ends[0] == [1, *tokenizer.encode_literal("a USER: ")]
+    assert ends[1] == tokenizer.encode_literal("\nis ASSISTANT:")
+    assert (span.length, span.image) == (4, 0)
+
+
+@pytest.fixture(scope="module")
+def harmony(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harmony")
+    write_json(folder, more=HARMONY)
+    return load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("<|channel|>final<|message|>Hello world<|return|>", "Hello world"),
+        ("Hello", "Hello"),
+        ("", ""),
+        (
+            "<|channel|>analysis<|message|>Hm<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>Hello <ref>x</ref>",
+            "Hello <ref>x</ref>",
+        ),
+        ("<|channel|>final <|constrain|>text<|message|>Hello", "Hello"),
+        ("<|channel|>analysis<|message|>Hm", ""),
+        ("<|start|>assistant<|message|>Hm", ""),
+    ],
+)
+def test_final_channel(harmony, answer, shown):
+    channel, stream = FinalChannel(harmony), TextStream(harmony)
+    ids = harmony.encode_markup(answer)
+    assert "".join(stream.push(i) for i in ids if channel.shows(i)) + stream.finish() == shown
+
+
+def test_channel_is_restored_in_the_history(harmony):
+    arguments = {"template": "internvl3_5_gpt_oss", "history": [("Hi", "Hello <|end|>"), ("a", "")]}
+    text = render("b", **arguments)
+    plain = build_prompt(harmony, "b", **arguments)
+    assert harmony.decode(plain.token_ids, skip_special=False) == text
+    built = build_prompt(harmony, "b", restore_channel=True, **arguments)
+    opened = "<|start|>assistant<|channel|>final<|message|>Hello"
+    assert harmony.decode(built.token_ids, skip_special=False) == text.replace(
+        "<|start|>assistantHello", opened
+    )
+    assert built.token_ids.count(harmony.token_id("<|end|>")) == text.count("<|end|>") - 1
 
 
 def test_render_leaves_what_does_not_match():

@@ -30,12 +30,57 @@ class Budget:
     lacks: tuple[str, ...] = ()
 
 
+HMMA, LDSM, LDGSTS = r"\bHMMA\.16816\.F32\.BF16\b", r"\bLDSM\b", r"\bLDGSTS\.E.*\.128\b"
+# Tensor cores fed by asynchronous copies of 16 bytes.
+MATRIX = (HMMA, LDSM, LDGSTS)
+
 # Every kernel has to match a row; all matching rows hold.
+WIDE = {"needs": (LOAD, STORE), "lacks": (NARROW,)}
 BUDGETS = {
+    "flash_attention": (
+        # 128 threads: two blocks an SM.
+        Budget(r"flash_attention_kernel", registers=255),
+        Budget(r"flash_attention_kernelI.*Li(64|128)E", registers=255, needs=MATRIX),
+        Budget(r"flash_attention_kernelI.*Li0E", registers=168, lacks=(HMMA,)),
+    ),
+    "linear": (
+        # 256 threads: two blocks an SM.
+        Budget(r"linear_kernel", registers=128),
+        Budget(r"linear_kernel.*KernelE0ELi\d+ELi\d+ELb1E", registers=128, needs=(HMMA, LOAD)),
+        Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb1E", registers=128, needs=MATRIX),
+        Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb0E", registers=128, needs=(HMMA, LDSM)),
+    ),
+    "paged_attention": (
+        Budget(r"paged_attention_kernelI.*Li(64|128)E", registers=255, needs=MATRIX),
+        Budget(r"paged_attention_kernelI.*Li0E", registers=168, lacks=(HMMA,)),
+        # 64 KB of shared memory allow three blocks an SM, and so do the registers.
+        Budget(r"split_attention_kernel", registers=168, needs=(*MATRIX, STORE)),
+        Budget(r"merge_attention_kernel", registers=64, needs=(LOAD,)),
+    ),
+    "embed_scatter": (
+        # Ids and image rows are 8 bytes each.
+        Budget(r"embed_scatter_kernel", registers=32),
+        Budget(r"embed_scatter_kernelI.*Lb1E", registers=24, needs=(LOAD, STORE)),
+    ),
+    "gated_activation": (
+        Budget(r"gated_activation_kernel", registers=48),
+        # One vector a thread: full occupancy, 2048 threads an SM.
+        Budget(r"gated_activation_kernelI.*Lb1E", registers=32, **WIDE),
+    ),
+    "layer_norm": (
+        Budget(r"layer_norm_kernel", registers=64),
+        Budget(r"layer_norm_kernelI.*Lb1E", registers=64, **WIDE),
+        Budget(r"layer_norm_kernelI.*Li1ELb1E", registers=32),
+    ),
+    "pixel_unshuffle_mlp": (
+        Budget(r"pixel_unshuffle_kernel", registers=64),
+        Budget(r"pixel_unshuffle_kernelI.*Lb1E", registers=64, **WIDE),
+        Budget(r"pixel_unshuffle_kernelI.*Li1ELb1E", registers=40),
+    ),
     "rms_norm": (
         # 1024 threads of 64 registers fill an SM's register file.
         Budget(r"rms_norm_kernel", registers=64),
-        Budget(r"rms_norm_kernelI.*Lb1E", registers=64, needs=(LOAD, STORE), lacks=(NARROW,)),
+        Budget(r"rms_norm_kernelI.*Lb1E", registers=64, **WIDE),
         # One vector a thread: full occupancy, 2048 threads an SM.
         Budget(r"rms_norm_kernelI.*Li1ELb1E", registers=32),
     ),

@@ -46,8 +46,11 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return vocab, merges
 
 
-def write_json(folder: Path) -> None:
-    """tokenizer.json, built from the library's own parts."""
+HARMONY = ["<|return|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>"]
+
+
+def write_json(folder: Path, *, more: Iterable[str] = ()) -> None:
+    """tokenizer.json, built from the library's own parts; `more` are added tokens."""
     vocab, merges = vocabulary()
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()
@@ -56,7 +59,7 @@ def write_json(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
-    for token in ADDED:
+    for token in [*ADDED, *more]:
         special = token not in PLAIN_ADDED
         tokenizer.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -21,36 +21,37 @@ void embed_scatter(Tensor ids, Tensor table, std::optional<Tensor> image,
                        .table = table.data,
                        .image = nullptr,
                        .out = out.data,
+                       .T = check["T"],
+                       .V = check["V"],
+                       .N = 0,
                        .C = check["C"],
                        .table_v = table.stride(0),
                        .image_n = 0,
                        .out_t = out.stride(0),
                        .dtype = table.dtype};
-  int64_t N = 0;
   if (image) {
     check.tensor("image", *image, {table.dtype}, {"N", "C"});
     check.tensor("image_row", *image_row, {DType::i64}, {"T"});
     p.image = image->data;
     p.image_n = image->stride(0);
     p.image_row = static_cast<const int64_t*>(image_row->data);
-    N = check["N"];
+    p.N = check["N"];
   }
-  require_cpu(check, table);
-  const int64_t T = check["T"], V = check["V"];
-  for (int64_t t = 0; t < T; ++t) {
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(embed_scatter), p, table)) return;
+  for (int64_t t = 0; t < p.T; ++t) {
     const int64_t row = p.image_row ? p.image_row[t] : -1;
-    if (row >= N) {
+    if (row >= p.N) {
       check.fail("image_row[" + std::to_string(t) + "] is " + std::to_string(row) + ", image has " +
-                 std::to_string(N) + " rows");
+                 std::to_string(p.N) + " rows");
     }
-    if (row < 0 && (p.ids[t] < 0 || p.ids[t] >= V)) {
+    if (row < 0 && (p.ids[t] < 0 || p.ids[t] >= p.V)) {
       check.fail("ids[" + std::to_string(t) + "] is " + std::to_string(p.ids[t]) +
-                 ", expected 0 to V-1=" + std::to_string(V - 1));
+                 ", expected 0 to V-1=" + std::to_string(p.V - 1));
     }
   }
-  if (T == 0 || p.C == 0) return;
+  if (p.T == 0 || p.C == 0) return;
   const auto run = kernel.pick();
-  parallel_for(T, 65536 / p.C, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel_for(p.T, 65536 / p.C, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 }  // namespace

@@ -27,7 +27,10 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, do
                                .v_t = v.stride(0),
                                .v_h = v.stride(1)};
   check.tensor("cu_kv", cu_kv, {DType::i32}, {"B+1"});
-  require_cpu(check, q);
+  if (q.device == Device::cuda) {
+    check_cuda_rows(check, p.a, {{"q", &q}, {"k", &k}, {"v", &v}, {"out", &out}});
+  }
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(flash_attention), p, q)) return;
   check_offsets(check, "cu_q", cu_q, "T");
   check_offsets(check, "cu_kv", cu_kv, "Tkv");
   check_prefix(check, p.a, check["B"], [&](int64_t b) { return p.cu_kv[b + 1] - p.cu_kv[b]; });

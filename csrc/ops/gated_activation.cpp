@@ -26,7 +26,7 @@ void gated_activation(Tensor x, Tensor y, Gate gate) {
                                 .gate = gate,
                                 .dtype = x.dtype};
   if (p.T * p.I == 0) return;
-  require_cpu(check, x);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(gated_activation), p, x)) return;
   const auto run = kernel.pick();
   parallel_for(p.T, kGrainElements / p.I, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }

@@ -28,7 +28,7 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, float eps) {
                           .eps = eps,
                           .dtype = x.dtype};
   if (p.T * p.C == 0) return;
-  require_cpu(check, x);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(layer_norm), p, x)) return;
   const auto run = kernel.pick();
   parallel_for(p.T, kGrainElements / p.C, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }

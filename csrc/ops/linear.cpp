@@ -14,6 +14,9 @@ IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
 IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 
+// CUDA, where the caller does not say: up to so many rows are a decode step.
+constexpr int64_t kDecodeRows = 16;
+
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
   return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
               : nullptr;
@@ -48,7 +51,7 @@ void run(const LinearParams& whole, LinearSteps steps) {
 
 void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> bias, Activation activation, std::optional<Tensor> residual,
-            std::optional<Tensor> scale, Tensor out) {
+            std::optional<Tensor> scale, std::optional<bool> decode, Tensor out) {
   Checker check("linear");
   check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
   check.require(check["K"] == K,
@@ -65,7 +68,10 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   check.require(
       x.dtype == dtype || is_quantised(format),
       std::string("x is ") + name_of(x.dtype) + ", expected the weight's " + name_of(dtype));
-  check.bind("P", panel_count(N) * panel_size(format, K), "packed size");
+  check.require(x.device == Device::cpu || !is_quantised(format),
+                "quantised weights are for the CPU, x is on a CUDA device");
+  check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
+             "packed size");
   check.bind("N", N, "weight");
   check.tensor("weight", weight, {dtype}, {"P"});
   if (x.dtype == DType::bf16) {
@@ -93,8 +99,9 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.dtype = x.dtype;
   p.out_dtype = out.dtype;
   p.format = format;
+  p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return;
-  require_cpu(check, x);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(linear), p, x)) return;
   run(p, linear_steps(x.dtype));
 }
 
@@ -150,7 +157,7 @@ IVR_BIND(linear) {
       .value("swiglu", Activation::swiglu);
   m.def("linear", &linear, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
         py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
-        py::arg("residual"), py::arg("scale"), py::arg("out"));
+        py::arg("residual"), py::arg("scale"), py::arg("decode"), py::arg("out"));
   m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("data"));
   m.def("packed_size", [](int64_t N, int64_t K, WeightFormat format) {
     return panel_count(N) * panel_size(format, K);

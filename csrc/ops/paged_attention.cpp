@@ -36,9 +36,21 @@ void check_pages(const Checker& check, const PagedAttentionParams& p, int64_t pa
   }
 }
 
+int64_t workspace_floats(const Checker& check, [[maybe_unused]] const PagedAttentionParams& p,
+                         const Tensor& q) {
+  check.require(q.device == Device::cuda, "a workspace is for tensors on a CUDA device");
+#if defined(IVR_CUDA)
+  return cuda::paged_attention_workspace(p);
+#else
+  require_cpu(check, q);
+  return 0;
+#endif
+}
+
 void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor cu_q,
                      Tensor kv_lens, double scale, std::optional<int64_t> window,
-                     std::optional<Tensor> sinks, std::optional<Tensor> prefix, Tensor out) {
+                     std::optional<Tensor> sinks, std::optional<Tensor> prefix,
+                     std::optional<Tensor> workspace, Tensor out) {
   Checker check("paged_attention");
   check.tensor("q", q, {DType::f32, DType::bf16}, {"T", "H", "D"});
   check.tensor("k_cache", k_cache, {q.dtype}, {"pages", "K", "P", "D"});
@@ -52,20 +64,32 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
                 "page size P is " + std::to_string(P) + ", expected a power of two");
   int shift = 0;
   while ((int64_t{1} << shift) < P) ++shift;
-  const PagedAttentionParams p{.a = a,
-                               .k_cache = k_cache.data,
-                               .v_cache = v_cache.data,
-                               .page_table = static_cast<const int32_t*>(page_table.data),
-                               .kv_lens = static_cast<const int32_t*>(kv_lens.data),
-                               .page_table_b = page_table.stride(0),
-                               .k_page = k_cache.stride(0),
-                               .k_h = k_cache.stride(1),
-                               .k_p = k_cache.stride(2),
-                               .v_page = v_cache.stride(0),
-                               .v_h = v_cache.stride(1),
-                               .v_p = v_cache.stride(2),
-                               .page_shift = shift};
-  require_cpu(check, q);
+  PagedAttentionParams p{.a = a,
+                         .k_cache = k_cache.data,
+                         .v_cache = v_cache.data,
+                         .page_table = static_cast<const int32_t*>(page_table.data),
+                         .kv_lens = static_cast<const int32_t*>(kv_lens.data),
+                         .pages = check["pages"],
+                         .max_pages = check["max_pages"],
+                         .page_table_b = page_table.stride(0),
+                         .k_page = k_cache.stride(0),
+                         .k_h = k_cache.stride(1),
+                         .k_p = k_cache.stride(2),
+                         .v_page = v_cache.stride(0),
+                         .v_h = v_cache.stride(1),
+                         .v_p = v_cache.stride(2),
+                         .page_shift = shift,
+                         .workspace = nullptr};
+  if (q.device == Device::cuda) {
+    check_cuda_rows(check, p.a,
+                    {{"q", &q}, {"k_cache", &k_cache}, {"v_cache", &v_cache}, {"out", &out}});
+  }
+  if (workspace) {
+    check.bind("W", workspace_floats(check, p, q), "workspace size");
+    check.tensor("workspace", *workspace, {DType::f32}, {"W"});
+    p.workspace = static_cast<float*>(workspace->data);
+  }
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(paged_attention), p, q)) return;
   check_offsets(check, "cu_q", cu_q, "T");
   check_pages(check, p, check["pages"], P);
   check_prefix(check, p.a, check["B"], [&](int64_t b) { return p.kv_lens[b]; });
@@ -78,12 +102,32 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
   });
 }
 
+// Floats that a decode step of these shapes needs.
+int64_t workspace_size(Tensor q, Tensor k_cache, Tensor page_table) {
+  Checker check("paged_attention");
+  check.tensor("q", q, {DType::f32, DType::bf16}, {"T", "H", "D"});
+  check.tensor("k_cache", k_cache, {q.dtype}, {"pages", "K", "P", "D"});
+  check.tensor("page_table", page_table, {DType::i32}, {"B", "max_pages"});
+  check.require(check["K"] >= 1, "K is 0, expected at least one kv head");
+  PagedAttentionParams p{};
+  p.a.T = check["T"];
+  p.a.K = check["K"];
+  p.a.D = check["D"];
+  p.a.group = check["H"] / p.a.K;
+  p.a.dtype = q.dtype;
+  p.max_pages = check["max_pages"] * check["P"];
+  return workspace_floats(check, p, q);
+}
+
 }  // namespace
 
 IVR_BIND(paged_attention) {
+  m.def("paged_attention_workspace", &workspace_size, py::arg("q"), py::arg("k_cache"),
+        py::arg("page_table"));
   m.def("paged_attention", &paged_attention, ReleaseGil(), py::arg("q"), py::arg("k_cache"),
         py::arg("v_cache"), py::arg("page_table"), py::arg("cu_q"), py::arg("kv_lens"),
-        py::arg("scale"), py::arg("window"), py::arg("sinks"), py::arg("prefix"), py::arg("out"));
+        py::arg("scale"), py::arg("window"), py::arg("sinks"), py::arg("prefix"),
+        py::arg("workspace"), py::arg("out"));
 }
 
 }  // namespace ivr

@@ -40,7 +40,7 @@ void pixel_unshuffle_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, int64_
                                .by_columns = by_columns,
                                .dtype = x.dtype};
   if (y.numel() == 0) return;
-  require_cpu(check, x);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(pixel_unshuffle_norm), p, x)) return;
   const auto run = kernel.pick();
   parallel_for(check["rows"], kGrainElements / check["width"],
                [&](int64_t begin, int64_t end) { run(p, begin, end); });

@@ -51,13 +51,7 @@ void rms_norm(Tensor x, Tensor weight, std::optional<Tensor> residual, Tensor y,
     p.residual_out_h = residual_out->stride(1);
   }
   if (p.T * p.H * p.C == 0) return;
-  if (x.device == Device::cuda) {
-#if defined(IVR_CUDA)
-    return launch_cuda(check, cuda::rms_norm, p, x);
-#else
-    require_cpu(check, x);
-#endif
-  }
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(rms_norm), p, x)) return;
   const auto run = kernel.pick();
   parallel_for(p.T * p.H, kGrainElements / p.C,
                [&](int64_t begin, int64_t end) { run(p, begin, end); });

@@ -28,17 +28,8 @@ constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 inline bool attention_supported(const AttentionParams& a) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
   if (a.dtype != DType::f32 && a.dtype != DType::bf16) return false;
-  return a.D % 4 == 0 && a.D <= kAttentionMaxHeadDim && a.K <= 65535 &&
-         a.T * a.group <= kMax / 2 && a.B <= kMax / 2;
-}
-
-inline bool attention_on_tensor_cores(const AttentionParams& a) {
-  return a.dtype == DType::bf16 && (a.D == 64 || a.D == 128);
-}
-
-// Elements whose multiple every stride and address of q, K, V and out has to be.
-inline int64_t attention_alignment(const AttentionParams& a) {
-  return attention_on_tensor_cores(a) ? 8 : 4;
+  return a.D % 4 == 0 && a.D <= kAttentionMaxHeadDim && a.K <= 65535 && a.T * a.group <= kMax / 2 &&
+         a.B <= kMax / 2;
 }
 
 // Upper bound of the row blocks of all sequences, whatever their lengths: a launch depends on sizes
@@ -64,9 +55,7 @@ struct AttentionRows {
   IVR_DEVICE int row_count() const { return queries * group; }
   // The last key that a query sees, but for the prefix; the one before the first is
   // last - window.
-  IVR_DEVICE int last_key(int query) const {
-    return causal ? query + keys - queries : keys - 1;
-  }
+  IVR_DEVICE int last_key(int query) const { return causal ? query + keys - queries : keys - 1; }
 };
 
 // Keys that some row of a block sees lie in [begin, end); tiles within [whole_begin, whole_end) or
@@ -161,16 +150,16 @@ IVR_DEVICE int tile_offset(int row, int chunk) {
   return row * kD + (chunk ^ (row & 7)) * 8;
 }
 
-// Asks for keys [first, first + kKeys) of which [begin, end) exist, by `count` threads. Rows that do
-// not exist become zero. A key that cannot be located gets NaN for its value: whoever looks at it is
-// told.
-template <int kD, int kKeys, class Source>
+// Asks for keys [first, first + kKeys) of which [begin, end) exist, by kThreads threads. Rows that
+// do not exist become zero. A key that cannot be located gets NaN for its value: whoever looks at
+// it is told.
+template <int kD, int kKeys, int kThreads, class Source>
 IVR_DEVICE void load_tile(const Source& source, int first, int begin, int end, Shared<bf16> k_tile,
-                          Shared<bf16> v_tile, int thread, int count) {
+                          Shared<bf16> v_tile, int thread) {
   constexpr int kChunks = kD / 8;
 #pragma unroll
-  for (int i = 0; i < kKeys * kChunks / kAttentionThreads; ++i) {
-    const int row = (thread + i * count) / kChunks, chunk = (thread + i * count) % kChunks;
+  for (int i = 0; i < kKeys * kChunks / kThreads; ++i) {
+    const int row = (thread + i * kThreads) / kChunks, chunk = (thread + i * kThreads) % kChunks;
     const int key = first + row, at = tile_offset<kD>(row, chunk);
     const bool wanted = key >= begin && key < end;
     const bf16 *k_row = source.k, *v_row = source.v;
@@ -378,8 +367,8 @@ IVR_DEVICE void store_rows(const AttentionParams& a, const AttentionRows& rows, 
       if (row >= rows.row_count()) continue;
       const int head = kv_head * rows.group + row % rows.group;
       const float factor = finish_factor(a, head, s.top[r][h], sum);
-      bf16* out = static_cast<bf16*>(a.out) +
-                  query_offset(rows, kv_head, row, a.out_t, a.out_h) + threadIdx.x % 4 * 2;
+      bf16* out = static_cast<bf16*>(a.out) + query_offset(rows, kv_head, row, a.out_t, a.out_h) +
+                  threadIdx.x % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) {
         store_raw(out + n * 8,
@@ -415,8 +404,8 @@ IVR_DEVICE void attention_block(const AttentionParams& a, const AttentionRows& r
   const float scale = a.scale * kLog2E;
   const auto ask = [&](int first, int stage) {
     const Shared<bf16> k_tile = tiles + 2 * stage * kTile;
-    load_tile<kD, kAttentionKeys>(source, first, keys.begin, keys.end, k_tile, k_tile + kTile,
-                                  thread, kAttentionThreads);
+    load_tile<kD, kAttentionKeys, kAttentionThreads>(source, first, keys.begin, keys.end, k_tile,
+                                                     k_tile + kTile, thread);
     commit_copies();
   };
 

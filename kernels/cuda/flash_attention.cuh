@@ -1,10 +1,12 @@
 // flash_attention on the GPU (contract: kernels/flash_attention.h; method: attention_core.cuh).
 //
 // Mapping    a block takes a kv head and 128 rows (head dim 64) or 64 rows (128), 16 (plain path).
-//            Work is counted in 16 rows a warp and 16 keys a step: 1025 tokens are 9 row blocks, the
-//            last of which keeps one warp busy, and a last key step of one group, not 1152 squared.
+//            Work is counted in 16 rows a warp and 16 keys a step: 1025 tokens are 9 row blocks,
+//            the last of which keeps one warp busy, and a last key step of one group, not 1152
+//            squared.
 // Limits     addresses and strides are multiples of 8 elements (tensor cores) or 4 (plain).
-// Bytes      T * H * D * 4 + blocks * keys seen * D * 4 (K and V come from L2 after the first block).
+// Bytes      T * H * D * 4 + blocks * keys seen * D * 4 (K and V come from L2 after the first
+// block).
 #pragma once
 
 #include <cstdio>
@@ -30,8 +32,7 @@ inline FlashAttentionConfig flash_attention_config(const FlashAttentionParams& p
   if (attention_on_tensor_cores(p.a)) {
     c = p.a.D == 64
             ? FlashAttentionConfig{64, kAttentionBlockRows<64>, kAttentionSharedBytes<64>, 0}
-            : FlashAttentionConfig{128, kAttentionBlockRows<128>, kAttentionSharedBytes<128>,
-                                   0};
+            : FlashAttentionConfig{128, kAttentionBlockRows<128>, kAttentionSharedBytes<128>, 0};
   }
   c.blocks = attention_row_blocks(p.a, c.rows);
   return c;

@@ -5,13 +5,28 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
+#include "kernels/gated_activation.h"
+#include "kernels/layer_norm.h"
+#include "kernels/linear.h"
+#include "kernels/paged_attention.h"
+#include "kernels/pixel_unshuffle_mlp.h"
 #include "kernels/rms_norm.h"
 
 namespace ivr::cuda {
 
+cudaError_t embed_scatter(const EmbedScatterParams& params, cudaStream_t stream);
 cudaError_t flash_attention(const FlashAttentionParams& params, cudaStream_t stream);
+cudaError_t gated_activation(const GatedActivationParams& params, cudaStream_t stream);
+cudaError_t layer_norm(const LayerNormParams& params, cudaStream_t stream);
+cudaError_t linear(const LinearParams& params, cudaStream_t stream);
+cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
+cudaError_t pixel_unshuffle_norm(const PixelUnshuffleParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
+
+// Floats of workspace for a decode step of this shape; 0: decode steps take none.
+int64_t paged_attention_workspace(const PagedAttentionParams& params);
 
 // Raises a kernel's limit of dynamic shared memory where it needs more than it may have at once:
 // a property of the kernel, so that calling it under capture is allowed and changes nothing.

@@ -72,6 +72,15 @@ IVR_DEVICE void pack(const float (&f)[8], Vec<bf16>& v) {
   for (int i = 0; i < 4; ++i) v.words[i] = pack_bf16(f[2 * i], f[2 * i + 1]);
 }
 
+// a / b within 2 ulp; 0 for b beyond 2^126.
+IVR_DEVICE float fast_divide(float a, float b) {
+#if defined(__CUDACC__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 // Rounds to the dtype and back.
 template <typename T, int kSize>
 IVR_DEVICE void round_to(float (&f)[kSize]) {
@@ -172,6 +181,30 @@ IVR_DEVICE void store_quad(bf16* p, const float (&f)[4]) {
 IVR_DEVICE float load_float(const void* base, int64_t i, bool in_fp32) {
   return in_fp32 ? __uint_as_float(load_raw<uint32_t>(static_cast<const float*>(base) + i))
                  : low_half_to_float(load_raw<uint16_t>(static_cast<const bf16*>(base) + i));
+}
+
+IVR_DEVICE void store_float(void* base, int64_t i, float v, bool in_fp32) {
+  in_fp32 ? store_raw(static_cast<float*>(base) + i, __float_as_uint(v))
+          : store_raw(static_cast<bf16*>(base) + i, static_cast<uint16_t>(pack_bf16(v, 0.0f)));
+}
+
+// Elements i and i + 1; their address is a multiple of both together.
+IVR_DEVICE void load_pair(const void* base, int64_t i, bool in_fp32, float (&f)[2]) {
+  if (in_fp32) {
+    const auto bits = load_raw<Bits64>(static_cast<const float*>(base) + i);
+    f[0] = __uint_as_float(bits.x);
+    f[1] = __uint_as_float(bits.y);
+  } else {
+    const auto bits = load_raw<uint32_t>(static_cast<const bf16*>(base) + i);
+    f[0] = low_half_to_float(bits);
+    f[1] = high_half_to_float(bits);
+  }
+}
+
+IVR_DEVICE void store_pair(void* base, int64_t i, bool in_fp32, float f0, float f1) {
+  in_fp32
+      ? store_raw(static_cast<float*>(base) + i, Bits64{__float_as_uint(f0), __float_as_uint(f1)})
+      : store_raw(static_cast<bf16*>(base) + i, pack_bf16(f0, f1));
 }
 
 // The first n elements one by one, zeros after them; p has the alignment of T alone.
@@ -294,6 +327,86 @@ IVR_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 #else
   emu::wait_copies(kNewest);
+#endif
+}
+
+// ---- mbarriers and bulk copies, sm_90 -----------------------------------------------------------
+//
+// A barrier's phases count from 0; a phase is over after its arrivals and the bytes that they
+// expect. A wait for the phase before the first returns at once.
+
+using Barrier = uint64_t;
+
+// By one thread; the others know of it after __syncthreads.
+IVR_DEVICE void barrier_init(Shared<Barrier> barrier, int arrivals) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], %1;\n"
+      "fence.mbarrier_init.release.cluster;\n"
+      "fence.proxy.async.shared::cta;" ::"r"(address),
+      "r"(arrivals)
+      : "memory");
+#else
+  emu::barrier_init(barrier.get(), arrivals);
+#endif
+}
+
+IVR_DEVICE void barrier_arrive(Shared<Barrier> barrier) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+#else
+  emu::barrier_arrive(barrier.get(), 0);
+#endif
+}
+
+// Arrives, and lets the phase wait for so many bytes of bulk copies.
+IVR_DEVICE void barrier_expect(Shared<Barrier> barrier, int bytes) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+#else
+  emu::barrier_arrive(barrier.get(), bytes);
+#endif
+}
+
+// Returns once phase `phase` is over, of the last two.
+IVR_DEVICE void barrier_wait(Shared<Barrier> barrier, int phase) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  uint32_t done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(address), "r"(phase & 1)
+        : "memory");
+  }
+#else
+  emu::barrier_wait(barrier.get(), phase & 1);
+#endif
+}
+
+// A multiple of 16 bytes from global to shared memory, both aligned, by one thread; the barrier
+// gets the bytes.
+template <typename T>
+IVR_DEVICE void copy_bulk(Shared<T> to, const T* from, int bytes, Shared<Barrier> barrier) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const auto signal = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(address),
+      "l"(from), "r"(bytes), "r"(signal)
+      : "memory");
+#else
+  emu::copy_bulk(to.get(), from, static_cast<size_t>(bytes), barrier.get());
 #endif
 }
 

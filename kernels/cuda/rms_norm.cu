@@ -5,7 +5,7 @@ namespace ivr::cuda {
 namespace {
 
 template <typename T, int kVectors, bool kAligned>
-__global__ void __launch_bounds__(kRmsNormMaxThreads)
+__global__ void __launch_bounds__(kRowMaxThreads)
     rms_norm_kernel(const __grid_constant__ RmsNormParams params) {
   rms_norm_block<T, kVectors, kAligned>(params);
 }
@@ -15,9 +15,9 @@ __global__ void __launch_bounds__(kRmsNormMaxThreads)
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream) {
   if (params.T == 0 || params.H == 0 || params.C == 0) return cudaSuccess;
   if (!rms_norm_supported(params)) return cudaErrorInvalidValue;
-  const RmsNormConfig config = rms_norm_config(params);
+  const RowConfig config = rms_norm_config(params);
   const dim3 block(config.threads_per_row, config.rows_per_block);
-  with_rms_norm_kernel(params.dtype, config, [&]<typename T, int kVectors, bool kAligned>() {
+  with_row_kernel(params.dtype, config, [&]<typename T, int kVectors, bool kAligned>() {
     rms_norm_kernel<T, kVectors, kAligned><<<config.blocks, block, 0, stream>>>(params);
   });
   return cudaGetLastError();

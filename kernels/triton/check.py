@@ -8,6 +8,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+import triton
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes tensors on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
 
 class Checker:
     """The first tensor that carries a dimension's name binds it; later ones must agree.
@@ -39,6 +46,8 @@ class Checker:
             self.fail(f"{name} is {_name(x.dtype)}, expected {expected}")
         if self._device not in (None, x.device):
             self.fail(f"{name} is on {x.device}, the tensors before it on {self._device}")
+        if not x.is_cuda and not interpreted():
+            self.fail(f"{name} is on {x.device}, expected a CUDA device")
         self._device = x.device
         names = dims.split()
         bound = [d for d in names if d in self._bound]

@@ -7,7 +7,7 @@ print(model.chat("What is in the picture?", images="photo.jpg"))
 
 from importlib.metadata import PackageNotFoundError, version
 
-from internvl_rt import image, ops, prompt, video
+from internvl_rt import grounding, image, ops, prompt, video
 from internvl_rt._C import num_threads, set_num_threads
 from internvl_rt.model import Model, VisionModel, load, load_vision
 
@@ -20,6 +20,7 @@ except PackageNotFoundError:
 __all__ = [
     "Model",
     "VisionModel",
+    "grounding",
     "image",
     "load",
     "load_vision",

@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--repetition-penalty", type=float, default=1.0)
     chat.add_argument("--seed", type=int)
     chat.add_argument("--stop", action="append", help="string that ends the answer")
+    chat.add_argument("--draw", metavar="OUT.png", help="the picture with the answer's boxes")
     chat.add_argument("--no-stream", action="store_true", help="print the answer when it is whole")
     chat.add_argument("--show-prompt", action="store_true", help="print the prompt, answer nothing")
     _add_model_options(chat)
@@ -95,6 +96,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _chat(options: argparse.Namespace) -> int:
     import internvl_rt
 
+    if options.draw is not None:
+        _check_draw(options)
     model = internvl_rt.load(
         options.model,
         device=options.device,
@@ -121,9 +124,33 @@ def _chat(options: argparse.Namespace) -> int:
         if options.show_prompt:
             print(model.show_prompt(options.question, images, options.video, **settings))
             return 0
-        _answer(model, options, options.question, images, options.video, None, settings)
+        answer = _answer(model, options, options.question, images, options.video, None, settings)
+        if options.draw is not None:
+            _draw(options, answer)
         return 0
     return _converse(model, options, images, settings)
+
+
+def _check_draw(options: argparse.Namespace) -> None:
+    """Before a model is loaded for nothing."""
+    from PIL import Image
+
+    if len(options.image) != 1 or options.question is None or options.show_prompt:
+        raise ValueError("--draw needs one picture (-i) and a question on the command line")
+    known = Image.registered_extensions()
+    if Path(options.draw).suffix.lower() not in known:
+        raise ValueError(f"--draw is {options.draw!r}, expected a name such as out.png")
+
+
+def _draw(options: argparse.Namespace, answer: str) -> None:
+    from internvl_rt.grounding import draw, parse
+    from internvl_rt.image import load_image
+
+    picture = load_image(options.image[0])
+    height, width = picture.shape[:2]
+    regions = parse(answer, width, height)
+    draw(picture, regions).save(options.draw)
+    print(f"regions drawn into {options.draw}: {len(regions)}", file=sys.stderr)
 
 
 def _answer(

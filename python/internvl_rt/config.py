@@ -32,6 +32,7 @@ _MAX_PATCH_SIZE = 1 << 10
 _MAX_TILES = 1 << 10
 _MAX_TOKEN_ID = (1 << 31) - 1
 _MAX_HEAD_DIM = 256
+_MAX_EXPERTS = 1 << 12
 _REQUIRED: Any = object()
 
 
@@ -67,7 +68,7 @@ class RopeScaling:
 
     "linear": factor. "dynamic": factor, beyond `max_position_embeddings` alone. "llama3": factor,
     low_freq_factor, high_freq_factor. "longrope": short_factor and long_factor, one number for
-    each pair of dimensions.
+    each pair of dimensions. "yarn": factor, beta_fast, beta_slow, truncate.
     """
 
     type: str
@@ -78,6 +79,9 @@ class RopeScaling:
     high_freq_factor: float = 1.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
     @property
     def follows_length(self) -> bool:
@@ -88,6 +92,19 @@ class RopeScaling:
     def stretch(self) -> float:
         """Longest sequence over max_position_embeddings; some configs store the stretched one."""
         return self.factor if self.type in ("linear", "dynamic") else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of `count` MLPs of `width` in every layer, of which a token takes `top_k`.
+
+    normalize: the weights of the chosen ones add up to 1.
+    """
+
+    count: int
+    top_k: int
+    width: int
+    normalize: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +127,11 @@ class TextConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    norm_weight_in_fp32: bool
+    gate: str  # kind of ops.gated_activation
+    sinks: bool
+    windows: tuple[int | None, ...]  # by layer: keys that a token sees, None for all before it
+    experts: ExpertsConfig | None
     tie_word_embeddings: bool  # as stored; the presence of the head's tensor decides
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -200,7 +222,6 @@ def load_config(folder: Path) -> ModelConfig:
     _refuse_qllama(top)
     kinds = {"internvl_chat": _original, "internvl": _native}
     model_type = top.choice("model_type", tuple(kinds))
-    top.refuse_quantization()
     return kinds[model_type](folder, top)
 
 
@@ -208,10 +229,11 @@ def load_vision_config(folder: Path) -> VisionConfig:
     """The vision encoder of a standalone InternViT checkpoint or of a whole chat checkpoint."""
     top = _Section.read(folder, "config.json")
     _refuse_qllama(top)
-    top.refuse_quantization()
     nested = {"internvl_chat": "original", "internvl": "hf"}
     model_type = top.choice("model_type", (*_VISION_MODEL_TYPES, *nested))
     if model_type in nested:
+        # What a language model's experts are stored in is not the vision tower's concern.
+        top.refuse_quantization(("mxfp4",))
         return _vision(top.section("vision_config"), nested[model_type])
     return _vision(top, _VISION_MODEL_TYPES[model_type])
 
@@ -328,9 +350,12 @@ class _Section:
             self.wrong(key, f"token ids from 0 to {_MAX_TOKEN_ID}")
         return tuple(dict.fromkeys(ids))
 
-    def refuse_quantization(self) -> None:
-        if "quantization_config" in self:
+    def refuse_quantization(self, supported: Collection[str] = ()) -> None:
+        if "quantization_config" not in self:
+            return
+        if not supported:
             _fail(f"{self.where}quantization_config is present, supported: unquantised weights")
+        self.section("quantization_config").choice("quant_method", supported)
 
 
 def _vision(section: _Section, layout: str) -> VisionConfig:
@@ -386,9 +411,10 @@ def _refuse_qllama(top: _Section) -> None:
         _fail("config.json: qllama_config (InternVL-14B-224px) is not supported")
 
 
-def _text(section: _Section, layout: str) -> TextConfig:
-    section.refuse_quantization()
+def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
     family = _family(section)
+    for place in (top, section):
+        place.refuse_quantization(family.quantizations)
     defaults = family.defaults
 
     def size(key: str, high: int) -> int:
@@ -417,7 +443,7 @@ def _text(section: _Section, layout: str) -> TextConfig:
         "max_position_embeddings", 1, _MAX_POSITIONS, defaults["max_position_embeddings"]
     )
     theta, scaling = _rope(section, family, head_dim, positions)
-    _check_window(section, family, positions)
+    num_layers = size("num_hidden_layers", _MAX_LAYERS)
 
     def has(bias: Bias) -> bool:
         if bias.key is None:
@@ -429,7 +455,7 @@ def _text(section: _Section, layout: str) -> TextConfig:
         vocab_size=size("vocab_size", _MAX_VOCAB),
         hidden_size=hidden_size,
         intermediate_size=size("intermediate_size", _MAX_WIDTH),
-        num_layers=size("num_hidden_layers", _MAX_LAYERS),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
@@ -441,6 +467,11 @@ def _text(section: _Section, layout: str) -> TextConfig:
         o_bias=has(family.o_bias),
         mlp_bias=has(family.mlp_bias),
         qk_norm=family.qk_norm,
+        norm_weight_in_fp32=family.norm_weight_in_fp32,
+        gate=family.gate,
+        sinks=family.sinks,
+        windows=_windows(section, family, num_layers, positions),
+        experts=_experts(section, family, layout),
         tie_word_embeddings=section.boolean("tie_word_embeddings", default=False),
         eos_token_ids=section.token_ids("eos_token_id"),
         bos_token_id=section.token_id("bos_token_id"),
@@ -448,14 +479,50 @@ def _text(section: _Section, layout: str) -> TextConfig:
     )
 
 
-def _check_window(section: _Section, family: Family, positions: int) -> None:
-    """Every layer must attend to everything before it."""
+def _windows(
+    section: _Section, family: Family, num_layers: int, positions: int
+) -> tuple[int | None, ...]:
     section.only("use_sliding_window", False, False)
-    layer_types = section.data.get("layer_types") or []
-    if type(layer_types) is not list or any(t != "full_attention" for t in layer_types):
-        section.wrong("layer_types", "'full_attention' alone")
     if family.window_without_flag and "sliding_window" in section:
-        section.integer("sliding_window", positions, _MAX_TOKEN_ID)
+        section.integer("sliding_window", positions, _MAX_TOKEN_ID)  # it never acts
+    stored = section.data.get("layer_types") or []
+    allowed = set(family.layer_types)
+    if type(stored) is not list or any(type(t) is not str or t not in allowed for t in stored):
+        section.wrong("layer_types", f"{' and '.join(map(repr, sorted(allowed)))} alone")
+    if stored and len(stored) != num_layers:
+        section.wrong("layer_types", f"{num_layers} entries, as num_hidden_layers")
+    taken = stored or [family.layer_types[i % len(family.layer_types)] for i in range(num_layers)]
+    if "sliding_attention" not in taken:
+        return (None,) * num_layers
+    window = section.integer("sliding_window", 1, _MAX_TOKEN_ID, family.defaults["sliding_window"])
+    return tuple(window if t == "sliding_attention" else None for t in taken)
+
+
+def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig | None:
+    keys, defaults = family.experts, family.defaults
+    if keys is None:
+        return None
+
+    def size(key: str, high: int) -> int:
+        return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)
+
+    for key, supported in (
+        ("decoder_sparse_step", 1),
+        ("swiglu_limit", 7),
+        ("swiglu_alpha", 1.702),
+    ):
+        if section.number(key, 0, 1e6, supported) != supported:
+            section.wrong(key, f"{supported}")
+    if section.data.get("mlp_only_layers"):
+        section.wrong("mlp_only_layers", "no layers")
+    count = size(keys.count, _MAX_EXPERTS)
+    normalize = keys.normalize is None or section.boolean(keys.normalize, default=False)
+    return ExpertsConfig(
+        count=count,
+        top_k=size("num_experts_per_tok", count),
+        width=size(keys.width, _MAX_WIDTH),
+        normalize=normalize,
+    )
 
 
 def _family(section: _Section) -> Family:
@@ -484,6 +551,9 @@ def _rope(
     bases: list[float] = []
     if "rope_theta" in section:
         bases.append(section.number("rope_theta", 1, 1e12))
+    if not section.data.keys() & {"rope_scaling", "rope_parameters"}:
+        default = {"rope_scaling": family.defaults.get("rope_scaling")}
+        section = _Section(section.where, section.data | default)
     for key in ("rope_scaling", "rope_parameters"):
         if key not in section:
             continue
@@ -521,6 +591,8 @@ def _scaling(
     if computed == "longrope":
         return _longrope(section, part, kind, family, head_dim, positions)
     factor = part.number("factor", 1, 1e6)
+    if computed == "yarn":
+        return _yarn(part, factor, positions)
     if computed != "llama3":
         return RopeScaling(computed, factor)
     low = part.number("low_freq_factor", 1e-3, 1e6)
@@ -535,6 +607,26 @@ def _scaling(
         ),
         low_freq_factor=low,
         high_freq_factor=high,
+    )
+
+
+def _yarn(part: _Section, factor: float, positions: int) -> RopeScaling:
+    key = "original_max_position_embeddings"
+    original = part.integer(key, 1, _MAX_POSITIONS)
+    if factor * original != positions:  # which of them counts differs between implementations
+        part.wrong("factor", f"max_position_embeddings / {key} = {positions / original:g}")
+    fast = part.number("beta_fast", 1e-3, 1e6, 32)
+    slow = part.number("beta_slow", 1e-3, 1e6, 1)
+    if slow >= fast:
+        part.wrong("beta_fast", f"more than beta_slow={slow:g}")
+    return RopeScaling(
+        "yarn",
+        factor,
+        attention_factor=part.number("attention_factor", 0, 1e3, 0.1 * math.log(factor) + 1),
+        original_max_position_embeddings=original,
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=part.boolean("truncate", default=True),
     )
 
 
@@ -566,7 +658,7 @@ def _original(folder: Path, top: _Section) -> ModelConfig:
             _fail(f"{top.where}{key} is {top.data[key]}, supported: 0 (merge the adapter first)")
     top.only("flash_mode", False, False)
     vision = _vision(top.section("vision_config"), "original")
-    text = _text(top.section("llm_config"), "original")
+    text = _text(top, top.section("llm_config"), "original")
     image_size = vision.image_size
     if "force_image_size" in top:
         image_size = top.square("force_image_size", _MAX_IMAGE_SIZE)
@@ -602,7 +694,7 @@ def _native(folder: Path, top: _Section) -> ModelConfig:
     top.only("vision_feature_select_strategy", "default", "default")
     top.choice("projector_hidden_act", ("gelu",), "gelu")
     vision = _vision(top.section("vision_config"), "hf")
-    text = _text(top.section("text_config"), "hf")
+    text = _text(top, top.section("text_config"), "hf")
     processor = _Section.read_optional(folder, "preprocessor_config.json")
     if not processor.data:  # Transformers 5 keeps all parts of a processor in one file
         whole = _Section.read_optional(folder, "processor_config.json")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,13 +33,54 @@ class Linear:
         return self.ops.linear(x, self.weight, bias=self.bias, **epilogue)  # [M, K] -> [M, N]
 
 
+class GroupedLinear:
+    """y[m] = x[rows[m]] @ W[e]^T + b[e], where the range of offsets of expert e holds m."""
+
+    def __init__(
+        self,
+        opset: OpSet,
+        experts: Iterable[tuple[Sequence[Tensor], Sequence[Tensor] | None]],
+        count: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """experts: weights and biases of one after the other, as for Linear."""
+        self.ops = opset
+        biases: list[Tensor] = []
+
+        def weights() -> Iterator[list[Tensor]]:
+            for parts, bias in experts:
+                if bias is not None:
+                    biases.append(torch.cat([b.to(dtype) for b in bias]))
+                yield [w.to(dtype) for w in parts]
+
+        if opset.choice("grouped_linear") == "native":
+            self.weight: Any = ops.pack_experts(weights(), count=count)
+        else:
+            self.weight = torch.stack([torch.cat(parts) for parts in weights()])
+        self.bias = torch.stack(biases) if biases else None
+
+    def __call__(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
+        return self.ops.grouped_linear(x, self.weight, offsets, rows=rows, bias=self.bias)
+
+
 class RmsNorm:
-    def __init__(self, opset: OpSet, weight: Tensor, eps: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        opset: OpSet,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        *,
+        weight_in_fp32: bool = False,
+    ) -> None:
         self.ops, self.weight, self.eps = opset, weight.to(dtype), eps
+        self.weight_in_fp32 = weight_in_fp32
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x [T, C], or [T, H, C] to normalise every head; out may be x."""
-        return self.ops.rms_norm(x, self.weight, eps=self.eps, out=out)
+        return self.ops.rms_norm(
+            x, self.weight, eps=self.eps, weight_in_fp32=self.weight_in_fp32, out=out
+        )
 
 
 class LayerNorm:

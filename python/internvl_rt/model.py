@@ -27,11 +27,15 @@ from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
 from internvl_rt.prompt import (
     IMG_CONTEXT,
+    FinalChannel,
     Prompt,
     StopMatcher,
+    Template,
     TextStream,
     build_prompt,
+    default_system,
     get_template,
+    is_first_generation,
     parse_messages,
     with_placeholders,
 )
@@ -81,7 +85,8 @@ def load(
     core = InternVL(config, parameters, opset, kind)
     parameters.finish()
     engine = Engine(core, kv_tokens=plan.kv_tokens, prefill_chunk=chunk)
-    return Model(folder, config, core, engine, image_token_id)
+    name = Path(path_or_repo_id).name
+    return Model(folder, config, core, engine, image_token_id, name=name)
 
 
 def load_vision(
@@ -140,10 +145,16 @@ class Model:
         core: InternVL,
         engine: Engine,
         image_token_id: int | None,
+        *,
+        name: str | None = None,
     ) -> None:
+        """name: as the checkpoint was published; None for the name of its folder."""
         self.folder, self.config, self.engine = folder, config, engine
         self.template = get_template(config.template)
         self.system_message = config.system_message
+        if self.system_message is None:
+            v1 = is_first_generation(name or folder.name, config.ps_version)
+            self.system_message = default_system(config.template, v1=v1)
         self._core = core
         self._image_token_id = image_token_id
         self._tokenizer: Tokenizer | None = None
@@ -384,12 +395,13 @@ class Model:
             system=system,
             num_tiles=[grid.tiles for grid in tiles],
             tokens_per_tile=self.config.tokens_per_tile,
+            restore_channel=True,
         )
         self._check_length(prompt, len(tiles))
         pixels = None
         if tiles:
             pixels = torch.cat([grid.pixels() for grid in tiles])
-        text = _Text(self.tokenizer, [*stops, *self.template.stop_strings])
+        text = _Text(self.tokenizer, [*stops, *self.template.stop_strings], self.template)
         positions = [p for s in prompt.image_spans for p in range(s.start, s.start + s.length)]
         request = Request(
             prompt.token_ids,
@@ -628,13 +640,16 @@ class _Tiles:
 class _Text:
     """The answer's text as its tokens come in."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], template: Template) -> None:
+        self._channel = FinalChannel(tokenizer) if template.channel else None
         self._stream = TextStream(tokenizer)
         self._matcher = StopMatcher(stops)
         self._ready: list[str] = []
 
     def push(self, token: int) -> bool:
         """True where a stop string is complete."""
+        if self._channel is not None and not self._channel.shows(token):
+            return False
         self._ready.append(self._matcher.push(self._stream.push(token)))
         return self._matcher.stopped
 

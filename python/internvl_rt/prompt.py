@@ -46,6 +46,8 @@ class Template:
     `reply` opens the answer, `stop_token` ends it; `stop_strings` also end it where they come out
     as ordinary text. `system_message` is the default; None leaves the whole system block out.
     `system_message_v1` is the default of the 1.x checkpoints that share the template's name.
+    `channel` is the markup of the channel that answers come in, which they lose (`FinalChannel`).
+    `wraps_images`: pictures stand between `<img>` and `</img>`; otherwise their features alone.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Template:
     stop_strings: tuple[str, ...]
     system_message: str | None
     system_message_v1: str | None = None
+    channel: str = ""
+    wraps_images: bool = True
 
 
 def _same_suffix(
@@ -71,6 +75,7 @@ def _same_suffix(
     system_message: str | None,
     system_message_v1: str | None = None,
     keep_empty: bool = False,
+    channel: str = "",
 ) -> Template:
     """A format whose every message ends in `sep`; an empty one loses it unless `keep_empty`."""
 
@@ -87,6 +92,7 @@ def _same_suffix(
         stop_strings=(stop_token, *stop_strings),
         system_message=system_message,
         system_message_v1=system_message_v1,
+        channel=channel,
     )
 
 
@@ -106,6 +112,10 @@ _SYSTEM_GPT_OSS = (
     "Reasoning: low\n"
     "\n"
     "# Valid channels: final. Channel must be included for every message."
+)
+_SYSTEM_VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions."
 )
 _CHATML = ("<|im_start|>system\n", "<|im_start|>user\n", "<|im_start|>assistant\n")
 
@@ -165,6 +175,19 @@ TEMPLATES: Mapping[str, Template] = MappingProxyType(
                 "<|end|>",
                 stop_token="<|return|>",
                 system_message=_SYSTEM_GPT_OSS,
+                channel="<|channel|>final<|message|>",
+            ),
+            # Chat V1.0, whose checkpoints are LLaVA's.
+            Template(
+                name="vicuna_v1",
+                system=Turn("", " ", " "),
+                user=Turn("USER: ", " ", "USER:"),
+                assistant=Turn("ASSISTANT: ", "</s>", "ASSISTANT:"),
+                reply="ASSISTANT:",
+                stop_token="</s>",
+                stop_strings=("</s>",),
+                system_message=_SYSTEM_VICUNA,
+                wraps_images=False,
             ),
             # The chat template of the Transformers-native checkpoints.
             _same_suffix(
@@ -255,6 +278,16 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def is_first_generation(name: str, ps_version: str) -> bool:
+    """Whether a checkpoint is a 1.x one, by its name and the order of its pixel unshuffle.
+
+    Chat V1-1 and V1-2 have an order of their own. V1-5 and the Mini-InternVL of its time cannot be
+    told from InternVL2 by their configs: there the name decides, as it was published
+    (`InternVL-Chat-V1-5`, `Mini-InternVL-Chat-4B-V1-5`).
+    """
+    return ps_version == "v1" or re.search(r"(?i)internvl.*[-_]v1[-_.]\d", name) is not None
+
+
 def default_system(template: str, *, v1: bool = False) -> str | None:
     """The system message of a checkpoint whose config has none; `v1` for 1.x checkpoints."""
     entry = get_template(template)
@@ -290,7 +323,7 @@ def render(
         question = f"{IMAGE}\n{question}"
     text = "".join(piece.text for piece in _pieces(entry, question, history or (), system))
     tiles = _check_tiles(num_tiles or ())
-    parts = text.split(IMAGE, len(tiles))
+    parts = text.split(IMAGE, len(tiles)) if entry.wraps_images else [text]
     out = [parts[0]]
     for count, part in zip(tiles, parts[1:], strict=False):
         out += [IMG_START, IMG_CONTEXT * (count * tokens), IMG_END, part]
@@ -327,13 +360,15 @@ def build_prompt(
     system: str | None = None,
     num_tiles: Sequence[int] = (),
     tokens_per_tile: int = 256,
+    restore_channel: bool = False,
 ) -> Prompt:
     """The token ids of one chat turn and where its pictures go.
 
     The arguments are those of `render`. The template's markup gets its special ids. In the
     user's texts `<image>` stands for the next picture and the reference and box markers keep
     their ids; every other special token is tokenised as the plain text it is. The ids of a text
-    without special tokens are those of the whole rendered string.
+    without special tokens are those of the whole rendered string. `restore_channel` puts the
+    template's channel before the answers of the history, which have lost it (`FinalChannel`).
 
     Raises ValueError where the placeholders of the questions do not match `num_tiles`, for an
     empty question, and for a template whose stop token the tokenizer lacks.
@@ -349,9 +384,15 @@ def build_prompt(
         raise ValueError(f"chat: {placeholders} {IMAGE} placeholders for {len(tiles)} images")
     _special_id(tokenizer, entry.stop_token, template)
 
-    special = {t: _special_id(tokenizer, t, template) for t in _IMAGE_TOKENS} if tiles else {}
+    image: tuple[list[int], int, list[int]] = ([], 0, [])  # any id serves where features go
+    if tiles and entry.wraps_images:
+        start, context, end = (_special_id(tokenizer, t, template) for t in _IMAGE_TOKENS)
+        image = ([start], context, [end])
     ids = tokenizer.writer()
     spans: list[ImageSpan] = []
+    if restore_channel:
+        prefix = entry.assistant.prefix + entry.channel
+        entry = replace(entry, assistant=replace(entry.assistant, prefix=prefix))
     for piece in _pieces(entry, question, history or (), system):
         if piece.kind == "markup":
             ids.write(tokenizer.split_markup(piece.text))
@@ -359,11 +400,11 @@ def build_prompt(
         texts = piece.text.split(IMAGE) if piece.kind == "user" else [piece.text]
         for i, text in enumerate(texts):
             if i:
-                ids.write([special[IMG_START]])
+                before, context, behind = image
                 length = tiles[len(spans)] * tokens
-                spans.append(ImageSpan(len(ids), length, len(spans)))
-                ids.write([special[IMG_CONTEXT]] * length)
-                ids.write([special[IMG_END]])
+                ids.write(before)
+                spans.append(ImageSpan(ids.place(context), length, len(spans)))
+                ids.write([*[context] * length, *behind])
             ids.write(tokenizer.split_allowed(text))
     return Prompt(ids.finish(), tuple(spans))
 
@@ -457,6 +498,32 @@ class TextStream:
     def finish(self) -> str:
         """What is left; an unfinished character becomes U+FFFD."""
         return self._reader.finish()
+
+
+class FinalChannel:
+    """Which tokens of an answer in channels (gpt-oss's "harmony" format) are the answer itself.
+
+    `<|channel|>analysis<|message|>...<|end|><|start|>assistant<|channel|>final<|message|>TEXT`:
+    TEXT alone. What comes before any of this markup is taken for the answer, so that a model that
+    leaves the channel out is heard.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        names = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
+        self._channel, self._message, self._start, self._end = map(tokenizer.special_id, names)
+        self._shown = True
+        self._header = b""
+
+    def shows(self, token_id: int) -> bool:
+        """Takes the answer's tokens in order."""
+        if token_id == self._message:
+            self._shown = self._header.strip().startswith(b"final")
+        elif token_id in (self._channel, self._start, self._end):
+            self._shown, self._header = False, b""
+        elif not self._shown:
+            self._header += self._tokenizer.token_bytes(token_id)
+        return self._shown
 
 
 class StopMatcher:

@@ -46,7 +46,12 @@ CONTROL_TOKENS = frozenset(
         "<|start|>",
         "<|message|>",
         "<|channel|>",
+        "<|constrain|>",
+        "<|call|>",
         "<|return|>",
+        "<|startoftext|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
     }
 )
 
@@ -299,8 +304,9 @@ class IdWriter:
                 self._ids.append(piece)
                 self._last = piece
 
-    def __len__(self) -> int:
-        """Ids up to the last added token, without the text after it."""
+    def place(self, token_id: int) -> int:
+        """How many ids there will be before `token_id`, if that is written next."""
+        self._flush(token_id)
         return len(self._ids)
 
     def finish(self) -> list[int]:
@@ -413,8 +419,12 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
             raise ValueError(f"token {show(content)} has id {i}, tokenizer.model {there}")
     taken = {token["id"] for token in added}
     for i, piece in enumerate(model.pieces):
-        if piece.kind in (Kind.CONTROL, Kind.UNKNOWN) and i not in taken:
+        if i in taken:
+            continue
+        if piece.kind in (Kind.CONTROL, Kind.UNKNOWN):
             added.append(_entry("tokenizer.model", piece.text, i, {"special": True}))
+        elif piece.kind == Kind.USER_DEFINED and not is_word(piece.text):
+            added.append(_entry("tokenizer.model", piece.text, i, {}))
     prefix_ids: list[int] = []
     if _flag(config, "add_bos_token", default=True):
         bos = config.get("bos_token", "<s>")

@@ -12,16 +12,17 @@ import io
 import itertools
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 import torch
 
-from internvl_rt.config import ModelConfig, TextConfig, VisionConfig
+from internvl_rt.config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 from internvl_rt.json_file import open_regular, parse_json, read_json, show
-from internvl_rt.models.families import FAMILIES, Family
+from internvl_rt.models.families import FAMILIES, ExpertNames, Family
+from internvl_rt.ops import mxfp4_unpack
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the format's own library sets
 _MAX_INDEX_BYTES = 64 << 20
@@ -56,13 +57,19 @@ class TensorInfo:
 class Source:
     """The stored tensors whose rows, one after the other, make one tensor of the model.
 
-    `rows`, where there are any, are the ranges of rows, begin and end, in the order in which the
-    model wants them: a family may store them in another one.
+    rows: the ranges of rows, begin and end, in the order in which the model wants them, where a
+        family stores them in another one.
+    expert: the entry of stored stacks that is meant.
+    form: "plain"; "columns", stored transposed; "mxfp4", from blocks and scales.
+    alternating: stored rows are those of two layers in turns; here the first's come first.
     """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
     rows: tuple[tuple[int, int], ...] = ()
+    expert: int | None = None
+    form: str = "plain"
+    alternating: bool = False
 
 
 def parse_header(data: bytes, file_size: int, name: str) -> dict[str, TensorInfo]:
@@ -273,15 +280,27 @@ class Checkpoint:
         return whole.view(source.shape)
 
     def parts(self, source: Source) -> list[torch.Tensor]:
-        """Views of the file that make one tensor of the model when they are joined by rows."""
-        tensors = [self[name] for name in source.names]
+        """What makes one tensor of the model when it is joined by rows: views where that can be."""
+        tensors = [self._stored(name, source.expert) for name in source.names]
+        if source.form == "columns":
+            tensors = [t.T.contiguous() for t in tensors]
+        elif source.form == "mxfp4":
+            tensors = [mxfp4_unpack(*tensors)]
+        if source.alternating:
+            return [t[i::2] for t in tensors for i in (0, 1)]
         return [t[begin:end] for t in tensors for begin, end in source.rows] or tensors
+
+    def _stored(self, name: str, expert: int | None) -> torch.Tensor:
+        shard = self._shard(name)
+        return shard.tensor(_entry_of(shard.tensors[name], expert))
 
     def release(self, source: Source | str) -> None:
         """Gives the memory of a tensor's pages back; a later use reads the file again."""
-        for name in (source,) if isinstance(source, str) else source.names:
+        if isinstance(source, str):
+            source = Source((source,), self.info(source).shape)
+        for name in source.names:
             shard = self._shard(name)
-            shard.release(shard.tensors[name])
+            shard.release(_entry_of(shard.tensors[name], source.expert))
 
     @property
     def payload_bytes(self) -> int:
@@ -294,13 +313,24 @@ class Checkpoint:
         return shard
 
 
+def _entry_of(info: TensorInfo, index: int | None) -> TensorInfo:
+    """One entry of a stack of tensors, or the tensor itself."""
+    if index is None:
+        return info
+    size = (info.end - info.begin) // info.shape[0]
+    begin = info.begin + index * size
+    return TensorInfo(info.dtype, info.shape[1:], begin, begin + size)
+
+
 def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     """Where every tensor of the chat model lies, by internal name.
 
     Vision: vit.cls, vit.pos, vit.patch.{weight,bias}, vit.{i}.{norm1,qkv,q_norm,k_norm,proj,ls1,
     norm2,fc1,fc2,ls2}. Projector: proj.{ln,fc1,fc2}. Language model: llm.embed.weight,
-    llm.{i}.{norm1,qkv,q_norm,k_norm,o,norm2,gate_up,down}, llm.norm.weight, llm.head.weight.
-    Everything but cls, pos, ls1 and ls2 ends in .weight or .bias. The head is the embedding's
+    llm.{i}.{norm1,qkv,q_norm,k_norm,sinks,o,norm2,gate_up,down}, llm.norm.weight,
+    llm.head.weight; in place of gate_up and down of a mixture llm.{i}.router and
+    llm.{i}.experts.{e}.{gate_up,down}. Everything but cls, pos, ls1, ls2 and sinks ends in .weight
+    or .bias. The head is the embedding's
     tensor where the checkpoint stores none. Vision layers behind the selected one are known,
     checked and left out. Raises ValueError naming what is missing, left over, misshaped or of
     another dtype.
@@ -312,10 +342,10 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     rows = [
         *_vision_rows(config.vision, names, config.vision_layers_used),
         *_projector_rows(config, names),
-        *_text_rows(config.text, names),
+        *_text_rows(config.text, names, checkpoint),
     ]
     head = _head_row(config.text, names)
-    if head.sources[0][0] in checkpoint:
+    if head.source.names[0] in checkpoint:
         rows.append(head)
     found = _match(checkpoint, rows, ignored=())
     found.setdefault(head.name, found["llm.embed.weight"])
@@ -327,9 +357,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     rows = [
         *_vision_rows(config.vision, _ORIGINAL, config.vision_layers_used),
         *_projector_rows(config, _ORIGINAL),
-        *_text_rows(config.text, _ORIGINAL),
+        *_text_rows(config.text, _ORIGINAL, ()),
     ]
-    return {row.name: row.shape for row in rows if row.used}
+    return {row.name: row.source.shape for row in rows if row.used}
 
 
 def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, Source]:
@@ -339,7 +369,7 @@ def resolve_vision(checkpoint: Checkpoint, config: VisionConfig) -> dict[str, So
     """
     for names in (_ORIGINAL, _STANDALONE, _NATIVE_A, _NATIVE_B, _NATIVE_STANDALONE):
         rows = list(_vision_rows(config, names, config.num_layers))
-        if rows[0].sources[0][0] in checkpoint:
+        if rows[0].source.names[0] in checkpoint:
             return _match(checkpoint, rows, ignored=names.others)
     raise ValueError(f"{checkpoint.folder}: no tensor of a vision encoder's class token")
 
@@ -399,17 +429,24 @@ _NATIVE_STANDALONE = _Names("Hugging Face-native", "", True, {}, "", "", ())
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One tensor of the model and the stored tensors, with shapes, that it is joined from."""
+    """One tensor of the model, and the shapes of the stored ones that it is made of."""
 
     name: str
-    sources: tuple[tuple[str, tuple[int, ...]], ...]
-    rows: tuple[tuple[int, int], ...] = ()  # as in Source
+    source: Source
+    stored: tuple[tuple[int, ...], ...]
     used: bool = True  # False: known and checked where present, not loaded
+    dtypes: tuple[torch.dtype, ...] = _WEIGHT_DTYPES
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shapes = [shape for _, shape in self.sources]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+def _row(
+    name: str,
+    stored: Sequence[tuple[str, tuple[int, ...]]],
+    rows: tuple[tuple[int, int], ...] = (),
+) -> _Row:
+    """A tensor joined, by rows, of stored ones with these names and shapes."""
+    names, shapes = zip(*stored, strict=True)
+    shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    return _Row(name, Source(names, shape, rows), shapes)
 
 
 def _linear(
@@ -421,18 +458,15 @@ def _linear(
     rows: tuple[tuple[int, int], ...] = (),
 ) -> list[_Row]:
     """A linear layer; `stored` are the tensors, with their numbers of rows, that it is made of."""
-    weight = tuple((f"{part}.weight", (n, columns)) for part, n in stored)
-    result = [_Row(f"{name}.weight", weight, rows)]
-    if bias:
-        result.append(
-            _Row(f"{name}.bias", tuple((f"{part}.bias", (n,)) for part, n in stored), rows)
-        )
-    return result
+    weight = _row(f"{name}.weight", [(f"{part}.weight", (n, columns)) for part, n in stored], rows)
+    if not bias:
+        return [weight]
+    return [weight, _row(f"{name}.bias", [(f"{part}.bias", (n,)) for part, n in stored], rows)]
 
 
 def _norm(name: str, stored: str, width: int, *, bias: bool) -> list[_Row]:
     kinds = ("weight", "bias") if bias else ("weight",)
-    return [_Row(f"{name}.{kind}", ((f"{stored}.{kind}", (width,)),)) for kind in kinds]
+    return [_row(f"{name}.{kind}", ((f"{stored}.{kind}", (width,)),)) for kind in kinds]
 
 
 def _vision_rows(config: VisionConfig, names: _Names, layers_used: int) -> Iterator[_Row]:
@@ -443,10 +477,10 @@ def _vision_rows(config: VisionConfig, names: _Names, layers_used: int) -> Itera
     if not native:
         stored = ("class_embedding", "position_embedding", "patch_embedding")
     cls, pos, conv = (at + name for name in stored)
-    yield _Row("vit.cls", ((cls, (1, 1, width)),))
-    yield _Row("vit.pos", ((pos, (1, config.grid**2 + 1, width)),))
-    yield _Row("vit.patch.weight", ((f"{conv}.weight", (width, 3, patch, patch)),))
-    yield _Row("vit.patch.bias", ((f"{conv}.bias", (width,)),))
+    yield _row("vit.cls", ((cls, (1, 1, width)),))
+    yield _row("vit.pos", ((pos, (1, config.grid**2 + 1, width)),))
+    yield _row("vit.patch.weight", ((f"{conv}.weight", (width, 3, patch, patch)),))
+    yield _row("vit.patch.bias", ((f"{conv}.bias", (width,)),))
     for i in range(config.num_layers):
         rows = _vision_layer(config, native, f"vit.{i}", f"{names.vision}encoder.layer", i)
         for row in rows:
@@ -474,11 +508,11 @@ def _vision_layer(
         *_norm(f"{name}.norm1", at + norm1, width, bias=bias),
         *_linear(f"{name}.qkv", qkv, width, bias=config.qkv_bias),
         *_linear(f"{name}.proj", [(out, width)], width, bias=True),
-        _Row(f"{name}.ls1", ((at + ls1, (width,)),)),
+        _row(f"{name}.ls1", ((at + ls1, (width,)),)),
         *_norm(f"{name}.norm2", at + norm2, width, bias=bias),
         *_linear(f"{name}.fc1", [(f"{at}mlp.fc1", inner)], width, bias=True),
         *_linear(f"{name}.fc2", [(f"{at}mlp.fc2", width)], inner, bias=True),
-        _Row(f"{name}.ls2", ((at + ls2, (width,)),)),
+        _row(f"{name}.ls2", ((at + ls2, (width,)),)),
     ]
     if config.qk_norm:
         for x in "qk":
@@ -496,11 +530,12 @@ def _projector_rows(config: ModelConfig, names: _Names) -> list[_Row]:
     ]
 
 
-def _text_rows(config: TextConfig, names: _Names) -> Iterator[_Row]:
+def _text_rows(config: TextConfig, names: _Names, present: Container[str]) -> Iterator[_Row]:
+    """present: the names of a checkpoint, by which the way is found that it stores experts."""
     stored = FAMILIES[config.backbone].names
     root, width, D = names.decoder, config.hidden_size, config.head_dim
     embed = (f"{root}{stored.embed}.weight", (config.vocab_size, width))
-    yield _Row("llm.embed.weight", (embed,))
+    yield _row("llm.embed.weight", (embed,))
     for i in range(config.num_layers):
         name, at = f"llm.{i}", f"{root}layers.{i}."
         yield from _norm(f"{name}.norm1", at + stored.norm1, width, bias=False)
@@ -511,7 +546,12 @@ def _text_rows(config: TextConfig, names: _Names) -> Iterator[_Row]:
         o = [(at + stored.o, width)]
         yield from _linear(f"{name}.o", o, config.num_heads * D, bias=config.o_bias)
         yield from _norm(f"{name}.norm2", at + stored.norm2, width, bias=False)
-        yield from _mlp_rows(config, name, at)
+        if config.sinks:
+            yield _row(f"{name}.sinks", ((at + stored.sinks, (config.num_heads,)),))
+        if config.experts is None:
+            yield from _mlp_rows(config, name, at)
+        else:
+            yield from _expert_rows(config, config.experts, name, at, present)
     yield from _norm("llm.norm", root + stored.norm, width, bias=False)
 
 
@@ -542,9 +582,60 @@ def _mlp_rows(config: TextConfig, name: str, at: str) -> list[_Row]:
     ]
 
 
+def _expert_rows(
+    config: TextConfig, experts: ExpertsConfig, name: str, at: str, present: Container[str]
+) -> Iterator[_Row]:
+    stored, width, bias = FAMILIES[config.backbone].names, config.hidden_size, config.mlp_bias
+    yield from _linear(f"{name}.router", [(at + stored.router, experts.count)], width, bias=bias)
+
+    def first(way: ExpertNames) -> str:
+        return at + way.gate_up[0].format(e=0) + way.suffixes[0]
+
+    way = next((way for way in stored.experts if first(way) in present), stored.experts[0])
+    for e in range(experts.count):
+        each = f"{name}.experts.{e}"
+        gate_up = [at + part.format(e=e) for part in way.gate_up]
+        shape = (2 * experts.width, width)
+        yield from _expert(f"{each}.gate_up", gate_up, shape, e, experts.count, way, bias=bias)
+        down, shape = [at + way.down.format(e=e)], (width, experts.width)
+        way_down = replace(way, alternating=False)
+        yield from _expert(f"{each}.down", down, shape, e, experts.count, way_down, bias=bias)
+
+
+def _expert(
+    name: str,
+    stored: Sequence[str],
+    shape: tuple[int, int],
+    e: int,
+    count: int,
+    way: ExpertNames,
+    *,
+    bias: bool,
+) -> list[_Row]:
+    """One layer [N, K] of expert e."""
+    N, K = shape
+    if way.suffixes == (".weight",):
+        return _linear(name, [(part, N // len(stored)) for part in stored], K, bias=bias)
+    if way.form == "mxfp4" and K % 32:
+        raise ValueError(f"{stored[0]}: {K} columns, mxfp4 stores multiples of 32")
+    shapes = {
+        "plain": [(count, N, K)],
+        "columns": [(count, K, N)],
+        "mxfp4": [(count, N, K // 32, 16), (count, N, K // 32)],
+    }[way.form]
+    names = [stored[0] + suffix for suffix in way.suffixes]
+    dtypes = (torch.uint8,) if way.form == "mxfp4" else _WEIGHT_DTYPES
+    source = Source(tuple(names), shape, (), e, way.form, way.alternating)
+    rows = [_Row(f"{name}.weight", source, tuple(shapes), dtypes=dtypes)]
+    if bias:
+        source = Source((f"{stored[0]}_bias",), (N,), (), e, "plain", way.alternating)
+        rows.append(_Row(f"{name}.bias", source, ((count, N),)))
+    return rows
+
+
 def _head_row(config: TextConfig, names: _Names) -> _Row:
     stored = f"{names.head}{FAMILIES[config.backbone].names.head}.weight"
-    return _Row("llm.head.weight", ((stored, (config.vocab_size, config.hidden_size)),))
+    return _row("llm.head.weight", ((stored, (config.vocab_size, config.hidden_size)),))
 
 
 def _nearest(checkpoint: Checkpoint) -> str:
@@ -575,11 +666,14 @@ def _decoder_names(family: Family, names: _Names) -> Iterator[set[str]]:
     outside = {f"{part}.{kind}" for part in names.projector.values() for kind in ("weight", "bias")}
     outside |= {f"{root}{stored.embed}.weight", f"{root}{stored.norm}.weight"}
     outside |= {f"{names.head}{stored.head}.weight", *(f"{root}layers.#.{n}.weight" for n in norms)}
-    linears = (
-        (stored.qkv, family.qkv_bias),
-        ((stored.o,), family.o_bias),
-        ((*stored.gate_up, stored.down), family.mlp_bias),
-    )
+    linears = [(stored.qkv, family.qkv_bias), ((stored.o,), family.o_bias)]
+    if stored.experts:
+        linears.append(((stored.router,), family.mlp_bias))
+        outside |= {f"{root}layers.#.{n}" for n in _expert_names(family)}
+    else:
+        linears.append(((*stored.gate_up, stored.down), family.mlp_bias))
+    if family.sinks:
+        outside.add(f"{root}layers.#.{stored.sinks}")
     keys = sorted({bias.key for _, bias in linears if bias.key})
     for values in itertools.product((False, True), repeat=len(keys)):
         chosen = dict(zip(keys, values, strict=True))
@@ -589,6 +683,15 @@ def _decoder_names(family: Family, names: _Names) -> Iterator[set[str]]:
             kinds = ("weight", "bias") if has else ("weight",)
             found |= {f"{root}layers.#.{part}.{kind}" for part in parts for kind in kinds}
         yield found
+
+
+def _expert_names(family: Family) -> Iterator[str]:
+    """As the family usually stores them."""
+    way, bias = family.names.experts[0], family.mlp_bias.default
+    for part in (*way.gate_up, way.down):
+        yield from (part.format(e="#") + suffix for suffix in way.suffixes)
+        if bias:
+            yield f"{part}_bias"
 
 
 def _without_numbers(name: str) -> str:
@@ -604,7 +707,7 @@ def _match(
     mistyped: list[str] = []
     result: dict[str, Source] = {}
     for row in rows:
-        for name, shape in row.sources:
+        for name, shape in zip(row.source.names, row.stored, strict=True):
             known.add(name)
             if name not in checkpoint:
                 if row.used:
@@ -613,15 +716,15 @@ def _match(
             info = checkpoint.info(name)
             if info.shape != shape:
                 misshaped.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
-            if info.dtype not in _WEIGHT_DTYPES:
+            if info.dtype not in row.dtypes:
                 mistyped.append(f"{name} is {_dtype_name(info.dtype)}")
         if not row.used:
             continue
-        dtypes = {checkpoint.info(name).dtype for name, _ in row.sources if name in checkpoint}
+        dtypes = {checkpoint.info(n).dtype for n in row.source.names if n in checkpoint}
         if len(dtypes) > 1:
             both = " and ".join(sorted(map(_dtype_name, dtypes)))
-            mistyped.append(f"{row.sources[0][0]} and the tensors joined to it are {both}")
-        result[row.name] = Source(tuple(name for name, _ in row.sources), row.shape, row.rows)
+            mistyped.append(f"{row.source.names[0]} and the tensors joined to it are {both}")
+        result[row.name] = row.source
     extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored)]
     where = checkpoint.folder
     if missing:

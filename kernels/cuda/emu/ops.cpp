@@ -7,7 +7,13 @@
 #include <iterator>
 
 #include "kernels/cuda/emu/planted.h"
+#include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
+#include "kernels/gated_activation.h"
+#include "kernels/layer_norm.h"
+#include "kernels/linear.h"
+#include "kernels/paged_attention.h"
+#include "kernels/pixel_unshuffle_mlp.h"
 #include "kernels/rms_norm.h"
 
 namespace ivr::emu {
@@ -27,7 +33,13 @@ void allow_rows(Machine& machine, Access access, const char* name, const void* b
 namespace {
 
 constexpr Op kOps[] = {
+    {"embed_scatter", sizeof(EmbedScatterParams), run_embed_scatter},
     {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
+    {"gated_activation", sizeof(GatedActivationParams), run_gated_activation},
+    {"layer_norm", sizeof(LayerNormParams), run_layer_norm},
+    {"linear", sizeof(LinearParams), run_linear},
+    {"paged_attention", sizeof(PagedAttentionParams), run_paged_attention},
+    {"pixel_unshuffle_mlp", sizeof(PixelUnshuffleParams), run_pixel_unshuffle_norm},
     {"rms_norm", sizeof(RmsNormParams), run_rms_norm},
 };
 

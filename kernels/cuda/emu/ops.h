@@ -28,7 +28,13 @@ void allow_rows(Machine& machine, Access access, const char* name, const void* b
 // Registers what flash_attention and paged_attention have in common.
 void allow_attention(Machine& machine, const AttentionParams& a);
 
+bool run_embed_scatter(Machine& machine, const void* params, std::string& config);
 bool run_flash_attention(Machine& machine, const void* params, std::string& config);
+bool run_gated_activation(Machine& machine, const void* params, std::string& config);
+bool run_layer_norm(Machine& machine, const void* params, std::string& config);
+bool run_linear(Machine& machine, const void* params, std::string& config);
+bool run_paged_attention(Machine& machine, const void* params, std::string& config);
+bool run_pixel_unshuffle_norm(Machine& machine, const void* params, std::string& config);
 bool run_rms_norm(Machine& machine, const void* params, std::string& config);
 
 // Kernels with a known bug each, and correct ones beside them: the test of the emulator itself.

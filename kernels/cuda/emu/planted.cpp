@@ -1,7 +1,8 @@
 // Kernels with one bug each, written as the mistakes are made: what the emulator has to find.
 //
 // Most are a sum over a row of x by a block of 128 threads, whose threads write it to the row of y.
-// async_*: a row of x is copied through two stages of shared memory and reversed piece by piece.
+// async_*, bulk_*: a row of x is copied through two stages of shared memory and reversed piece by
+// piece.
 // tile_*: y = a b, where a is x's rows 0 to 15 and b its rows 16 to 31, 16 columns each, in bf16.
 #include "kernels/cuda/emu/planted.h"
 
@@ -175,6 +176,52 @@ void copy_kernel(const PlantedParams& p) {
   }
 }
 
+// The same by bulk copies: thread 0 asks for them, all threads say when they have read a stage.
+template <Planted kCase>
+void bulk_kernel(const PlantedParams& p) {
+  constexpr int kStages = 2, kPiece = 512, kBytes = 4 * kPiece;
+  IVR_SHARED(float, stages, kStages* kPiece);
+  IVR_SHARED(cuda::Barrier, full, kStages);
+  IVR_SHARED(cuda::Barrier, empty, kStages);
+  const int thread = threadIdx.x;
+  const float* x = p.x + blockIdx.x * p.columns;
+  float* y = p.y + blockIdx.x * p.columns;
+  const int pieces = static_cast<int>(p.columns) / kPiece;
+  if (thread == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      cuda::barrier_init(full + i, 1);
+      cuda::barrier_init(empty + i, kThreads);
+    }
+  }
+  if constexpr (kCase != Planted::bulk_unknown_barrier) __syncthreads();
+  const auto copy = [&](int piece) {
+    const int end = kCase == Planted::bulk_unawaited ? pieces + 1 : pieces;
+    if (thread != 0 || piece >= end) return;
+    const int stage = piece % kStages, phase = piece / kStages;
+    if constexpr (kCase != Planted::bulk_early_reuse) cuda::barrier_wait(empty + stage, phase - 1);
+    const int more = kCase == Planted::bulk_wrong_bytes ? 16 : 0;
+    cuda::barrier_expect(full + stage, kBytes + more);
+    const bool last = kCase == Planted::bulk_past_row && piece == pieces - 1;
+    const float* from = x + piece % pieces * kPiece + (last ? 4 : 0);
+    cuda::copy_bulk(stages + stage * kPiece, from, kBytes, full + stage);
+  };
+  copy(0);
+  for (int piece = 0; piece < pieces; ++piece) {
+    copy(piece + 1);
+    const int stage = piece % kStages, phase = piece / kStages;
+    if constexpr (kCase == Planted::bulk_wrong_phase) {
+      cuda::barrier_wait(full + stage, phase - 1);
+    } else if constexpr (kCase != Planted::bulk_no_wait) {
+      cuda::barrier_wait(full + stage, phase);
+    }
+    for (int i = thread; i < kPiece; i += kThreads) {
+      store_float(y + piece * kPiece + i, stages[stage * kPiece + kPiece - 1 - i]);
+    }
+    if (kCase != Planted::bulk_missing_arrival || thread != 77) cuda::barrier_arrive(empty + stage);
+    if (kCase == Planted::bulk_extra_arrival && thread == 77) cuda::barrier_arrive(empty + stage);
+  }
+}
+
 // One warp. The tiles are 16 rows of 16 bf16 and lie one behind the other in shared memory.
 template <Planted kCase>
 void tile_kernel(const PlantedParams& p) {
@@ -242,6 +289,8 @@ bool run_planted(Machine& machine, const void* params, std::string& config) {
                           [&p] { dynamic_shared_kernel(p); });
   } else if constexpr (kPlantedCase >= Planted::tile_product) {
     return machine.launch({}, {32}, 0, [&p] { tile_kernel<kPlantedCase>(p); });
+  } else if constexpr (kPlantedCase >= Planted::bulk_copy) {
+    return machine.launch(grid, {kThreads}, 0, [&p] { bulk_kernel<kPlantedCase>(p); });
   } else if constexpr (kPlantedCase >= Planted::async_copy) {
     return machine.launch(grid, {kThreads}, 0, [&p] { copy_kernel<kPlantedCase>(p); });
   } else {
@@ -274,6 +323,16 @@ IVR_PLANTED(async_missing_barrier);
 IVR_PLANTED(async_early_reuse);
 IVR_PLANTED(async_past_row);
 IVR_PLANTED(async_misaligned);
+IVR_PLANTED(bulk_copy);
+IVR_PLANTED(bulk_no_wait);
+IVR_PLANTED(bulk_wrong_phase);
+IVR_PLANTED(bulk_wrong_bytes);
+IVR_PLANTED(bulk_early_reuse);
+IVR_PLANTED(bulk_missing_arrival);
+IVR_PLANTED(bulk_extra_arrival);
+IVR_PLANTED(bulk_unknown_barrier);
+IVR_PLANTED(bulk_past_row);
+IVR_PLANTED(bulk_unawaited);
 IVR_PLANTED(tile_product);
 IVR_PLANTED(tile_row_off_by_one);
 IVR_PLANTED(tile_uncommitted);

@@ -31,6 +31,17 @@ enum class Planted {
   async_past_row,         // off by one vector, behind the row
   async_misaligned,       // from an address that is a multiple of 4 only
 
+  bulk_copy,             // correct
+  bulk_no_wait,          // what is copied is used at once
+  bulk_wrong_phase,      // the wait is for the phase before
+  bulk_wrong_bytes,      // more bytes are expected than come
+  bulk_early_reuse,      // a stage is copied into while it is read
+  bulk_missing_arrival,  // one thread forgets to say that it has read
+  bulk_extra_arrival,    // one thread says it twice
+  bulk_unknown_barrier,  // no barrier between initialisation and use
+  bulk_past_row,         // 16 bytes too many
+  bulk_unawaited,        // the block ends before its last copy
+
   tile_product,              // correct
   tile_row_off_by_one,       // ldmatrix is given the row below
   tile_uncommitted,          // the copies were never made a group
@@ -77,6 +88,16 @@ constexpr Op kPlanted[] = {
     IVR_PLANTED(tile_mixed_transposition),
     IVR_PLANTED(tile_swapped_matrices),
     IVR_PLANTED(tile_not_transposed),
+    IVR_PLANTED(bulk_copy),
+    IVR_PLANTED(bulk_no_wait),
+    IVR_PLANTED(bulk_wrong_phase),
+    IVR_PLANTED(bulk_wrong_bytes),
+    IVR_PLANTED(bulk_early_reuse),
+    IVR_PLANTED(bulk_missing_arrival),
+    IVR_PLANTED(bulk_extra_arrival),
+    IVR_PLANTED(bulk_unknown_barrier),
+    IVR_PLANTED(bulk_past_row),
+    IVR_PLANTED(bulk_unawaited),
 #undef IVR_PLANTED
 };
 

@@ -1,6 +1,6 @@
 #include "kernels/cuda/rms_norm.cuh"
 
-#include "kernels/cuda/emu/ops.h"
+#include "kernels/cuda/emu/rows.h"
 
 namespace ivr::emu {
 
@@ -21,16 +21,11 @@ bool run_rms_norm(Machine& machine, const void* params, std::string& config) {
   rows(Access::write, "y", p.y, p.y_t, p.y_h);
   machine.allow_read(p.weight, p.C * size, "weight");
 
-  const cuda::RmsNormConfig c = cuda::rms_norm_config(p);
-  char text[128];
-  cuda::format(c, text, sizeof(text));
-  config = text;
-  const Dim3 block{static_cast<unsigned>(c.threads_per_row),
-                   static_cast<unsigned>(c.rows_per_block)};
+  const cuda::RowConfig c = cuda::rms_norm_config(p);
   bool clean = false;
-  cuda::with_rms_norm_kernel(p.dtype, c, [&]<typename T, int kVectors, bool kAligned>() {
-    clean = machine.launch({c.blocks}, block, 0,
-                           [&p] { cuda::rms_norm_block<T, kVectors, kAligned>(p); });
+  cuda::with_row_kernel(p.dtype, c, [&]<typename T, int kVectors, bool kAligned>() {
+    clean =
+        launch_rows(machine, c, config, [&p] { cuda::rms_norm_block<T, kVectors, kAligned>(p); });
   });
   return clean;
 }

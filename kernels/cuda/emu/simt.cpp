@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -81,7 +82,7 @@ void make_context(Context& c, char* stack, void (*entry)()) {
 
 constexpr int kWarp = 32;
 
-enum class Wait { none, block, warp, done };
+enum class Wait { none, block, warp, barrier, done };
 
 struct Copy {
   char* to;
@@ -101,8 +102,27 @@ struct Fibre {
   uint32_t mask = 0;
   uint64_t value = 0, result = 0;
   int lane = 0, width = 0;
+  const uint64_t* barrier = nullptr;  // the mbarrier it waits at, and for the end of which phase
+  int parity = 0;
   std::vector<Copy> copies;  // asynchronous, not landed, in the order of their issue
   int64_t groups = 0;        // committed
+};
+
+// What a thread, or the copy engine, is known to have done: its accesses before a stamp.
+using Known = std::vector<uint64_t>;
+
+struct Barrier {
+  int count, pending;  // arrivals per phase, and still to come in this one
+  int64_t bytes = 0;   // expected and not there yet
+  int phase = 0;
+  Known arrived, completed;  // what this phase's arrivals knew; what the last phase's did
+};
+
+struct BulkCopy {
+  char* to;
+  const char* from;
+  size_t bytes;
+  uint64_t* barrier;
 };
 
 struct Range {
@@ -217,6 +237,13 @@ struct Machine::State {
   std::vector<uint64_t> lane_sync;  // [warp, lane, lane]: last __syncwarp that both took part in
   std::vector<uint64_t> warp_sync;  // [warp]: last __syncwarp of all its lanes
 
+  // From the first mbarrier of a block on: known[thread][thread or copy engine], and reads of 16
+  // bytes, [place, thread].
+  std::map<const uint64_t*, Barrier> barriers;
+  std::vector<BulkCopy> bulk;
+  std::vector<Known> known;
+  std::vector<uint64_t> reads;
+
   int id(const Fibre& f) const { return static_cast<int>(&f - fibres.data()); }
   int self() const { return id(*current); }
 
@@ -237,6 +264,13 @@ struct Machine::State {
   void load_matrices(int first);
   void multiply(int first);
   void land(int thread, const Copy& copy);
+  void place(char* to, const char* from, size_t bytes, size_t source_bytes, int writer);
+  int copy_engine() const { return static_cast<int>(fibres.size()); }
+  Barrier& barrier(const uint64_t* at);
+  void settle(const uint64_t* at);
+  void land_bulk();
+  void join(uint32_t mask, int first);
+  bool read_by_others(int me, size_t offset) const;
 };
 
 namespace {
@@ -288,12 +322,13 @@ void Machine::State::finish_block_barrier() {
 }
 
 void Machine::State::report_deadlock() {
-  int at_barrier = 0, in_collective = 0, done = 0, missing = -1;
+  int at_barrier = 0, in_collective = 0, at_mbarrier = 0, done = 0, missing = -1;
   const Fibre* barrier = nullptr;
   const Fibre* collective = nullptr;
   for (const Fibre& f : fibres) {
     at_barrier += f.wait == Wait::block;
     in_collective += f.wait == Wait::warp;
+    at_mbarrier += f.wait == Wait::barrier;
     done += f.wait == Wait::done;
     if (f.wait == Wait::block && barrier == nullptr) barrier = &f;
     if (f.wait == Wait::warp && collective == nullptr) collective = &f;
@@ -306,6 +341,7 @@ void Machine::State::report_deadlock() {
                 "collective, %d exited",
                 block.x, block.y, block.z, at_barrier, in_collective, done);
   std::string whole = text;
+  if (at_mbarrier > 0) whole += ", " + std::to_string(at_mbarrier) + " at an mbarrier";
   if (barrier != nullptr) {
     std::snprintf(text, sizeof(text), "; thread %d waits at %s:%d, thread %d does not",
                   id(*barrier), barrier->file, barrier->line, missing);
@@ -334,6 +370,9 @@ bool Machine::State::run_block() {
   // Bytes of ff are a NaN in every float type and an impossible index in every integer type.
   std::fill(shared.begin(), shared.end(), static_cast<char>(0xff));
   block_start = last_block_sync = ++clock;
+  barriers.clear();
+  bulk.clear();
+  known.clear();
   for (;;) {
     while (!ready.empty()) {
       std::swap(ready[random.below(ready.size())], ready.back());
@@ -346,6 +385,17 @@ bool Machine::State::run_block() {
     finish_block_barrier();
     if (failed) return false;
     if (!ready.empty()) continue;
+    if (!bulk.empty()) {
+      const bool ended = std::all_of(fibres.begin(), fibres.end(),
+                                     [](const Fibre& f) { return f.wait == Wait::done; });
+      if (ended) {
+        fail("block (%u, %u, %u) ends with a bulk copy on its way", fibres[0].at.block.x,
+             fibres[0].at.block.y, fibres[0].at.block.z);
+        return false;
+      }
+      land_bulk();
+      continue;
+    }
     const bool all_done = std::all_of(fibres.begin(), fibres.end(),
                                       [](const Fibre& f) { return f.wait == Wait::done; });
     if (!all_done) report_deadlock();
@@ -499,6 +549,7 @@ void Machine::State::finish_collective(int warp) {
       }
     }
     if (me.mask == (lanes == kWarp ? ~0u : (1u << lanes) - 1)) warp_sync[warp] = clock;
+    if (!known.empty()) join(me.mask, first);
   }
   for (int i = 0; i < lanes; ++i) {
     Fibre& f = fibres[first + i];
@@ -574,6 +625,9 @@ void* dynamic_shared_bytes() { return running->shared.data() + running->dynamic_
 // Whether a synchronisation lies between what thread `other` did at `stamp` and what `me` does now.
 bool Machine::State::ordered(int me, int other, uint64_t stamp) const {
   if (other == me || stamp < last_block_sync) return true;
+  if (!known.empty() && stamp < known[static_cast<size_t>(me)][static_cast<size_t>(other)]) {
+    return true;
+  }
   if (other / kWarp != me / kWarp) return false;
   const size_t pair = (static_cast<size_t>(me / kWarp) * kWarp + me % kWarp) * kWarp +
                       static_cast<size_t>(other % kWarp);
@@ -614,6 +668,10 @@ void Machine::State::touch_shared(int me, const void* p, size_t bytes, bool writ
       read = b.reader == me || !ordered(me, b.reader, b.read);
     } else if (read) {
       read = b.reader_warp != warp || b.read >= warp_sync[static_cast<size_t>(warp)];
+      if (read && write && !known.empty()) read = read_by_others(me, i);
+    }
+    if (!write && !known.empty()) {
+      reads[i / 16 * fibres.size() + static_cast<size_t>(me)] = clock;
     }
     if (write) {
       if (read && b.reader != me) {
@@ -671,16 +729,146 @@ void wait_copies(int newest) {
   f.copies.erase(f.copies.begin(), f.copies.begin() + static_cast<int64_t>(n));
 }
 
-// The source is read now, as late as the kernel allows.
 void Machine::State::land(int thread, const Copy& copy) {
-  std::memset(copy.to, 0, 16);
-  if (copy.source_bytes > 0) std::memcpy(copy.to, copy.from, copy.source_bytes);
-  Shadow* b = &shadow[static_cast<size_t>(copy.to - shared.data())];
-  for (int i = 0; i < 16; ++i) {
+  place(copy.to, copy.from, 16, copy.source_bytes, thread);
+}
+
+// The source is read now, as late as the kernel allows.
+void Machine::State::place(char* to, const char* from, size_t bytes, size_t source_bytes,
+                           int writer) {
+  std::memset(to, 0, bytes);
+  if (source_bytes > 0) std::memcpy(to, from, source_bytes);
+  Shadow* b = &shadow[static_cast<size_t>(to - shared.data())];
+  for (size_t i = 0; i < bytes; ++i) {
     b[i].copier = Shadow::kNobody;
-    b[i].writer = thread;
+    b[i].writer = writer;
     b[i].written = clock;
   }
+}
+
+// ---- mbarriers and bulk copies ------------------------------------------------------------------
+
+namespace {
+
+void raise_to(Known& known, const Known& other) {
+  for (size_t i = 0; i < known.size(); ++i) known[i] = std::max(known[i], other[i]);
+}
+
+}  // namespace
+
+void barrier_init(uint64_t* barrier, int arrivals) {
+  Machine::State& s = *running;
+  shared_access(barrier, 8, true);
+  const size_t threads = s.fibres.size();
+  if (s.known.empty()) {
+    s.known.assign(threads, Known(threads + 1, 0));
+    s.reads.assign((s.shared.size() / 16 + 1) * threads, 0);
+    for (size_t i = 0; i < threads; ++i) {
+      for (size_t j = i / kWarp * kWarp; j < std::min(threads, (i / kWarp + 1) * kWarp); ++j) {
+        s.known[i][j] = s.lane_sync[i * kWarp + j % kWarp];
+      }
+    }
+  }
+  const Known nothing(threads + 1, 0);
+  s.barriers[barrier] = {arrivals, arrivals, 0, 0, nothing, nothing};
+}
+
+// The barrier at an address, whose initialisation the calling thread knows of.
+Barrier& Machine::State::barrier(const uint64_t* at) {
+  shared_access(at, 8, false);
+  const auto found = barriers.find(at);
+  if (found == barriers.end()) fail("mbarrier used before it is initialised");
+  return found->second;
+}
+
+// Ends the phase if nothing is missing, and wakes who waited for that.
+void Machine::State::settle(const uint64_t* at) {
+  Barrier& b = barriers.at(at);
+  if (b.pending > 0 || b.bytes != 0) return;
+  b.pending = b.count;
+  ++b.phase;
+  b.completed = b.arrived;
+  for (Fibre& f : fibres) {
+    if (f.wait != Wait::barrier || f.barrier != at || b.phase % 2 == f.parity) continue;
+    raise_to(known[static_cast<size_t>(id(f))], b.completed);
+    wake(f);
+  }
+}
+
+void barrier_arrive(uint64_t* barrier, int64_t expected_bytes) {
+  Machine::State& s = *running;
+  Barrier& b = s.barrier(barrier);
+  if (--b.pending < 0) {
+    s.fail("mbarrier: more than %d arrivals in a phase that waits for bytes", b.count);
+  }
+  b.bytes += expected_bytes;
+  const auto me = static_cast<size_t>(s.self());
+  s.known[me][me] = ++s.clock;
+  raise_to(b.arrived, s.known[me]);
+  s.settle(barrier);
+}
+
+void barrier_wait(uint64_t* barrier, int parity) {
+  Machine::State& s = *running;
+  Barrier& b = s.barrier(barrier);
+  if (b.phase % 2 != parity) {
+    raise_to(s.known[static_cast<size_t>(s.self())], b.completed);
+    return;
+  }
+  s.current->barrier = barrier;
+  s.current->parity = parity;
+  s.current->wait = Wait::barrier;
+  s.yield();
+}
+
+void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier) {
+  Machine::State& s = *running;
+  s.barrier(barrier);
+  if (bytes % 16 != 0) s.fail("bulk copy of %zu bytes, no multiple of 16", bytes);
+  s.check(s.readable, global, bytes, 16, false);
+  auto* to = static_cast<char*>(shared);
+  for (size_t i = 0; i < bytes; i += 16) shared_access16(to + i, true);
+  std::memset(to, 0xff, bytes);
+  Shadow* shadow = &s.shadow[static_cast<size_t>(to - s.shared.data())];
+  for (size_t i = 0; i < bytes; ++i) shadow[i].copier = s.self();
+  s.bulk.push_back({to, static_cast<const char*>(global), bytes, barrier});
+}
+
+void Machine::State::land_bulk() {
+  std::swap(bulk[random.below(bulk.size())], bulk.back());
+  const BulkCopy copy = bulk.back();
+  bulk.pop_back();
+  const int engine = copy_engine();
+  place(copy.to, copy.from, copy.bytes, copy.bytes, engine);
+  Barrier& b = barriers.at(copy.barrier);
+  b.bytes -= static_cast<int64_t>(copy.bytes);
+  b.arrived[static_cast<size_t>(engine)] = ++clock;
+  settle(copy.barrier);
+}
+
+// __syncwarp: every lane of the mask knows what any of them knew.
+void Machine::State::join(uint32_t mask, int first) {
+  Known all(known[0].size(), 0);
+  for (int i = 0; i < kWarp; ++i) {
+    if ((mask >> i & 1u) == 0) continue;
+    raise_to(all, known[static_cast<size_t>(first + i)]);
+    all[static_cast<size_t>(first + i)] = clock;
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    if (mask >> i & 1u) known[static_cast<size_t>(first + i)] = all;
+  }
+}
+
+// Whether another thread has read there since the last write, with nothing that orders it.
+bool Machine::State::read_by_others(int me, size_t offset) const {
+  for (int other = 0; other < copy_engine(); ++other) {
+    const uint64_t read = reads[offset / 16 * fibres.size() + static_cast<size_t>(other)];
+    if (other != me && read >= block_start && read >= shadow[offset].written &&
+        !ordered(me, other, read)) {
+      return true;
+    }
+  }
+  return false;
 }
 
 // ---- tensor cores -------------------------------------------------------------------------------

@@ -9,6 +9,9 @@
 //   global      every access lies within one registered range and is aligned
 //   copies      an asynchronous copy lands in the wait that asks for it, not before: until then its
 //               bytes may be neither read nor written, and other threads need a barrier after it
+//   mbarriers   phases of arrivals and bytes; a wait orders what was done before the arrivals. A
+//   bulk
+//               copy lands when no thread can go on without it
 //   tensor core ldmatrix and mma.sync by their fragment layouts, all lanes of a warp together
 //
 // The first finding ends the launch and is reported with thread and block. Rules are stricter than
@@ -114,6 +117,14 @@ void copy_async(void* shared, const void* global, size_t source_bytes);
 void commit_copies();
 // All groups of the calling thread but its newest `newest` have landed.
 void wait_copies(int newest);
+
+// mbarrier: a phase is over after `arrivals` arrivals and as many bytes as were expected.
+void barrier_init(uint64_t* barrier, int arrivals);
+void barrier_arrive(uint64_t* barrier, int64_t expected_bytes);
+// Returns once the phase of this parity is over.
+void barrier_wait(uint64_t* barrier, int parity);
+// Any multiple of 16 bytes; reports them to the barrier when they are there.
+void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier);
 
 // Shared memory element: reads and writes go through the checks.
 template <typename T>

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt.config import TextConfig
-from internvl_rt.layers import Linear, RmsNorm
+from internvl_rt.layers import GroupedLinear, Linear, RmsNorm
 from internvl_rt.models.rotary import Rotary
 from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
@@ -14,21 +14,38 @@ from internvl_rt.runtime.batch import Batch
 from internvl_rt.runtime.kv_cache import KvCache
 
 
+def _norm(
+    config: TextConfig, w: Parameters, name: str, opset: OpSet, dtype: torch.dtype
+) -> RmsNorm:
+    return RmsNorm(
+        opset,
+        w[f"{name}.weight"],
+        config.rms_norm_eps,
+        dtype,
+        weight_in_fp32=config.norm_weight_in_fp32,
+    )
+
+
 class Attention:
-    """Causal self-attention over the paged cache; queries and keys may be normalised per head."""
+    """Causal self-attention over the paged cache, within the layer's window where it has one.
+
+    Queries and keys may be normalised per head; sinks take weight from the keys.
+    """
 
     def __init__(
         self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
     ) -> None:
         self.ops = opset
         self.H, self.K, self.D = config.num_heads, config.num_kv_heads, config.head_dim
-        name, eps = f"llm.{i}", config.rms_norm_eps
+        name = f"llm.{i}"
         self.qkv = Linear(opset, *w.linear(f"{name}.qkv"), dtype)
         self.o = Linear(opset, *w.linear(f"{name}.o"), dtype)
+        self.window = config.windows[i]
+        self.sinks = w[f"{name}.sinks"].to(dtype) if config.sinks else None
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = RmsNorm(opset, w[f"{name}.q_norm.weight"], eps, dtype)
-            self.k_norm = RmsNorm(opset, w[f"{name}.k_norm.weight"], eps, dtype)
+            self.q_norm = _norm(config, w, f"{name}.q_norm", opset, dtype)
+            self.k_norm = _norm(config, w, f"{name}.k_norm", opset, dtype)
 
     def __call__(
         self,
@@ -49,7 +66,15 @@ class Attention:
             q, k, v, batch.positions, *rope, batch.sequence, k_cache, v_cache, batch.slots
         )
         a = self.ops.paged_attention(
-            q, k_cache, v_cache, batch.page_table, batch.cu_q, batch.kv_lens, scale=D**-0.5
+            q,
+            k_cache,
+            v_cache,
+            batch.page_table,
+            batch.cu_q,
+            batch.kv_lens,
+            scale=D**-0.5,
+            window=self.window,
+            sinks=self.sinks,
         )
         self.o(a.view(-1, H * D), residual=residual, out=residual)
 
@@ -57,28 +82,57 @@ class Attention:
 class Mlp:
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype) -> None:
-        self.ops = opset
+    def __init__(
+        self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+    ) -> None:
+        self.ops, self.gate = opset, config.gate
         self.gate_up = Linear(opset, *w.linear(f"llm.{i}.gate_up"), dtype)
         self.down = Linear(opset, *w.linear(f"llm.{i}.down"), dtype)
 
     def __call__(self, x: Tensor, residual: Tensor) -> None:
         """Adds mlp(x [T, hidden]) to residual."""
-        f = self.ops.gated_activation(self.gate_up(x), kind="silu")
+        f = self.ops.gated_activation(self.gate_up(x), kind=self.gate)
         self.down(f, residual=residual, out=residual)
 
 
-class DecoderLayer:
-    """x += attention(norm1(x)); x += mlp(norm2(x))."""
+class Experts:
+    """The weighted sum of the MLPs that a router chooses for a token."""
 
     def __init__(
         self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
     ) -> None:
-        eps = config.rms_norm_eps
-        self.norm1 = RmsNorm(opset, w[f"llm.{i}.norm1.weight"], eps, dtype)
-        self.norm2 = RmsNorm(opset, w[f"llm.{i}.norm2.weight"], eps, dtype)
+        assert config.experts is not None
+        self.ops, self.config, self.gate = opset, config.experts, config.gate
+        name, count = f"llm.{i}", config.experts.count
+        self.router = Linear(opset, *w.linear(f"{name}.router"), dtype)
+
+        def grouped(part: str) -> GroupedLinear:
+            each = (w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
+            return GroupedLinear(opset, each, count, dtype)
+
+        self.gate_up, self.down = grouped("gate_up"), grouped("down")
+
+    def __call__(self, x: Tensor, residual: Tensor) -> None:
+        """Adds the chosen experts of x [T, hidden] to residual."""
+        logits = self.router(x, out_dtype=torch.float32)  # [T, E]
+        routing = self.ops.moe_route(
+            logits, top_k=self.config.top_k, normalize=self.config.normalize
+        )
+        f = self.gate_up(x, routing.offsets, routing.tokens)  # [T * k, 2 * width], by expert
+        f = self.down(self.ops.gated_activation(f, kind=self.gate), routing.offsets)
+        self.ops.moe_combine(f, routing.weights, routing.places, residual=residual, out=residual)
+
+
+class DecoderLayer:
+    """x += attention(norm1(x)); x += mlp(norm2(x)), where the MLP may be a mixture of experts."""
+
+    def __init__(
+        self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+    ) -> None:
+        self.norm1 = _norm(config, w, f"llm.{i}.norm1", opset, dtype)
+        self.norm2 = _norm(config, w, f"llm.{i}.norm2", opset, dtype)
         self.attention = Attention(config, w, i, opset, dtype)
-        self.mlp = Mlp(w, i, opset, dtype)
+        self.mlp = (Mlp if config.experts is None else Experts)(config, w, i, opset, dtype)
 
     def __call__(
         self, x: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor
@@ -92,9 +146,9 @@ class Decoder:
     def __init__(self, config: TextConfig, w: Parameters, opset: OpSet, dtype: torch.dtype) -> None:
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
-        self.layers = [DecoderLayer(config, w, i, opset, dtype) for i in range(config.num_layers)]
-        self.norm = RmsNorm(opset, w["llm.norm.weight"], config.rms_norm_eps, dtype)
         self.head = Linear(opset, *w.linear("llm.head"), dtype)
+        self.layers = [DecoderLayer(config, w, i, opset, dtype) for i in range(config.num_layers)]
+        self.norm = _norm(config, w, "llm.norm", opset, dtype)
         self.rotary = Rotary(config)
 
     def __call__(self, batch: Batch, cache: KvCache) -> Tensor | None:

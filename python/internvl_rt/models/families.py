@@ -14,6 +14,21 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """One way to store a layer's experts; `{e}` where each has tensors of its own.
+
+    form: "plain" [N, K], "columns" [K, N], or "mxfp4", blocks and scales of [N, K], of which
+    `suffixes` are the ends of the names. alternating: rows of gate and up take turns.
+    """
+
+    gate_up: tuple[str, ...]
+    down: str
+    suffixes: tuple[str, ...] = ("",)
+    form: str = "plain"
+    alternating: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class TensorNames:
     """Stored names, without layout prefix and `.weight` or `.bias`.
 
@@ -33,6 +48,9 @@ class TensorNames:
     norm2: str = "post_attention_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    sinks: str = "self_attn.sinks"
+    router: str = ""
+    experts: tuple[ExpertNames, ...] = ()  # in place of gate_up and down; the usual way first
 
 
 LLAMA = TensorNames()
@@ -48,6 +66,27 @@ INTERNLM2 = TensorNames(
     down="feed_forward.w2",
 )
 PHI3 = replace(LLAMA, qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
+_STACKED = ExpertNames(("mlp.experts.gate_up_proj",), "mlp.experts.down_proj")
+QWEN3_MOE = replace(
+    LLAMA,
+    router="mlp.gate",
+    experts=(
+        ExpertNames(
+            ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj"),
+            "mlp.experts.{e}.down_proj",
+            (".weight",),
+        ),
+        _STACKED,
+    ),
+)
+GPT_OSS = replace(
+    LLAMA,
+    router="mlp.router",
+    experts=(
+        replace(_STACKED, form="columns", alternating=True),
+        replace(_STACKED, form="mxfp4", alternating=True, suffixes=("_blocks", "_scales")),
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +101,15 @@ ALWAYS, NEVER = Bias(None, True), Bias(None, False)
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertKeys:
+    """Keys of the config that describe a mixture of experts; normalize None: always."""
+
+    count: str
+    width: str
+    normalize: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """One row. `rope_types` maps the rescalings that a config may name to the ones computed."""
 
@@ -73,8 +121,14 @@ class Family:
     qkv_bias: Bias = NEVER
     o_bias: Bias = NEVER
     mlp_bias: Bias = NEVER
+    quantizations: tuple[str, ...] = ()  # of the experts, as stored
+    layer_types: tuple[str, ...] = ("full_attention",)  # that take turns where none are named
     window_without_flag: bool = False  # sliding_window acts without use_sliding_window
+    sinks: bool = False  # one more logit per head that takes weight but has no value
     qk_norm: bool = False  # RMSNorm of every query and key head before the rotation
+    norm_weight_in_fp32: bool = False  # norms multiply by their weight before they round
+    gate: str = "silu"  # kind of ops.gated_activation
+    experts: ExpertKeys | None = None
 
 
 def _defaults(
@@ -87,7 +141,7 @@ def _defaults(
     eps: float,
     **more: Any,
 ) -> Mapping[str, Any]:
-    """Class defaults; all families share 32 layers, 32 heads and the base 10000."""
+    """Class defaults; most families share 32 layers, 32 heads and the base 10000."""
     return MappingProxyType(
         {
             "vocab_size": vocab_size,
@@ -177,6 +231,66 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 ),
                 names=PHI3,
                 window_without_flag=True,
+            ),
+            Family(
+                model_type="qwen3_moe",
+                architecture="Qwen3MoeForCausalLM",
+                rope_types=_same("dynamic"),
+                defaults=_defaults(
+                    151936,
+                    2048,
+                    6144,
+                    kv_heads=4,
+                    positions=32768,
+                    eps=1e-6,
+                    num_hidden_layers=24,
+                    num_experts=128,
+                    num_experts_per_tok=8,
+                    moe_intermediate_size=768,
+                ),
+                names=QWEN3_MOE,
+                qkv_bias=_ATTENTION_BIAS,
+                o_bias=_ATTENTION_BIAS,
+                qk_norm=True,
+                experts=ExpertKeys("num_experts", "moe_intermediate_size", "norm_topk_prob"),
+            ),
+            Family(
+                model_type="gpt_oss",
+                architecture="GptOssForCausalLM",
+                rope_types=_same("yarn"),
+                defaults=_defaults(
+                    201088,
+                    2880,
+                    2880,
+                    kv_heads=8,
+                    positions=131072,
+                    eps=1e-5,
+                    num_hidden_layers=36,
+                    num_attention_heads=64,
+                    head_dim=64,
+                    rope_theta=150000.0,
+                    rope_scaling={
+                        "rope_type": "yarn",
+                        "factor": 32.0,
+                        "beta_fast": 32.0,
+                        "beta_slow": 1.0,
+                        "truncate": False,
+                        "original_max_position_embeddings": 4096,
+                    },
+                    sliding_window=128,
+                    num_local_experts=128,
+                    num_experts_per_tok=4,
+                ),
+                names=GPT_OSS,
+                qkv_bias=Bias("attention_bias", True),
+                o_bias=Bias("attention_bias", True),
+                mlp_bias=ALWAYS,
+                quantizations=("mxfp4",),
+                layer_types=("sliding_attention", "full_attention"),
+                sinks=True,
+                norm_weight_in_fp32=True,
+                gate="gpt_oss",
+                experts=ExpertKeys("num_local_experts", "intermediate_size", None),
             ),
         )
     }

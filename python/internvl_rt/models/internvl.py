@@ -20,9 +20,11 @@ class InternVL:
         self, config: ModelConfig, w: Parameters, opset: OpSet, dtype: torch.dtype
     ) -> None:
         self.config, self.ops, self.dtype = config, opset, dtype
+        # The decoder begins with the largest weight: its pages of the file are let go before the
+        # packed rest is there.
+        self.decoder = Decoder(config.text, w, opset, dtype)
         self.vision = VisionTower(config.vision, w, config.vision_layers_used, opset, dtype)
         self.projector = Projector(config, w, opset, dtype)
-        self.decoder = Decoder(config.text, w, opset, dtype)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[t, 3, height, width] -> [t, n, hidden], in micro-batches of tiles.

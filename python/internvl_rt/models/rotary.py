@@ -75,6 +75,31 @@ def _longrope(config: TextConfig, scaling: RopeScaling, length: int) -> Tensor:
     return 1.0 / (factors * config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D))
 
 
+def _yarn(config: TextConfig, scaling: RopeScaling, length: int) -> Tensor:
+    """Stretched below beta_slow turns within the trained length, kept above beta_fast."""
+    D, base = config.head_dim, config.rope_theta
+
+    def dimension(turns: float) -> float:
+        periods = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return D * math.log(periods) / (2 * math.log(base))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(D // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    f = _plain(base, D)
+    return f / scaling.factor * ramp + f * (1 - ramp)
+
+
 _RESCALED: Mapping[str, Callable[[TextConfig, RopeScaling, int], Tensor]] = MappingProxyType(
-    {"linear": _linear, "dynamic": _dynamic, "llama3": _llama3, "longrope": _longrope}
+    {
+        "linear": _linear,
+        "dynamic": _dynamic,
+        "llama3": _llama3,
+        "longrope": _longrope,
+        "yarn": _yarn,
+    }
 )

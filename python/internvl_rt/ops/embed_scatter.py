@@ -24,7 +24,8 @@ def embed_scatter(
 
     ids: int64 [T]; table: [V, C], float32 or bfloat16, rows may be strided.
     image: [N, C] of table's dtype, image_row: int64 [T]; both or neither.
-    Returns [T, C]. Raises ValueError for an id or a row out of range.
+    Returns [T, C]. Raises ValueError for an id or a row out of range; on a GPU, where looking would
+    mean waiting, such a token gets a row of NaN instead.
     """
     run = _op.face(backend)
     if run is None:
@@ -75,7 +76,7 @@ _op = register(
         name="embed_scatter",
         function=embed_scatter,
         reference=reference,
-        faces={"native": _C.embed_scatter},
+        faces={"native": _C.embed_scatter, "cuda": _C.embed_scatter},
         cost=cost,
         dims="T tokens, V vocabulary, C channels, N image features",
         shaped=_shaped,

@@ -22,7 +22,8 @@ _ACTIVATIONS = dict(_C.Activation.__members__)
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [n, k] in the layout that the kernels read (kernels/linear.h).
+    """A weight [n, k] in the layout that the kernels read: panels on the CPU (kernels/linear.h),
+    plain rows on CUDA.
 
     data: one flat tensor; n, k: the weight's shape; format: what its elements are.
     """
@@ -40,8 +41,9 @@ class PackedWeight:
 def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> PackedWeight:
     """Packs a weight [N, K], or several with one K, whose outputs then stand side by side.
 
-    weight: float32 or bfloat16 on the CPU, contiguous in K; memory-mapped rows are read once.
-    out: flat memory of `packed_size(N, K, dtype)` elements, else it is allocated.
+    weight: float32 or bfloat16, contiguous in K; memory-mapped rows are read once. On CUDA nothing
+        is rearranged, and a single contiguous weight is not even copied.
+    out: flat memory of `packed_size(N, K, dtype)` elements (N * K on CUDA), else it is allocated.
     Raises ValueError for shapes or dtypes that do not fit.
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
@@ -53,6 +55,10 @@ def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> Pac
             raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
     size = packed_size(n, k, first.dtype)
+    if first.is_cuda:
+        plain = torch.cat(weights) if len(weights) > 1 else first
+        data = give("pack", plain.reshape(n * k), out)
+        return PackedWeight(data, n, k, _FORMATS[first.dtype])
     if out is None:
         out = torch.empty(size, dtype=first.dtype)
     _C.pack(weights, _FORMATS[first.dtype], out)
@@ -68,6 +74,8 @@ def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
 
 def unpack(weight: PackedWeight) -> Tensor:
     """The weight [n, k] again."""
+    if weight.data.is_cuda:
+        return weight.data.view(weight.n, weight.k)
     columns = -(-weight.n // PANEL) * PANEL
     depth = weight.data.numel() // columns if columns else weight.k
     pair = 2 if weight.format == WeightFormat.bf16 else 1
@@ -84,24 +92,30 @@ def linear(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    phase: str | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """residual + scale * activation(x @ weight.T + bias), computed in float32 and rounded once.
 
-    x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others.
+    x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others;
+        on CUDA that holds within a phase.
     weight: [N, K] of x's dtype, from `pack`; a plain tensor is packed in every call, which costs
         more than the product itself where M is small.
     bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
     activation: "none", "gelu" (exact), "silu"; "swiglu" is not implemented.
     residual: [M, N], dtype of the result.
     out_dtype: x's dtype (default), or float32 for bfloat16 inputs (logits).
+    phase: on CUDA, "decode" is the kernel for few rows and "prefill" the one for many, for any M;
+        None: decode where M <= 16. On the CPU both are the same.
     out: [M, N], rows may be strided; may be residual, must not overlap x.
     Returns [M, N]. Raises ValueError for shapes, dtypes or options that do not fit.
     """
     run = _op.face(backend)
     if activation not in _ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}, allowed: none, gelu, silu")
+    if phase not in (None, "decode", "prefill"):
+        raise ValueError(f"linear: phase is {phase!r}, allowed: decode, prefill")
     if out_dtype not in (None, x.dtype, torch.float32):
         raise ValueError(f"linear: out_dtype is {out_dtype}, allowed: {x.dtype}, torch.float32")
     if run is None:
@@ -135,6 +149,7 @@ def linear(
         _ACTIVATIONS[activation],
         residual,
         scale,
+        None if phase is None else phase == "decode",
         out,
     )
     return out
@@ -227,7 +242,7 @@ _op = register(
         name="linear",
         function=linear,
         reference=reference,
-        faces={"native": _C.linear},
+        faces={"native": _C.linear, "cuda": _C.linear},
         cost=cost,
         dims="M rows, N outputs, K inputs",
         shaped=_shaped,

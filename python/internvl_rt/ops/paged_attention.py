@@ -25,6 +25,7 @@ def paged_attention(
     window: int | None = None,
     sinks: Tensor | None = None,
     prefix: Tensor | None = None,
+    phase: str | None = None,
     out: Any = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -33,7 +34,7 @@ def paged_attention(
 
     The keys of the queries themselves are already in their pages (see rope). The maths, and every
     bit of the result, is that of flash_attention with causal=True over the same keys, however the
-    queries of a sequence are spread over calls.
+    queries of a sequence are spread over calls; on CUDA that holds within a phase.
 
     q: [T, H, D], float32 or bfloat16, contiguous in D, otherwise strided as you like.
     k_cache, v_cache: [pages, K, P, D] in the dtype of q; P is a power of two.
@@ -43,10 +44,15 @@ def paged_attention(
     cu_q: [B+1] int32 offsets of the sequences' queries (1 each in decode steps).
     kv_lens: [B] int32, keys of each sequence, those of its queries included.
     scale, window, sinks, prefix: as in flash_attention; prefix[b] <= kv_lens[b].
+    phase: "decode" splits the keys over blocks of the GPU, "prefill" does not; None: decode where
+        T = B. On the CPU both are the same.
     Returns [T, H, D]. out may be q.
-    Raises ValueError for shapes, dtypes, offsets, lengths or pages that do not fit.
+    Raises ValueError for shapes, dtypes, offsets, lengths or pages that do not fit. On CUDA offsets
+    and lengths are trusted, and a sequence whose table names no page gets NaN.
     """
     run = _op.face(backend)
+    if phase not in (None, "decode", "prefill"):
+        raise ValueError(f"paged_attention: phase is {phase!r}, allowed: decode, prefill")
     if run is None:
         result = reference(
             q,
@@ -63,7 +69,14 @@ def paged_attention(
         return give("paged_attention", result, out)
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    run(q, k_cache, v_cache, page_table, cu_q, kv_lens, scale, window, sinks, prefix, out)
+    workspace = None
+    if q.is_cuda and (phase or ("decode" if len(q) == len(kv_lens) else "prefill")) == "decode":
+        size = _C.paged_attention_workspace(q, k_cache, page_table)
+        workspace = torch.empty(size, dtype=torch.float32, device=q.device) if size else None
+    run(
+        *(q, k_cache, v_cache, page_table, cu_q, kv_lens, scale, window, sinks, prefix),
+        *(workspace, out),
+    )
     return out
 
 
@@ -155,7 +168,7 @@ _op = register(
         name="paged_attention",
         function=paged_attention,
         reference=reference,
-        faces={"native": _C.paged_attention},
+        faces={"native": _C.paged_attention, "cuda": _C.paged_attention},
         cost=cost,
         dims="T queries, H query heads, K kv heads, D head dim, B sequences, P page size, "
         "L keys of each (bench)",

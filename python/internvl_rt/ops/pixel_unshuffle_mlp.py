@@ -10,7 +10,7 @@ from torch import Tensor
 
 from internvl_rt import _C
 from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
-from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
+from internvl_rt.ops.registry import Case, Cost, Inputs, Op, catalogue, give, register
 
 _VERSIONS = ("v2", "v1")
 
@@ -64,7 +64,9 @@ def pixel_unshuffle_mlp(
     tiles, width = x.shape[0], ratio * ratio * x.shape[-1]
     rows = torch.empty((tiles * blocks, width), dtype=x.dtype, device=x.device)
     run(x, ln_weight, ln_bias, rows, h, w, ratio, version == "v1", eps)
-    hidden = linear(rows, w1, bias=b1, activation="gelu", backend=backend)
+    # A backend without products of its own takes the native ones.
+    products = backend if backend in catalogue()["linear"].faces else None
+    hidden = linear(rows, w1, bias=b1, activation="gelu", backend=products)
     if out is None:
         out = torch.empty((tiles, blocks, w2.shape[0]), dtype=x.dtype, device=x.device)
     elif out.shape != (tiles, blocks, w2.shape[0]) or not out.is_contiguous():
@@ -72,7 +74,7 @@ def pixel_unshuffle_mlp(
             f"pixel_unshuffle_mlp: out has shape {list(out.shape)} and strides "
             f"{list(out.stride())}, expected contiguous {[tiles, blocks, w2.shape[0]]}"
         )
-    linear(hidden, w2, bias=b2, out=out.view(tiles * blocks, w2.shape[0]), backend=backend)
+    linear(hidden, w2, bias=b2, out=out.view(tiles * blocks, w2.shape[0]), backend=products)
     return out
 
 
@@ -151,7 +153,7 @@ _op = register(
         name="pixel_unshuffle_mlp",
         function=pixel_unshuffle_mlp,
         reference=reference,
-        faces={"native": _C.pixel_unshuffle_norm},
+        faces={"native": _C.pixel_unshuffle_norm, "cuda": _C.pixel_unshuffle_norm},
         cost=cost,
         dims="t tiles, h x w patches, C channels, r ratio, h1 and h2 projector widths",
         shaped=_shaped,

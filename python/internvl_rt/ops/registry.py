@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("native", "reference", "triton")
+from internvl_rt import _C
+
+BACKENDS = ("native", "cuda", "reference", "triton")
 FLOATS = (torch.float32, torch.bfloat16)
 
 
@@ -83,6 +86,33 @@ class Tolerance:
     exact: bool = False  # bit-equal to the same-dtype reference instead
 
 
+def missing(backend: str) -> str | None:
+    """What a backend would need that is not here; None where it can run."""
+    if backend not in ("cuda", "triton"):
+        return None
+    if backend == "cuda" and not _C.has_cuda:
+        return "this build has no CUDA kernels"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.cuda.is_available() or (backend == "triton" and _interpreted()):
+        return None
+    return "there is no CUDA device"
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter, which takes tensors on the CPU, stands in for the device."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _on_cuda(op: str, face: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    for x in (*arguments, *named.values()):
+        if isinstance(x, Tensor) and not x.is_cuda:
+            raise ValueError(f"{op}: backend is 'cuda', but a tensor is on {x.device}")
+    return face(*arguments, **named)
+
+
 @dataclass(frozen=True)
 class Op:
     """One operation in all its faces.
@@ -91,7 +121,9 @@ class Op:
         and docstring are the op's documentation.
     reference: pure torch, same arguments without out and backend; never changes its arguments and
         computes in float64 when given float64.
-    faces: backend name -> implementation. "native" is the C++ extension.
+    faces: backend name -> implementation. "native" is the C++ extension, which takes the kernel of
+        the device that its tensors are on; "cuda" is the same entry point where it has a CUDA
+        kernel, for callers who want an error instead of the CPU.
     mutates: names of arguments that the op updates in place (caches); the reference returns their
         new values after its outputs.
     shaped: arguments for a shape that somebody wants timed, sizes in the order of shape_help
@@ -119,15 +151,20 @@ class Op:
         return f"{self.name}{inspect.signature(self.function)}"
 
     def face(self, backend: str | None) -> Callable[..., Any] | None:
-        """The implementation for a backend, None for the reference; ValueError if there is none."""
+        """The implementation for a backend, None for the reference; ValueError if there is none, or
+        if this machine or build cannot run it."""
         name = backend or "native"
         if name == "reference":
             return None
-        if name not in self.faces:
+        lacks = missing(name) if name in self.faces else ""
+        if lacks is not None:
+            there = [b for b in self.backends if missing(b) is None]
+            why = f", but {lacks};" if lacks else ","
             raise ValueError(
-                f"{self.name}: backend is {backend!r}, available: {', '.join(self.backends)}"
+                f"{self.name}: backend is {backend!r}{why} available: {', '.join(there)}"
             )
-        return self.faces[name]
+        face = self.faces[name]
+        return functools.partial(_on_cuda, self.name, face) if name == "cuda" else face
 
 
 _catalogue: dict[str, Op] = {}

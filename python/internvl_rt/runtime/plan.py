@@ -101,7 +101,10 @@ def _vision_peak(config: ModelConfig) -> int:
 def _text_peak(config: ModelConfig, chunk: int) -> int:
     t = config.text
     heads = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
-    return chunk * (2 * t.hidden_size + 2 * max(heads, 3 * t.intermediate_size)) + 2 * t.vocab_size
+    mlp = 3 * t.intermediate_size
+    if t.experts:
+        mlp = t.experts.top_k * (3 * t.experts.width + t.hidden_size)
+    return chunk * (2 * t.hidden_size + 2 * max(heads, mlp)) + 2 * t.vocab_size
 
 
 def available_memory() -> int:

@@ -1,0 +1,75 @@
+"""Rotary frequencies against transformers' own, and their independence of the batch."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from internvl_rt.config import RopeScaling, load_config
+from internvl_rt.models.rotary import Rotary, inverse_frequencies
+from tiny_model import original, write_config
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {
+    "short_factor": tuple(1 + 0.1 * j for j in range(16)),
+    "long_factor": tuple(1 + 0.7 * j for j in range(16)),
+    "original_max_position_embeddings": 96,
+}
+SCALINGS = {
+    "linear": RopeScaling("linear", 4.0),
+    "dynamic": RopeScaling("dynamic", 3.0),
+    "llama3": RopeScaling("llama3", 8.0, **LLAMA3),
+    "longrope": RopeScaling("longrope", 32.0, attention_factor=1.25, **LONGROPE),
+}
+LENGTHS = (1, 95, 96, 97, 1023, 1024, 1025, 5000)
+
+
+@pytest.fixture
+def text(tmp_path):
+    config = load_config(write_config(tmp_path, original("llama"))).text
+    return dataclasses.replace(config, head_dim=32, max_position_embeddings=1024, rope_theta=1e5)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_against_transformers(text, kind, length):
+    scaling = SCALINGS[kind]
+    ours = inverse_frequencies(dataclasses.replace(text, rope_scaling=scaling), length)
+    parameters = {"rope_type": kind, "rope_theta": 1e5, "factor": scaling.factor}
+    parameters |= {"llama3": LLAMA3, "longrope": LONGROPE}.get(kind, {})
+    reference = LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=2,
+        max_position_embeddings=1024,
+        rope_parameters={k: list(v) if isinstance(v, tuple) else v for k, v in parameters.items()},
+    )
+    theirs, _ = ROPE_INIT_FUNCTIONS[kind](reference, "cpu", seq_len=length)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_plain(text):
+    expected = [1e5 ** (-2 * j / 32) for j in range(16)]
+    ours = inverse_frequencies(text, 1)
+    torch.testing.assert_close(ours, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_a_sequence_is_alone_in_its_table(text, kind):
+    rotary = Rotary(dataclasses.replace(text, rope_scaling=SCALINGS[kind]))
+    table, scale = rotary(LENGTHS)
+    assert scale.tolist() == [SCALINGS[kind].attention_factor] * len(LENGTHS)
+    for row, n in zip(table, LENGTHS, strict=True):
+        assert torch.equal(row, rotary([n])[0][0])
+    changes = len({tuple(row.tolist()) for row in table})
+    assert changes == {"linear": 1, "dynamic": 3, "llama3": 1, "longrope": 2}[kind]
+
+
+def test_the_dynamic_table_is_continuous_at_the_limit(text):
+    rotary = Rotary(dataclasses.replace(text, rope_scaling=SCALINGS["dynamic"]))
+    at, beyond = rotary([1024, 1025])[0]
+    assert not torch.equal(at, beyond)
+    assert float((at / beyond).log().abs().max()) < 3.0 * math.log(1025 / 1024) * 1.1
