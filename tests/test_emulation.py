@@ -136,6 +136,7 @@ CATALOGUE = [
     (o, c, d)
     for o, c, d in all_cases()
     if o.name in emulated.PARAMS
+    and not c.cpu_only
     and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
 ]
 

@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", nargs="?", help="checkpoint folder or repo id")
     info.add_argument("--plan", metavar="CONFIG", help="folder with a config.json: memory plan")
     info.add_argument("--dtype", default="auto")
+    info.add_argument("--quant", help="int8, int4: the plan of a quantised language model")
     info.set_defaults(run=_info)
 
     ops = commands.add_parser("ops", help="the op catalogue")
@@ -91,6 +92,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, auto")
     parser.add_argument("--backend", choices=("native", "reference", "triton"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--quant", help="int8, int4: weights of the language model")
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -104,6 +106,7 @@ def _chat(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         backend=options.backend,
         threads=options.threads,
+        quant=options.quant,
     )
     settings: dict[str, Any] = {
         "system": options.system,
@@ -223,8 +226,12 @@ def _info(options: argparse.Namespace) -> int:
             f"{config.tokens_per_tile} tokens a tile, template {config.template}"
         )
         tied = text.tie_word_embeddings
-        plan = make_plan(config, dtype, tied=tied, prefill_chunk=DEFAULT_PREFILL_CHUNK)
-        print(f"memory plan in {str(dtype).removeprefix('torch.')}:\n{plan.table()}")
+        plan = make_plan(
+            config, dtype, tied=tied, prefill_chunk=DEFAULT_PREFILL_CHUNK, quant=options.quant
+        )
+        kind = str(dtype).removeprefix("torch.")
+        kind += f", language model in {options.quant}" if options.quant else ""
+        print(f"memory plan in {kind}:\n{plan.table()}")
         return 0
     print(f"internvl_rt {internvl_rt.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}")

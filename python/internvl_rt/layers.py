@@ -21,12 +21,18 @@ class Linear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor] | None,
         dtype: torch.dtype,
+        quant: str | None = None,
     ) -> None:
+        """quant: "int8" or "int4" quantises the weights, None keeps them in dtype."""
         self.ops = opset
+        if quant is None:
+            weights = [w.to(dtype) for w in weights]
         if opset.choice("linear") == "native":
-            self.weight: Any = ops.pack([w.to(dtype) for w in weights])
+            self.weight: Any = ops.pack(weights, format=quant)
+        elif quant is None:
+            self.weight = torch.cat(list(weights))
         else:
-            self.weight = torch.cat([w.to(dtype) for w in weights])
+            self.weight = ops.unpack(ops.pack(weights, format=quant)).to(dtype)
         self.bias = None if biases is None else torch.cat([b.to(dtype) for b in biases])
 
     def __call__(self, x: Tensor, **epilogue: Any) -> Tensor:
