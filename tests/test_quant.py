@@ -79,7 +79,7 @@ def test_weights_that_are_not_finite_are_refused(fmt, bad):
     w = torch.ones(3, 70)
     w[1, 66] = bad
     with pytest.raises(ValueError, match=f"^quantise: a weight is NaN or infinite, {fmt} needs"):
-        pack(w, format=fmt)
+        pack(w, quant=fmt)
 
 
 def test_the_smallest_weights_are_zero():
@@ -95,11 +95,11 @@ def test_the_smallest_weights_are_zero():
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_unpack_gives_codes_times_scales(make, fmt, N, K):
     w = make(N, K)
-    packed = pack(w, format=fmt)
+    packed = pack(w, quant=fmt)
     assert packed.shape == (N, K)
     assert packed.data.numel() == packed_size(N, K, fmt)
     assert torch.equal(unpack(packed), dequantise(*quantise(w, fmt))[:, :K])
-    half = pack(w.bfloat16(), format=fmt)
+    half = pack(w.bfloat16(), quant=fmt)
     assert torch.equal(unpack(half), dequantise(*quantise(w.bfloat16().float(), fmt))[:, :K])
 
 
@@ -107,7 +107,7 @@ def test_the_packed_layout():
     w = torch.zeros(33, 64)
     w[32, :4] = torch.tensor([-8.0, 7.0, 3.0, -2.0])  # scale 1
     for fmt, expected in (("int8", None), ("int4", [(15 << 4) | 0, (6 << 4) | 11])):
-        panel = pack(w, format=fmt).data.view(2, -1)[1]
+        panel = pack(w, quant=fmt).data.view(2, -1)[1]
         codes = panel[64:]
         if fmt == "int4":
             assert panel[:2].view(torch.bfloat16).item() == 1
@@ -119,16 +119,16 @@ def test_the_packed_layout():
 
 def test_packing_joins_weights_and_refuses_the_rest(make):
     parts = [make(n, 70) for n in (33, 7, 64)]
-    assert torch.equal(pack(parts, format="int4").data, pack(torch.cat(parts), format="int4").data)
-    with pytest.raises(ValueError, match=r"^format is 'int3', allowed: int8, int4$"):
-        pack(parts, format="int3")
+    assert torch.equal(pack(parts, quant="int4").data, pack(torch.cat(parts), quant="int4").data)
+    with pytest.raises(ValueError, match=r"^quant is 'int3', allowed: int8, int4$"):
+        pack(parts, quant="int3")
     with pytest.raises(ValueError, match=r"^pack: weight is torch\.int32 on cpu"):
-        pack(torch.zeros(2, 2, dtype=torch.int32), format="int8")
+        pack(torch.zeros(2, 2, dtype=torch.int32), quant="int8")
     out = torch.empty(packed_size(104, 70, "int8") + 1, dtype=torch.uint8)
     with pytest.raises(
         ValueError, match=r"^pack: out is torch\.uint8 \[\d+\], expected torch\.uint8"
     ):
-        pack(parts, format="int8", out=out)
+        pack(parts, quant="int8", out=out)
 
 
 # ---- the product ---------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_packing_joins_weights_and_refuses_the_rest(make):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_product_is_that_of_the_dequantised_weight(isa, make, dtype, N, K, fmt):
     """Bit for bit: rounded to bfloat16 where bfloat16 is multiplied, exact elsewhere."""
-    quantised = pack(make(N, K), format=fmt)
+    quantised = pack(make(N, K), quant=fmt)
     bias, residual = make(N).to(dtype), make(70, N).to(dtype)
     rounded = dtype == torch.bfloat16 and stand_in(isa) != isa
     kind = torch.bfloat16 if rounded else torch.float32
@@ -155,7 +155,7 @@ def test_the_product_is_that_of_the_dequantised_weight(isa, make, dtype, N, K, f
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_the_others_nor_on_threads(isa, make, dtype, fmt):
-    x, w = make(80, 453).to(dtype), pack(make(300, 453), format=fmt)
+    x, w = make(80, 453).to(dtype), pack(make(300, 453), quant=fmt)
     alone = torch.cat([linear(row, w) for row in x.split(1)])
     before = num_threads()
     try:
@@ -168,7 +168,7 @@ def test_a_row_does_not_depend_on_the_others_nor_on_threads(isa, make, dtype, fm
 
 
 def test_the_forced_instruction_set_runs(isa, make):
-    x, w = make(20, 64), pack(make(32, 64), format="int4")
+    x, w = make(20, 64), pack(make(32, 64), quant="int4")
     _C.kernel_counts(reset=True)
     linear(x.bfloat16(), w)
     assert _C.kernel_counts(reset=True) == {f"linear_bf16/{isa}": 1}
@@ -177,7 +177,7 @@ def test_the_forced_instruction_set_runs(isa, make):
 
 
 def test_refusals(make):
-    w = pack(make(4, 8), format="int8")
+    w = pack(make(4, 8), quant="int8")
     with pytest.raises(ValueError, match=r"^linear: x has shape \[2, 9\], expected \[M, K=8\]"):
         linear(torch.zeros(2, 9), w)
     short = dataclasses.replace(w, data=w.data[:-1])

@@ -28,11 +28,11 @@ class Linear:
         if quant is None:
             weights = [w.to(dtype) for w in weights]
         if opset.choice("linear") == "native":
-            self.weight: Any = ops.pack(weights, format=quant)
+            self.weight: Any = ops.pack(weights, quant=quant)
         elif quant is None:
             self.weight = torch.cat(list(weights))
         else:
-            self.weight = ops.unpack(ops.pack(weights, format=quant)).to(dtype)
+            self.weight = ops.unpack(ops.pack(weights, quant=quant)).to(dtype)
         self.bias = None if biases is None else torch.cat([b.to(dtype) for b in biases])
 
     def __call__(self, x: Tensor, **epilogue: Any) -> Tensor:

@@ -9,6 +9,7 @@ from internvl_rt.config import TextConfig
 from internvl_rt.layers import GroupedLinear, Linear, RmsNorm
 from internvl_rt.models.rotary import Rotary
 from internvl_rt.ops import OpSet
+from internvl_rt.ops.quantise import check_quant
 from internvl_rt.parameters import Parameters
 from internvl_rt.runtime.batch import Batch
 from internvl_rt.runtime.kv_cache import KvCache
@@ -26,9 +27,6 @@ def _norm(
     )
 
 
-QUANT = ("int8", "int4")
-
-
 def weight_format(name: str, quant: str | None) -> str | None:
     """The format of a weight of a decoder that is quantised to quant; None for the model's dtype.
 
@@ -42,10 +40,10 @@ def weight_format(name: str, quant: str | None) -> str | None:
 
 
 def require_quantisable(config: TextConfig, quant: str | None) -> None:
+    """Raises ValueError for an unknown format, and for experts."""
     if quant is None:
         return
-    if quant not in QUANT:
-        raise ValueError(f"quant is {quant!r}, allowed: {', '.join(QUANT)}")
+    check_quant(quant)
     if config.experts is not None:
         raise ValueError(f"quant is {quant!r}, but experts cannot be quantised: leave it out")
 

@@ -45,15 +45,15 @@ class PackedWeight:
 
 
 def pack(
-    weight: Tensor | Sequence[Tensor], *, format: str | None = None, out: Tensor | None = None
+    weight: Tensor | Sequence[Tensor], *, quant: str | None = None, out: Tensor | None = None
 ) -> PackedWeight:
     """Packs a weight [N, K], or several with one K, whose outputs then stand side by side.
 
     weight: float32 or bfloat16, contiguous in K; memory-mapped rows are read once. On CUDA nothing
         is rearranged, and a single contiguous weight is not even copied.
-    format: "int8" or "int4" quantises it in groups of 64 along K (ops/quantise.py), on the CPU
+    quant: "int8" or "int4" quantises it in groups of 64 along K (ops/quantise.py), on the CPU
         only; x may then be of either dtype. None keeps the weight's.
-    out: flat memory of `packed_size(N, K, dtype or format)` elements (N * K on CUDA), else it is
+    out: flat memory of `packed_size(N, K, dtype or quant)` elements (N * K on CUDA), else it is
         allocated.
     Raises ValueError for shapes, dtypes or formats that do not fit, and for NaN or infinite weights
     that should be quantised.
@@ -66,9 +66,9 @@ def pack(
         if w.dim() != 2 or w.shape[1] != first.shape[-1]:
             raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
-    size = packed_size(n, k, format or first.dtype)
-    if format is not None:
-        return _pack_quantised(weights, n, k, format, size, out)
+    size = packed_size(n, k, quant or first.dtype)
+    if quant is not None:
+        return _pack_quantised(weights, n, k, quant, size, out)
     if first.is_cuda:
         plain = torch.cat(weights) if len(weights) > 1 else first
         data = give("pack", plain.reshape(n * k), out)
@@ -80,12 +80,12 @@ def pack(
 
 
 def _pack_quantised(
-    weights: Sequence[Tensor], n: int, k: int, format: str, size: int, out: Tensor | None
+    weights: Sequence[Tensor], n: int, k: int, quant: str, size: int, out: Tensor | None
 ) -> PackedWeight:
     for w in weights:
         if w.is_cuda or not w.is_floating_point():
             raise ValueError(
-                f"pack: weight is {w.dtype} on {w.device}, expected floats on the CPU to be {format}"
+                f"pack: weight is {w.dtype} on {w.device}, expected floats on the CPU for {quant}"
             )
     if out is None:
         out = torch.empty(size, dtype=torch.uint8)
@@ -93,8 +93,8 @@ def _pack_quantised(
         raise ValueError(
             f"pack: out is {out.dtype} {list(out.shape)}, expected torch.uint8 {[size]}"
         )
-    quantise.pack_quantised(torch.cat(list(weights)) if weights[1:] else weights[0], format, out)
-    return PackedWeight(out, n, k, quantise.FORMATS[format])
+    quantise.pack_quantised(torch.cat(list(weights)) if weights[1:] else weights[0], quant, out)
+    return PackedWeight(out, n, k, quantise.FORMATS[quant])
 
 
 def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:
@@ -103,7 +103,7 @@ def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:
     n is padded to 32, and k to 32 in bfloat16, to 64 where it is quantised.
     """
     if isinstance(kind, str):
-        return _C.packed_size(n, k, quantise.FORMATS[quantise.check_format(kind)])
+        return _C.packed_size(n, k, quantise.FORMATS[quantise.check_quant(kind)])
     if kind not in _FORMATS:
         raise ValueError(f"pack: weight is {kind}, expected torch.float32 or torch.bfloat16")
     return _C.packed_size(n, k, _FORMATS[kind])
@@ -243,15 +243,15 @@ def cost(
 
 def _case(name: str, M: int, N: int, K: int, **options: Any) -> Case:
     flags = {k: options.pop(k) for k in ("bench", "slow", "dtypes") if k in options}
-    format = options.get("format")
-    flags["cpu_only"] = format is not None
+    quant = options.get("quant")
+    flags["cpu_only"] = quant is not None
 
     def build(make: Inputs) -> dict[str, Any]:
         std = K**-0.5 if K else 1.0
         weight = make.normal(N, K, std=std)
         arguments: dict[str, Any] = {
             "x": make.normal(M, K),
-            "weight": pack(weight, format=format) if options.get("packed") or format else weight,
+            "weight": pack(weight, quant=quant) if options.get("packed") or quant else weight,
         }
         for option in ("activation", "out_dtype"):
             if option in options:
@@ -308,16 +308,16 @@ _op = register(
             _case("all", 37, 64, 64, bias=True, activation="gelu", scale=True, residual=True),
             Case("strided", _strided),
             _case("logits", 4, 100, 64, out_dtype=torch.float32, residual=True),
-            _case("empty_int8", 0, 64, 32, format="int8"),
-            _case("empty_columns_int4", 3, 0, 32, format="int4"),
-            _case("empty_depth_int8", 3, 5, 0, bias=True, format="int8"),
-            _case("odd_int8", 5, 31, 33, bias=True, format="int8"),
-            _case("odd_int4", 2, 33, 65, format="int4"),
-            _case("tail_stream_int8", 1, 4 * 32 * 5 + 5, 323, bias=True, format="int8"),
-            _case("tail_3_int4", 3, 4 * 32 + 9, 450, activation="silu", format="int4"),
-            _case("tail_13_int8", 13, 97, 129, bias=True, activation="gelu", format="int8"),
-            _case("tail_50_int4", 50, 65, 450, scale=True, residual=True, format="int4"),
-            _case("logits_int8", 4, 100, 64, out_dtype=torch.float32, format="int8"),
+            _case("empty_int8", 0, 64, 32, quant="int8"),
+            _case("empty_columns_int4", 3, 0, 32, quant="int4"),
+            _case("empty_depth_int8", 3, 5, 0, bias=True, quant="int8"),
+            _case("odd_int8", 5, 31, 33, bias=True, quant="int8"),
+            _case("odd_int4", 2, 33, 65, quant="int4"),
+            _case("tail_stream_int8", 1, 4 * 32 * 5 + 5, 323, bias=True, quant="int8"),
+            _case("tail_3_int4", 3, 4 * 32 + 9, 450, activation="silu", quant="int4"),
+            _case("tail_13_int8", 13, 97, 129, bias=True, activation="gelu", quant="int8"),
+            _case("tail_50_int4", 50, 65, 450, scale=True, residual=True, quant="int4"),
+            _case("logits_int8", 4, 100, 64, out_dtype=torch.float32, quant="int8"),
             _real(
                 "internvit_300m_fc1", 1025, 4096, 1024, bias=True, activation="gelu", dtypes=_BF16
             ),
@@ -327,8 +327,8 @@ _op = register(
             _real("qwen2_0.5b_up_decode", 1, 9728, 896),
             _real("qwen2_0.5b_up_decode_8", 8, 9728, 896),
             *(
-                _real(f"qwen2_0.5b_up_decode_{format}", 1, 9728, 896, format=format)
-                for format in quantise.FORMATS
+                _real(f"qwen2_0.5b_up_decode_{quant}", 1, 9728, 896, quant=quant)
+                for quant in quantise.FORMATS
             ),
             # An eighth of the vocabulary: more than a cache holds, less than a test should build.
             _real("qwen2_0.5b_logits", 1, 18960, 896, out_dtype=torch.float32, dtypes=_BF16),

@@ -43,7 +43,7 @@ _CODES = {
 }
 
 
-def quantise(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
+def quantise(weight: Tensor, quant: str) -> tuple[Tensor, Tensor]:
     """(codes int8 [N, G * 64], scales bfloat16 [N, G]) of a weight [N, K], G = ceil(K / 64).
 
     int8: the largest magnitude of a group becomes +-127. int4: the value of largest magnitude
@@ -52,14 +52,14 @@ def quantise(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     groups of zeros, or too small for a normal scale, are zero.
     Raises ValueError where a weight is NaN or infinite.
     """
-    kind = FORMATS[check_format(format)]
+    kind = FORMATS[check_quant(quant)]
     codes = _CODES[kind]
     N, K = weight.shape
     G = -(-K // GROUP)
     w = F.pad(weight.float(), (0, -K % GROUP)).view(N, G, GROUP)
     low, high = w.amin(-1), w.amax(-1)
     if not bool((low.isfinite() & high.isfinite()).all()):
-        raise ValueError(f"quantise: a weight is NaN or infinite, {format} needs finite ones")
+        raise ValueError(f"quantise: a weight is NaN or infinite, {quant} needs finite ones")
     if kind == WeightFormat.int8:
         scales = torch.maximum(high, -low) / codes.high
     else:
@@ -78,19 +78,19 @@ def dequantise(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.view(N, G, GROUP).float() * scales.float()[..., None]).view(N, G * GROUP)
 
 
-def check_format(format: str) -> str:
-    if format not in FORMATS:
-        raise ValueError(f"format is {format!r}, allowed: {', '.join(FORMATS)}")
-    return format
+def check_quant(quant: str) -> str:
+    if quant not in FORMATS:
+        raise ValueError(f"quant is {quant!r}, allowed: {', '.join(FORMATS)}")
+    return quant
 
 
-def pack_quantised(weight: Tensor, format: str, out: Tensor) -> None:
+def pack_quantised(weight: Tensor, quant: str, out: Tensor) -> None:
     """Quantises weight [N, K] into out, flat uint8: the groups that kernels/linear.h describes."""
-    kind = FORMATS[format]
+    kind = FORMATS[quant]
     panels, G = _panels_and_groups(*weight.shape)
     groups = out.view(panels, G, _CODES[kind].group_bytes)
     for i, slab in enumerate(weight.split(_SLAB)):
-        codes, scales = quantise(slab, format)
+        codes, scales = quantise(slab, quant)
         part = _pack_codes(codes, scales, kind)
         groups[i * _SLAB // PANEL :][: part.shape[0]] = part
 
