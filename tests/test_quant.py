@@ -242,8 +242,7 @@ def test_the_plan_counts_quantised_bytes(chat_folder):
     config = load_config(chat_folder)
 
     def planned(quant):
-        tied = config.text.tie_word_embeddings
-        plan = make_plan(config, torch.bfloat16, tied=tied, prefill_chunk=64, quant=quant)
+        plan = make_plan(config, torch.bfloat16, prefill_chunk=64, quant=quant)
         return plan.weights
 
     for quant in FORMATS:
@@ -265,7 +264,6 @@ def test_unknown_formats_and_experts_are_refused(chat_folder):
         make_plan(
             dataclasses.replace(config, text=text),
             torch.bfloat16,
-            tied=False,
             prefill_chunk=64,
             quant="int8",
         )

@@ -225,10 +225,7 @@ def _info(options: argparse.Namespace) -> int:
             f"ViT: {vision.num_layers} layers, hidden {vision.hidden_size}; "
             f"{config.tokens_per_tile} tokens a tile, template {config.template}"
         )
-        tied = text.tie_word_embeddings
-        plan = make_plan(
-            config, dtype, tied=tied, prefill_chunk=DEFAULT_PREFILL_CHUNK, quant=options.quant
-        )
+        plan = make_plan(config, dtype, prefill_chunk=DEFAULT_PREFILL_CHUNK, quant=options.quant)
         kind = str(dtype).removeprefix("torch.")
         kind += f", language model in {options.quant}" if options.quant else ""
         print(f"memory plan in {kind}:\n{plan.table()}")

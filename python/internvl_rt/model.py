@@ -85,7 +85,7 @@ def load(
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
     require_quantisable(config.text, quant)
-    plan = make_plan(config, kind, tied=parameters.tied, prefill_chunk=chunk, quant=quant)
+    plan = make_plan(config, kind, prefill_chunk=chunk, quant=quant)
     plan.require_fit()
     core = InternVL(config, parameters, opset, kind, quant)
     parameters.finish()

@@ -67,20 +67,18 @@ def make_plan(
     config: ModelConfig,
     dtype: torch.dtype,
     *,
-    tied: bool,
     prefill_chunk: int,
     quant: str | None = None,
 ) -> MemoryPlan:
     """The plan for a model in dtype on this machine.
 
-    tied: the head shares the embedding's tensor in the file; packed, it is memory of its own.
     quant: "int8" or "int4" for the language model's weights.
     """
     size = dtype.itemsize
     shapes = dict(tensor_shapes(config))
     embed = math.prod(shapes.pop("llm.embed.weight")) * size
-    if tied:
-        shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
+    # Packed, the head is memory of its own, also where the file has one tensor for both.
+    shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
     require_quantisable(config.text, quant)
     weights = sum(_weight_bytes(name, shape, dtype, quant) for name, shape in shapes.items())
     text = config.text
