@@ -49,9 +49,9 @@ struct Bias {
 
 #if defined(__AVX512F__)
 
+constexpr int kAndOr = 0xea;  // (a & b) | c
 // A float of exponent e holds an integer below 2^8 in its bits from 23 - e on.
 inline F with_exponent(__m512i bits, int mask, int exponent) {
-  constexpr int kAndOr = 0xea;  // (a & b) | c
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
       bits, _mm512_set1_epi32(mask), _mm512_set1_epi32((127 + exponent) << 23), kAndOr))};
 }
@@ -108,40 +108,102 @@ constexpr Bias bias_of(const Int8Pair*) { return {128, 128}; }
 constexpr Bias bias_of(const Int4Pair*) { return {8, 8}; }
 #endif
 
-// Two rows of weights: fp32 one after the other, bf16 as pairs.
-inline void put_pair(float* to, F even, F odd) {
-  store(to, even);
-  store(to + kPanelColumns, odd);
-}
 constexpr int64_t pair_stride(const float*) { return 2 * kPanelColumns; }
-#if defined(__AVX512F__)
-inline void put_pair(uint32_t* to, F even, F odd) { store_pairs(to, even, odd); }
 constexpr int64_t pair_stride(const uint32_t*) { return kPanelColumns; }
-#endif
 
 constexpr int64_t kGroupPairs = kQuantGroup / 2;
 constexpr int64_t kCodesAhead = 2048;  // bytes that are fetched in advance
 
-// Pairs [begin, end) of one group of a panel.
-template <class Code, class To>
-void decode_group(const Code* group, int64_t begin, int64_t end, To* to) {
+template <class Code>
+const bf16* scales_of(const Code* group) {
+  return reinterpret_cast<const bf16*>(group);
+}
+template <class Code>
+const Code* codes_of(const Code* group) {
+  return beside(group, kScaleBytes);
+}
+
+// Pairs [begin, end) of one group of a panel in fp32.
+template <class Code>
+void decode_group(const Code* group, int64_t begin, int64_t end, float* to) {
   constexpr Bias kBias = bias_of(static_cast<const Code*>(nullptr));
-  constexpr int64_t kStride = pair_stride(static_cast<const To*>(nullptr));
-  const bf16* scales = reinterpret_cast<const bf16*>(group);
-  const Code* codes = beside(group, kScaleBytes);
   for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
-    const F scale = load(scales + j);
+    const F scale = load(scales_of(group) + j);
     const F even_offset = scale * set(-kBias.even), odd_offset = scale * set(-kBias.odd);
     for (int64_t k = begin; k < end; ++k) {
-      const Code* at = codes + k * kPanelColumns + j;
+      const Code* at = codes_of(group) + k * kPanelColumns + j;
       if (j == 0) __builtin_prefetch(beside(at, kCodesAhead));
       F even, odd;
       load_codes(at, even, odd);
-      put_pair(to + (k - begin) * kStride + j, fma(even, scale, even_offset),
-               fma(odd, scale, odd_offset));
+      float* row = to + (k - begin) * 2 * kPanelColumns + j;
+      store(row, fma(even, scale, even_offset));
+      store(row + kPanelColumns, fma(odd, scale, odd_offset));
     }
   }
 }
+
+#if defined(__AVX512F__)
+
+// What 16 columns' codes are multiplied by and what is added: lanes 2c and 2c + 1 are the even and
+// the odd k of column c of eight, which is the order of pairs of bf16.
+struct PairScales {
+  F scale[2], offset[2];
+};
+
+template <class Code>
+PairScales load_pair_scales(const bf16* p) {
+  constexpr Bias kBias = bias_of(static_cast<const Code*>(nullptr));
+  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512 less = _mm512_mask_blend_ps(0xaaaa, set(-kBias.even).v, set(-kBias.odd).v);
+  const F s = load(p);
+  PairScales scales;
+  for (int i = 0; i < 2; ++i) {
+    const __m512i columns = _mm512_add_epi32(twice, _mm512_set1_epi32(8 * i));
+    scales.scale[i].v = _mm512_permutexvar_ps(columns, s.v);
+    scales.offset[i] = scales.scale[i] * F{less};
+  }
+  return scales;
+}
+
+// Byte index[i] of the 16 at p goes to bits 8 to 15 of lane i; the other bits are arbitrary.
+inline __m512i spread(const void* p, __m512i index) {
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), _mm512_slli_epi32(index, 8));
+}
+
+// 16 columns of a pair as pairs of bf16.
+inline __m512i load_weights(const Int8Pair* p, const PairScales& by) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const F low = with_exponent(spread(p, lane), 0xff00, 15);
+  const F high = with_exponent(spread(p + 8, lane), 0xff00, 15);
+  return round_pairs(fma(low, by.scale[0], by.offset[0]), fma(high, by.scale[1], by.offset[1]));
+}
+inline __m512i load_weights(const Int4Pair* p, const PairScales& by) {
+  const __m512i low_half = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i high_half = _mm512_add_epi32(low_half, _mm512_set1_epi32(8));
+  const __m512i mask = _mm512_set1_epi64(0x0000f00000000f00);
+  const __m512i exponents = _mm512_set1_epi64(0x4500000047000000);  // 2^11 of odd k, 2^15 of even
+  const F low = {
+      _mm512_castsi512_ps(_mm512_ternarylogic_epi32(spread(p, low_half), mask, exponents, kAndOr))};
+  const F high = {_mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(spread(p, high_half), mask, exponents, kAndOr))};
+  return round_pairs(fma(low, by.scale[0], by.offset[0]), fma(high, by.scale[1], by.offset[1]));
+}
+
+// Pairs [begin, end) of one group of a panel in bf16.
+template <class Code>
+void decode_group(const Code* group, int64_t begin, int64_t end, uint32_t* to) {
+  for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
+    const PairScales by = load_pair_scales<Code>(scales_of(group) + j);
+    for (int64_t k = begin; k < end; ++k) {
+      const Code* at = codes_of(group) + k * kPanelColumns + j;
+      if (j == 0) __builtin_prefetch(beside(at, kCodesAhead));
+      _mm512_storeu_si512(to + (k - begin) * kPanelColumns + j, load_weights(at, by));
+    }
+  }
+}
+
+#endif
 
 // `pairs` pairs from pair k on of the panel whose groups begin at w, as the product reads them:
 // fp32 [2 * pairs][32], or bf16 [pairs][32][2]. Every path of a product gets its weights here.

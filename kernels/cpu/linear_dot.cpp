@@ -7,9 +7,8 @@
 // rows of x in L2. One group alone walks several panels at once: weights come from DRAM then, and
 // more streams with prefetch read them faster than one.
 //
-// Quantised weights become pairs in a small buffer before they are used: a piece of a panel for all
-// rows that meet it, or, for the fewest rows, a group of each panel while the sums stay in
-// registers.
+// Quantised weights become pairs right before they are used: in a small buffer, a piece of a panel
+// for all rows that meet it, or in registers for the fewest rows.
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
@@ -63,17 +62,35 @@ template <int Rows, int Panels>
   }
 }
 
-// The same for quantised panels. w begins a group.
+// The same for quantised panels, whose weights are made in registers. w begins a group.
 template <int Rows, int Panels, class Code>
 [[gnu::always_inline]] inline void accumulate_codes(const uint32_t* a, const Code* w, int64_t step,
                                                     int64_t pairs, Sums<Rows, Panels>& acc) {
-  constexpr int64_t kWords = kGroupPairs * kPanelColumns;
-  alignas(64) uint32_t made[Panels * kWords];
+  constexpr int kVectors = Panels * kPanelVectors;
   for (int64_t k = 0; k < pairs; k += kGroupPairs) {
-    for (int64_t i = 0; i < Panels; ++i) {
-      decode(beside(w, i * step), k, kGroupPairs, made + i * kWords);
+    PairScales by[kVectors];
+    for (int v = 0; v < kVectors; ++v) {
+      const Code* group = beside(w, v / kPanelVectors * step);
+      by[v] = load_pair_scales<Code>(scales_of(group) + v % kPanelVectors * kLanes);
     }
-    accumulate<Rows, Panels>(a + k * Rows, made, kWords * 4, least(kGroupPairs, pairs - k), 0, acc);
+    const Code* codes = codes_of(w);
+    const int64_t n = least(kGroupPairs, pairs - k);
+    for (int64_t i = 0; i < n; ++i, a += Rows, codes += kPanelColumns) {
+      Pairs b[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Code* at = beside(codes, v / kPanelVectors * step) + v % kPanelVectors * kLanes;
+        if (v % kPanelVectors == 0) __builtin_prefetch(beside(at, kCodesAhead));
+        b[v] = {load_weights(at, by[v])};
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const Pairs x = set_pairs(a[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = dot_pairs(x, b[v], acc[r][v]);
+      }
+    }
+    w = beside(w, panel_bytes(Code::kFormat, kQuantGroup));
   }
 }
 
@@ -106,21 +123,28 @@ void multiply(const uint32_t* a, const W* w, int64_t step, int64_t pairs, float*
 template <class W>
 using Multiply = void (*)(const uint32_t*, const W*, int64_t, int64_t, float*, int64_t, bool);
 
-// The panels that a group alone takes at once. Codes are worth decoding on the way where several
-// panels' sums fit: one panel at a time leaves them in a buffer anyway.
+// The panels that a group alone takes at once, and the most rows that codes meet in registers:
+// their scales need room there too. More rows find them decoded.
+constexpr int64_t kCodePanels = 2;
+constexpr int64_t kCodeRows = 3;
 template <class W>
 int64_t panels_at_once(int64_t rows) {
-  if (rows * 4 <= kRegisterPanels) return 4;
-  return rows * 2 <= kRegisterPanels && !kIsCode<W> ? 2 : 1;
+  if constexpr (kIsCode<W>) {
+    return rows <= kCodeRows ? kCodePanels : 1;
+  } else {
+    return rows * 4 <= kRegisterPanels ? 4 : rows * 2 <= kRegisterPanels ? 2 : 1;
+  }
 }
 
-template <class W, int Rows = kGroup>
+template <class W, int Rows = kIsCode<W> ? kCodeRows : kGroup>
 Multiply<W> multiply_for(int64_t rows, int64_t panels) {
   if (rows == Rows) {
-    if constexpr (Rows * 4 <= kRegisterPanels) {
-      if (panels == 4) return multiply<Rows, 4, W>;
-    }
-    if constexpr (!kIsCode<W>) {
+    if constexpr (kIsCode<W>) {
+      return multiply<Rows, kCodePanels, W>;
+    } else {
+      if constexpr (Rows * 4 <= kRegisterPanels) {
+        if (panels == 4) return multiply<Rows, 4, W>;
+      }
       if constexpr (Rows * 2 <= kRegisterPanels) {
         if (panels == 2) return multiply<Rows, 2, W>;
       }

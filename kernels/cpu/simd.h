@@ -108,18 +108,12 @@ inline F exp2_int(F n) {
   const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
 }
-// Rounds finite numbers to bf16; denormals may become zero.
-inline void store_pairs(uint32_t* p, F even, F odd) {
+// 32 finite numbers rounded to bf16, low first; denormals may become zero.
+inline __m512i round_pairs(F low, F high) {
 #if defined(__AVX512BF16__)
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-  const __m512i order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a,
-                                         0x190009, 0x180008, 0x170007, 0x160006, 0x150005, 0x140004,
-                                         0x130003, 0x120002, 0x110001, 0x100000);
-  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
+  return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
 #else
-  const __m512i low = _mm512_cvtepu16_epi32(round_bf16(even));
-  const __m512i high = _mm512_cvtepu16_epi32(round_bf16(odd));
-  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(low)), round_bf16(high), 1);
 #endif
 }
 #if defined(__AVX512BF16__)
