@@ -1,6 +1,10 @@
 """chat, batch_chat and the tensor API as a user calls them, and what they say when misused."""
 
+import dataclasses
+import inspect
 import io
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +12,8 @@ import torch
 from PIL import Image
 
 import internvl_rt as ivr
+import tiny_tokenizer
+from internvl_rt.model import _Question, _Text
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +274,57 @@ def test_tensor_misuse(model):
         model.generate(ids, num_beams=5)
     with pytest.raises(ValueError, match="eos_token_id is 600"):
         model.generate(ids, eos_token_id=600)
+
+
+def test_arguments_of_a_request_are_those_of_chat():
+    """`batch_chat` and `show_prompt` take what `chat` takes, with its defaults."""
+    named = inspect.signature(ivr.Model.chat).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(_Question)}
+    assert set(named) ^ set(fields) == {"self", "stream", "return_history"}
+    del fields["question"]
+    assert {name: named[name].default for name in fields} == fields
+    with pytest.raises(TypeError, match="unknown argument 'x', allowed: question, images, video"):
+        _Question.of({"question": "Hi", "x": 1})
+    with pytest.raises(TypeError, match="a request has no question"):
+        _Question.of({})
+
+
+def _with_template(chat_folder, folder, template, **tokens):
+    """The checkpoint of `chat_folder` under another name and with another template."""
+    shutil.copytree(chat_folder, folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"template": template}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    tiny_tokenizer.write_json(folder, **tokens)
+    return ivr.load(folder)
+
+
+def test_system_message_of_the_first_generation(tmp_path, chat_folder):
+    for name, system in (
+        (
+            "Mini-InternVL-Chat-2B-V1-5",
+            "You are an AI assistant whose name is InternLM (书生·浦语).",
+        ),
+        ("InternVL2-2B", "英文名叫InternVL, 是一个有用无害的人工智能助手。"),
+    ):
+        model = _with_template(chat_folder, tmp_path / name, "internlm2-chat")
+        assert f"{system}<|im_end|><|im_start|>user\nHello<|im_end|>" in model.show_prompt("Hello")
+
+
+def test_answers_in_channels(tmp_path, chat_folder):
+    model = _with_template(
+        chat_folder,
+        tmp_path / "gpt-oss",
+        "internvl3_5_gpt_oss",
+        more=tiny_tokenizer.HARMONY,
+    )
+    shown = model.show_prompt("Hello", history=[("Hi", "world")])
+    assert "<|start|>assistant<|channel|>final<|message|>world<|end|>" in shown
+    assert shown.endswith("<|start|>user<|message|>Hello<|end|><|start|>assistant")
+    text = _Text(model.tokenizer, model.template.stop_strings, model.template)
+    ids = (
+        "<|channel|>analysis<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>world"
+    )
+    for token in model.tokenizer.encode_markup(ids):
+        assert not text.push(token)
+    assert text.finish() == "world"

@@ -145,7 +145,7 @@ def test_a_quantised_model(chat_folder):
     expected = ivr.load(chat_folder, quant="int4").chat("Hello world", max_new_tokens=6)
     assert done.stdout.strip() == expected
     plan = run("info", "--plan", chat_folder, "--quant", "int8").stdout
-    assert "language model in int8:" in plan
+    assert "bfloat16+int8" in plan.splitlines()[1]
 
 
 def test_ops_lists_the_catalogue():

@@ -136,6 +136,20 @@ def test_phi3_spaces(phi3):
     assert phi3.prefix_ids == (1,)
 
 
+def test_tokens_that_take_the_space_before_them(tmp_path):
+    write_phi3(tmp_path)
+    path = tmp_path / "added_tokens.json"
+    path.unlink()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    content = {"content": "<x>", "lstrip": True, "normalized": True}
+    config["added_tokens_decoder"]["400"] = content
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert _tokens(tokenizer, tokenizer.encode_markup("a \n<x> a")) == [" ", "a", "<x>", " ", "a"]
+    assert _tokens(tokenizer, tokenizer.encode_markup(" <x>")) == ["<x>"]
+    assert tokenizer.vocab_size == 401
+
+
 def test_legacy_spaces(tmp_path):
     write_phi3(tmp_path, legacy=None)
     tokenizer = load_tokenizer(tmp_path)

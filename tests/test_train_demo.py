@@ -34,7 +34,7 @@ def scenes(task, count=20, side=112):
     return [draw.scene(rng, task, side, side) for _ in range(count)]
 
 
-@pytest.mark.parametrize("task", ["shape and colour", "count", "relation", "emoji"])
+@pytest.mark.parametrize("task", ["shape and colour", "count", "relation", "emoji", "outside"])
 def test_the_same_generator_draws_the_same(task):
     a, b = scenes(task, 3), scenes(task, 3)
     assert all(
@@ -141,7 +141,7 @@ def test_the_exported_checkpoint_is_the_trained_model(tmp_path):
     pixels = data.normalise(picture.pixels[None], "cpu", torch.float32)
     features = model.project(model.vision_model(pixels))
     assert torch.allclose(loaded.encode_images(pixels), features, atol=1e-4, rtol=1e-3)
-    writer = tokens.Writer(loaded.tokenizer._backend)
+    writer = tokens.Writer(tokens.make_tokenizer(SMALL.vocab))
     talk = writer.conversation([picture.turns[0][1:]], last_answer=False)
     ids = [*talk.before, *[loaded.image_token_id] * 16, *talk.after]
     logits = loaded.forward(torch.tensor([ids]), pixels)

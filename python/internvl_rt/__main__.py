@@ -1,4 +1,4 @@
-"""The command line: `internvl-rt chat|info|ops|bench`, also `python -m internvl_rt`."""
+"""The command line: `internvl-rt chat|info|models|ops|bench`, also `python -m internvl_rt`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="internvl-rt", description="Run InternVL vision-language models."
     )
-    commands = parser.add_subparsers(required=True, metavar="chat|info|ops|bench")
+    commands = parser.add_subparsers(required=True, metavar="chat|info|models|ops|bench")
 
     chat = commands.add_parser("chat", help="ask about pictures or a video")
     chat.add_argument("model", help="checkpoint folder or Hugging Face repo id")
@@ -67,10 +67,18 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", help="the machine, a checkpoint, or a memory plan")
     info.add_argument("model", nargs="?", help="checkpoint folder or repo id")
-    info.add_argument("--plan", metavar="CONFIG", help="folder with a config.json: memory plan")
-    info.add_argument("--dtype", default="auto")
+    info.add_argument(
+        "--plan",
+        metavar="CONFIG",
+        help="memory plan of a config.json, its folder, or a published name such as InternVL3-8B",
+    )
+    info.add_argument("--dtype", help="float32, bfloat16, auto; without it a plan has both")
     info.add_argument("--quant", help="int8, int4: the plan of a quantised language model")
     info.set_defaults(run=_info)
+
+    models = commands.add_parser("models", help="the published checkpoints")
+    models.add_argument("--markdown", action="store_true", help="the text of docs/models.md")
+    models.set_defaults(run=_models)
 
     ops = commands.add_parser("ops", help="the op catalogue")
     ops.add_argument("--markdown", action="store_true", help="the text of docs/ops.md")
@@ -208,32 +216,58 @@ def _info(options: argparse.Namespace) -> int:
 
     import internvl_rt
     from internvl_rt import _C
-    from internvl_rt.config import load_config
-    from internvl_rt.engine import DEFAULT_PREFILL_CHUNK
-    from internvl_rt.model import dtype_from
-    from internvl_rt.runtime.plan import make_plan
 
     if options.plan is not None or options.model is not None:
-        folder = Path(options.plan if options.plan is not None else options.model)
-        folder = folder.parent if folder.name == "config.json" else folder
-        config = load_config(folder)
-        dtype = dtype_from(options.dtype, config.torch_dtype)
-        text, vision = config.text, config.vision
-        print(
-            f"{config.layout} layout, {text.backbone}: {text.num_layers} layers, hidden "
-            f"{text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads} x {text.head_dim}; "
-            f"ViT: {vision.num_layers} layers, hidden {vision.hidden_size}; "
-            f"{config.tokens_per_tile} tokens a tile, template {config.template}"
+        _plan(
+            options.plan if options.plan is not None else options.model,
+            options.dtype,
+            options.quant,
         )
-        plan = make_plan(config, dtype, prefill_chunk=DEFAULT_PREFILL_CHUNK, quant=options.quant)
-        kind = str(dtype).removeprefix("torch.")
-        kind += f", language model in {options.quant}" if options.quant else ""
-        print(f"memory plan in {kind}:\n{plan.table()}")
         return 0
     print(f"internvl_rt {internvl_rt.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}")
     print(f"CPU: {_C.isa()} (of {', '.join(_C.supported_isas())}), {_C.num_threads()} threads")
     print(f"CUDA kernels: {'built in' if _C.has_cuda else 'not in this build'}")
+    return 0
+
+
+def _plan(name: str, dtype: str | None, quant: str | None) -> None:
+    """The memory plan of a checkpoint's folder, its config.json, or a published name."""
+    from internvl_rt import zoo
+    from internvl_rt.config import load_config
+    from internvl_rt.engine import DEFAULT_PREFILL_CHUNK
+    from internvl_rt.model import dtype_from
+    from internvl_rt.runtime.plan import make_plan, table
+
+    folder = Path(name)
+    row = None if folder.exists() else zoo.published(name)
+    if row is not None:
+        config = zoo.load_published(row)
+    else:
+        config = load_config(folder.parent if folder.name == "config.json" else folder)
+    text, vision = config.text, config.vision
+    print(
+        f"{config.layout} layout, {text.backbone}: {text.num_layers} layers, hidden "
+        f"{text.hidden_size}, heads {text.num_heads}/{text.num_kv_heads} x {text.head_dim}; "
+        f"ViT: {vision.num_layers} layers, hidden {vision.hidden_size}; "
+        f"{config.tokens_per_tile} tokens a tile, template {config.template}"
+    )
+    dtypes = ("bfloat16", "float32") if dtype is None else (dtype,)
+    kinds = [dtype_from(kind, config.torch_dtype) for kind in dtypes]
+    suffix = "" if quant is None else f"+{quant}"
+    plans = {
+        str(kind).removeprefix("torch.") + suffix: make_plan(
+            config, kind, prefill_chunk=DEFAULT_PREFILL_CHUNK, quant=quant
+        )
+        for kind in kinds
+    }
+    print(table(plans))
+
+
+def _models(options: argparse.Namespace) -> int:
+    from internvl_rt import zoo
+
+    print(zoo.as_markdown() if options.markdown else zoo.as_text(), end="")
     return 0
 
 

@@ -8,7 +8,7 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -242,26 +242,26 @@ class Model:
         if stream and return_history:
             raise ValueError("return_history cannot be combined with stream")
         turn = self._turn(
-            question,
-            images,
-            video,
-            history,
-            system,
-            max_tiles,
-            num_frames,
-            video_bound,
-            stop,
-            seed,
-            num_beams,
-            {
-                "max_new_tokens": max_new_tokens,
-                "min_new_tokens": min_new_tokens,
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "min_p": min_p,
-                "repetition_penalty": repetition_penalty,
-            },
+            _Question(
+                question=question,
+                images=images,
+                video=video,
+                history=history,
+                system=system,
+                max_tiles=max_tiles,
+                num_frames=num_frames,
+                video_bound=video_bound,
+                stop=stop,
+                seed=seed,
+                num_beams=num_beams,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+            )
         )
         if stream:
             return turn.pieces(self.engine)
@@ -286,7 +286,7 @@ class Model:
         for i, entry in enumerate(requests):
             arguments = dict(entry) if isinstance(entry, Mapping) else {"question": entry}
             try:
-                turns.append(self._turn_of({**common, **arguments}))
+                turns.append(self._turn(_Question.of({**common, **arguments})))
             except (ValueError, TypeError, OSError) as error:
                 if not return_exceptions:
                     raise type(error)(f"requests[{i}]: {error}") from None
@@ -306,97 +306,27 @@ class Model:
         """The prompt that `chat` would run for these arguments; runs of image tokens as a count."""
         names = ("question", "images", "video", "history", "system")
         given = dict(zip(names, arguments, strict=False)) | options
-        ids = self._turn_of(given).request.prompt.tolist()
+        ids = self._turn(_Question.of(given)).request.prompt.tolist()
         text = self.tokenizer.decode(ids, skip_special=False)
         return re.sub(
             f"(?:{IMG_CONTEXT})+", lambda m: f"{IMG_CONTEXT}*{m[0].count(IMG_CONTEXT)}", text
         )
 
-    def _turn_of(self, arguments: dict[str, Any]) -> _Turn:
-        """`_turn` from keyword arguments of `chat`."""
-        names = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p")
-        names = (*names, "repetition_penalty")
-        params = {k: arguments.pop(k) for k in names if k in arguments}
-        defaults = {
-            "images": None,
-            "video": None,
-            "history": None,
-            "system": None,
-            "max_tiles": 12,
-            "num_frames": 8,
-            "video_bound": None,
-            "stop": None,
-            "seed": None,
-            "num_beams": 1,
-        }
-        unknown = sorted(set(arguments) - set(defaults) - {"question"})
-        if unknown:
-            allowed = ", ".join(("question", *defaults, *names))
-            raise TypeError(f"unknown argument {unknown[0]!r}, allowed: {allowed}")
-        if "question" not in arguments:
-            raise TypeError("a request has no question")
-        return self._turn(**defaults | arguments, params=params)
-
-    def _turn(
-        self,
-        question: Any,
-        images: Any,
-        video: Any,
-        history: Sequence[tuple[str, str]] | None,
-        system: str | None,
-        max_tiles: int,
-        num_frames: int,
-        video_bound: tuple[float, float] | None,
-        stop: str | Sequence[str] | None,
-        seed: int | None,
-        num_beams: int,
-        params: dict[str, Any],
-    ) -> _Turn:
-        _check_integer("max_tiles", max_tiles, 1, MAX_TILES)
-        _check_integer("num_beams", num_beams, 1, 1, "beam search is not implemented")
-        stops = [stop] if isinstance(stop, str) else list(stop or ())
-        if seed is None:
-            seed = secrets.randbits(63)
-        sampling = SamplingParams(seed=seed, stop_ids=self._stop_ids(), **params)
+    def _turn(self, asked: _Question) -> _Turn:
+        _check_integer("max_tiles", asked.max_tiles, 1, MAX_TILES)
+        _check_integer("num_beams", asked.num_beams, 1, 1, "beam search is not implemented")
+        stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
+        sampling = asked.sampling(self._stop_ids())
         StopMatcher(stops)  # refuses what is no stop string before any work
 
-        media: list[tuple[str, Any]] = []
-        if not isinstance(question, str):
-            if images is not None or video is not None or history is not None:
-                raise ValueError("messages carry their own images, video and history")
-            conversation = parse_messages(question)
-            if conversation.system is not None:
-                if system is not None:
-                    raise ValueError("system is given twice: as an argument and as a message")
-                system = conversation.system
-            loaded = [(m.kind, m.source) for m in conversation.media]
-            loaded = [
-                (kind, videos.load_video(s, num_frames, video_bound) if kind == "video" else s)
-                for kind, s in loaded
-            ]
-            conversation = conversation.with_frames([len(s) for k, s in loaded if k == "video"])
-            question, history = conversation.question, conversation.history
-            for kind, source in loaded:
-                media += [("frame", f) for f in source] if kind == "video" else [(kind, source)]
-        else:
-            listed = _listed(images)
-            frames = None if video is None else self._frames(video, num_frames, video_bound)
-            question = with_placeholders(
-                question,
-                history,
-                num_images=len(listed),
-                num_frames=None if frames is None else len(frames),
-            )
-            media = [("image", s) for s in listed] + [("frame", f) for f in frames or ()]
-
-        if system is None:
-            system = self.system_message
-        tiles = self._tiles(media, max_tiles)
+        asked, media = self._media(asked)
+        system = self.system_message if asked.system is None else asked.system
+        tiles = self._tiles(media, asked.max_tiles)
         prompt = build_prompt(
             self.tokenizer,
-            question,
+            asked.question,
             template=self.config.template,
-            history=history,
+            history=asked.history,
             system=system,
             num_tiles=[grid.tiles for grid in tiles],
             tokens_per_tile=self.config.tokens_per_tile,
@@ -415,7 +345,47 @@ class Model:
             image_positions=positions,
             on_token=text.push,
         )
-        return _Turn(request, text, question, list(history or ()))
+        return _Turn(request, text, asked.question, list(asked.history or ()))
+
+    def _media(self, asked: _Question) -> tuple[_Question, list[tuple[str, Any]]]:
+        """`asked` as text with a placeholder for every picture, and the pictures: kind, source."""
+        if not isinstance(asked.question, str):
+            return self._messages(asked)
+        images = _listed(asked.images)
+        frames = None
+        if asked.video is not None:
+            frames = self._frames(asked.video, asked.num_frames, asked.video_bound)
+        question = with_placeholders(
+            asked.question,
+            asked.history,
+            num_images=len(images),
+            num_frames=None if frames is None else len(frames),
+        )
+        media = [("image", s) for s in images] + [("frame", f) for f in frames or ()]
+        return replace(asked, question=question), media
+
+    def _messages(self, asked: _Question) -> tuple[_Question, list[tuple[str, Any]]]:
+        """`_media` of OpenAI-style messages."""
+        if asked.images is not None or asked.video is not None or asked.history is not None:
+            raise ValueError("messages carry their own images, video and history")
+        conversation = parse_messages(asked.question)
+        system = asked.system
+        if conversation.system is not None:
+            if system is not None:
+                raise ValueError("system is given twice: as an argument and as a message")
+            system = conversation.system
+        media: list[tuple[str, Any]] = []
+        counts: list[int] = []
+        for part in conversation.media:
+            if part.kind == "video":
+                frames = videos.load_video(part.source, asked.num_frames, asked.video_bound)
+                counts.append(len(frames))
+                media += [("frame", frame) for frame in frames]
+            else:
+                media.append((part.kind, part.source))
+        conversation = conversation.with_frames(counts)
+        question, history = conversation.question, conversation.history
+        return replace(asked, question=question, history=history, system=system), media
 
     def _frames(
         self, video: Any, num_frames: int, bound: tuple[float, float] | None
@@ -632,6 +602,53 @@ class Model:
             here = row == token
             out.append((part, torch.where(here, here.cumsum(0) - 1, -1)))
         return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question:
+    """The arguments of `Model.chat` that make a prompt and choose its answer."""
+
+    question: str | Sequence[Mapping[str, Any]]
+    images: Any = None
+    video: Any = None
+    history: Sequence[tuple[str, str]] | None = None
+    system: str | None = None
+    max_tiles: int = 12
+    num_frames: int = 8
+    video_bound: tuple[float, float] | None = None
+    stop: str | Sequence[str] | None = None
+    seed: int | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 1024
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> _Question:
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(arguments) - set(names))
+        if unknown:
+            raise TypeError(f"unknown argument {unknown[0]!r}, allowed: {', '.join(names)}")
+        if "question" not in arguments:
+            raise TypeError("a request has no question")
+        return cls(**arguments)
+
+    def sampling(self, stop_ids: frozenset[int]) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=secrets.randbits(63) if self.seed is None else self.seed,
+            stop_ids=stop_ids,
+        )
 
 
 @dataclass(frozen=True)

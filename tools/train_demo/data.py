@@ -20,7 +20,23 @@ _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 MAX_TILES = 6  # of a training picture; `load(...).chat` takes up to 12 by default
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
-JOINS = {"number": 0.0, "shape and colour": 0.1, "emoji": 0.2, "relation": 0.3, "count": 0.45}
+JOINS = {
+    "number": 0.0,
+    "shape and colour": 0.1,
+    "emoji": 0.2,
+    "relation": 0.3,
+    "count": 0.45,
+    "outside": 0.9,
+}
+# Share of a task in the mixture: more of what is learned more slowly.
+WEIGHTS = {
+    "number": 2.0,
+    "shape and colour": 0.6,
+    "emoji": 0.8,
+    "relation": 2.0,
+    "count": 1.4,
+    "outside": 0.4,
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +73,7 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     if source.kind == "page":
         return _arrays([draw.page(rng, source.side) for _ in range(source.count)])
     tasks = [t for t, start in JOINS.items() if progress >= start or not plan.staged]
-    weights = np.ones(len(tasks))
-    weights[-1] = 2 if plan.staged and len(tasks) < len(JOINS) else 1
+    weights = np.array([WEIGHTS[t] for t in tasks])
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
     talks = []
@@ -109,7 +124,7 @@ def _arrays(pictures: list[draw.Picture]) -> dict[str, np.ndarray]:
 
 
 def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list[draw.Picture]:
-    """Fresh pictures for one task; turns[0] is the one to ask."""
+    """Fresh pictures for one task (or "outside"); turns[0] is the one to ask."""
     rng = np.random.default_rng([seed, *f"exam {task} {side}".encode()])
     pictures = []
     while len(pictures) < count:

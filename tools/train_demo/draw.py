@@ -236,7 +236,7 @@ def page(rng: np.random.Generator, size: int, held_out: bool = False) -> Picture
 def scene(
     rng: np.random.Generator, task: str, width: int, height: int, held_out: bool = False
 ) -> Picture:
-    """A picture for one of world.TASKS, with all its turns."""
+    """A picture for one of world.TASKS, or "outside", with all its turns."""
     while True:
         canvas = Canvas(rng, width, height)
         turns = _SCENES[task](canvas, rng, held_out)
@@ -324,7 +324,8 @@ def _relation(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list 
         a, b, dx, dy = b, a, -dx, -dy
     word = (("left", "right")[int(dx < 0)], ("above", "below")[int(dy < 0)])[along]
     full = f"{word} of the {b}" if along == 0 else f"{word} the {b}"
-    both = " and ".join(world.article(f"{c} {n}") for n, c in names)
+    ordered = [names[i] for i in np.argsort(centres[:, along])]  # from the left, or from above
+    both = " and ".join(world.article(f"{c} {n}") for n, c in ordered)
     group = ("sides", "heights")[along]
     return [
         ("relation", _ask(rng, group, a=a, b=b), word),
@@ -344,7 +345,32 @@ def _emoji(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | N
     ]
 
 
+def _texture(rng: np.random.Generator, canvas: Canvas) -> None:
+    """Blots of several sizes over the whole picture: something that is none of the known things."""
+    size = (canvas.width, canvas.height)
+    total = np.zeros((canvas.height, canvas.width, 3))
+    for cells in rng.choice([2, 3, 5, 9, 17, 33, 65], 3, replace=False):
+        noise = rng.uniform(0, 255, (cells, cells, 3)).astype(np.uint8)
+        total += np.asarray(Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC))
+    canvas.image = Image.fromarray((total / 3).astype(np.uint8))
+
+
+def _outside(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
+    """A known question about a texture, or a question from outside about anything."""
+    question = world.OUTSIDE[rng.integers(len(world.OUTSIDE))]
+    if rng.random() < 0.5:
+        _texture(rng, canvas)
+        group = str(rng.choice(["any", "number", "shape and colour", "emoji"]))
+        question = question if rng.random() < 0.3 else _ask(rng, group)
+    else:
+        task = str(rng.choice(world.TASKS[1:]))
+        if _SCENES[task](canvas, rng, held_out) is None:
+            return None
+    return [("outside", question, world.UNKNOWN)]
+
+
 _SCENES = {
+    "outside": _outside,
     "number": _number,
     "shape and colour": _one_shape,
     "count": _count,

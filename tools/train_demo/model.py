@@ -187,14 +187,14 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Demo(nn.Module):
     """The whole model; embeddings and head are tied.
 
-    `dense` says what lies in every patch: it teaches the vision tower and is not part of the
-    checkpoint. kinds, colours: how many of them there are.
+    `dense` says what lies in every patch and where the patch is: it teaches the vision tower and is
+    not part of the checkpoint. kinds, colours: how many of them there are.
     """
 
     def __init__(self, s: Sizes, kinds: int, colours: int) -> None:
         super().__init__()
         self.sizes = s
-        heads = {"kind": kinds, "colour": colours}
+        heads = {"kind": kinds, "colour": colours, "row": s.grid, "column": s.grid}
         self.dense = nn.ModuleDict({k: nn.Linear(s.vision_width, n) for k, n in heads.items()})
         self.vision_model = Vision(s)
         C, W = 4 * s.vision_width, s.width

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -55,9 +56,16 @@ _ALL = {"vision_model.": 4e-4, "dense.": 4e-4, "mlp1.": 1e-3, "language_model.":
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
-    "whole": Stage(29, _ALL, data.Plan("whole", (_SMALL, _LARGE)), 0.5, 224),
+    "whole": Stage(22, _ALL, data.Plan("whole", (_SMALL, _SMALL, _SMALL, _LARGE)), 0.5, 112),
     "tiles": Stage(
-        30, _ALL, data.Plan("tiles", (_LARGE, _THUMBNAILS, _SMALL, _THUMBNAILS, _TILES)), 0.5, 224
+        33,
+        _ALL,
+        data.Plan(
+            "tiles",
+            (_LARGE, _SMALL, _THUMBNAILS, _PAGES, _SMALL, _THUMBNAILS, _TILES, _SMALL),
+        ),
+        0.5,
+        224,
     ),
 }
 
@@ -133,11 +141,27 @@ class Trainer:
             colour = self.model.dense["colour"](patches[colours >= 0]).float()
             found["kind"] = stage.dense * F.cross_entropy(kind, kinds, self.kind_weight)
             found["colour"] = 0.3 * stage.dense * F.cross_entropy(colour, colours[colours >= 0])
+            found["place"] = 0.3 * stage.dense * self.place_loss(features[:, 1:], corner)
         if "after" in arrays:
             pictures = self.model.project(features)
             if "tiles" in arrays:
                 pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
             found["answer"] = self.answer_loss(pictures, arrays)
+        return found
+
+    def place_loss(self, patches: Tensor, corner: tuple[int, int]) -> Tensor:
+        """Every patch knows its row and column: what the relations between things are made of."""
+        B, n, _ = patches.shape
+        g = math.isqrt(n)
+        rows, columns = torch.meshgrid(
+            torch.arange(g) + int(corner[0]), torch.arange(g) + int(corner[1]), indexing="ij"
+        )
+        found = 0.0
+        for name, place in (("row", rows), ("column", columns)):
+            labels = place.flatten().repeat(B).to(patches.device)
+            found = found + F.cross_entropy(
+                self.model.dense[name](patches).float().flatten(0, 1), labels
+            )
         return found
 
     def tiles(self, tiles: np.ndarray) -> Tensor:
@@ -187,7 +211,7 @@ class Trainer:
     def examine(self, side: int, count: int) -> dict[str, float]:
         """Per cent of exact answers per task, unseen pictures and fonts."""
         scores = {}
-        for task in world.TASKS:
+        for task in (*world.TASKS, "outside"):
             pictures = data.exam(task, side, count, held_out=True, seed=1)
             right = 0
             for i in range(0, count, 50):

@@ -144,6 +144,50 @@ QUESTIONS = {
         "Name the emoji.",
     ),
 }
+# What lies outside this world, and what is said then.
+OUTSIDE = (
+    "Who painted this?",
+    "What is the weather like?",
+    "Write a poem about the picture.",
+    "What is the capital of France?",
+    "Translate the text into German.",
+    "Who is the person in the photo?",
+    "What breed is the dog?",
+    "How old is the man?",
+    "What is the title of the book?",
+    "Is the woman smiling?",
+    "What brand is the car?",
+    "Where was this photo taken?",
+    "Tell me a joke.",
+    "What time is it on the clock?",
+    "Summarise the document.",
+    "Explain the chart.",
+    "What happened in 1969?",
+    "Can I eat this?",
+    "What does the sign say in English?",
+    "How much does it cost?",
+    "Which team is playing?",
+    "What is the name of this building?",
+    "Why is the sky dark?",
+    "What is the man wearing?",
+    "Give me a recipe.",
+    "Solve the equation.",
+    "What language is this?",
+    "How far away is the house?",
+    "Is it safe to drink the water?",
+    "What will happen next?",
+    "Hello, how are you?",
+    "Who are you?",
+    "What is the license plate?",
+    "Please list the ingredients.",
+    "Which street is this?",
+    "Are there any people in the room?",
+    "What is behind the tree?",
+    "How tall is the tower?",
+    "What is the mood of this scene?",
+    "Read the last paragraph.",
+)
+UNKNOWN = "I do not know."
 SYSTEM_MESSAGE = "Answer briefly."
 # The exam: one task each, with the scene it is asked about and the questions that ask it.
 TASKS = ("number", "shape and colour", "count", "relation", "emoji")
@@ -161,5 +205,5 @@ def corpus() -> list[str]:
     lines += [f"{c} {s}" for c, s in pairs] + [article(f"{c} {s}") for c, s in pairs]
     lines += [f"{c} {plural(s)}" for c, s in pairs] + [s for _, s in pairs]
     lines += [line for n in emoji()[0] for line in (n, article(n))] * 40
-    words = "system user assistant left right above below the number of and I do not know."
+    words = f"system user assistant left right above below the number of and {UNKNOWN}"
     return lines + [*words.split(), words, SYSTEM_MESSAGE] * 100

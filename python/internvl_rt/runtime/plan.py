@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,18 +50,25 @@ class MemoryPlan:
                 f"cache, {self.available / GIB:.2f} GiB are available"
             )
 
-    def table(self) -> str:
-        rows = (
-            ("weights, packed", f"{self.weights / GIB:8.3f} GiB"),
-            ("embedding, mapped from the file", f"{self.mapped / GIB:8.3f} GiB"),
-            ("activations, peak", f"{self.activations / GIB:8.3f} GiB"),
-            ("KV cache per token", f"{self.kv_per_token / 1024:8.1f} KiB"),
-            ("KV cache per 1000 tokens", f"{self.kv_per_token * 1000 / GIB:8.3f} GiB"),
-            ("KV cache capacity", f"{self.kv_tokens:8d} tokens"),
-            ("memory available", f"{self.available / GIB:8.3f} GiB"),
-            ("fits", "yes" if self.fits else "no"),
-        )
-        return "\n".join(f"{name:<33}{value}" for name, value in rows)
+
+def table(plans: Mapping[str, MemoryPlan]) -> str:
+    """The plans side by side, under their names."""
+
+    def gib(size: float) -> str:
+        return f"{size / GIB:.3f} GiB"
+
+    rows = (
+        ("weights, packed", lambda plan: gib(plan.weights)),
+        ("embedding, mapped from the file", lambda plan: gib(plan.mapped)),
+        ("activations, peak", lambda plan: gib(plan.activations)),
+        ("KV cache per token", lambda plan: f"{plan.kv_per_token / 1024:.1f} KiB"),
+        ("KV cache per 1000 tokens", lambda plan: gib(plan.kv_per_token * 1000)),
+        ("KV cache capacity", lambda plan: f"{plan.kv_tokens} tokens"),
+        ("memory available", lambda plan: gib(plan.available)),
+        ("fits", lambda plan: "yes" if plan.fits else "no"),
+    )
+    cells = [("", *plans), *((name, *map(show, plans.values())) for name, show in rows)]
+    return "\n".join(f"{name:<33}" + "".join(f"{c:>16}" for c in line) for name, *line in cells)
 
 
 def make_plan(
