@@ -80,14 +80,14 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan for a model in dtype on this machine.
 
-    quant: "int8" or "int4" for the language model's weights.
+    quant: "int8" or "int4" for the language model's weights. Raises ValueError where it has none.
     """
+    require_quantisable(config.text, quant)
     size = dtype.itemsize
     shapes = dict(tensor_shapes(config))
     embed = math.prod(shapes.pop("llm.embed.weight")) * size
     # Packed, the head is memory of its own, also where the file has one tensor for both.
     shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
-    require_quantisable(config.text, quant)
     weights = sum(_weight_bytes(name, shape, dtype, quant) for name, shape in shapes.items())
     text = config.text
     kv_per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size
