@@ -4,7 +4,7 @@
 // comment is about the CPU.
 //
 // Weights are packed once, in one layout for every instruction set and every M: panels of 32
-// columns, zero-padded.
+// columns, zero-padded. A kernel that reads rows where they lie treats them as panels too.
 // f32: [ceil(N/32)][K][32].
 // bf16: [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32. A pair of k stands together: 16 pairs
 // of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one 512-bit
@@ -61,8 +61,11 @@ constexpr int64_t panel_bytes(WeightFormat format, int64_t K) {
 }
 
 struct LinearParams {
-  const void* x;         // [M, K]
-  const void* weight;    // packed; on CUDA [N, K]
+  const void* x;       // [M, K]
+  const void* weight;  // packed, null where rows are given; on CUDA [N, K]
+  // The rows of an unpacked weight, null where it is packed: panel_count(N) * 32 pointers to K
+  // elements each, any row beyond N, and one panel more that is fetched from but not read.
+  const void* const* rows;
   const void* bias;      // [N] or null
   const void* residual;  // [M, N] or null; may be out
   const void* scale;     // [N] or null

@@ -82,6 +82,7 @@ def test_draw(photo, tmp_path, monkeypatch, capsys):
     [
         (["--draw", "out.png", "Hi"], "--draw needs one picture"),
         (["-i", "a.png", "-i", "b.png", "--draw", "out.png", "Hi"], "--draw needs one picture"),
+        (["-i", "a.png", "-v", "b.mp4", "--draw", "out.png", "Hi"], "--draw needs one picture"),
         (["-i", "a.png", "--draw", "out.png"], "and a question on the command line"),
         (["-i", "a.png", "--draw", "out.png", "--show-prompt", "Hi"], "--draw needs"),
         (["-i", "a.png", "--draw", "out.abc", "Hi"], "expected a name such as out.png"),

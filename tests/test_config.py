@@ -8,6 +8,7 @@ import random
 import pytest
 
 from internvl_rt.config import (
+    ExpertsConfig,
     RopeScaling,
     load_config,
     load_vision_config,
@@ -167,12 +168,18 @@ def test_end_tokens_of_both_files(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(tmp_path, family):
     text = load_config(write_config(tmp_path, original(family))).text
-    everywhere = family == "internlm3"
+    everywhere = family in ("internlm3", "gpt_oss")
     assert text.backbone == family
     assert text.qkv_bias == (everywhere or family == "qwen2")
     assert (text.o_bias, text.mlp_bias) == (everywhere, everywhere)
-    assert text.qk_norm == (family == "qwen3")
-    assert text.head_dim == (12 if family == "qwen3" else 8)
+    assert text.qk_norm == family.startswith("qwen3")
+    assert text.head_dim == (12 if family.startswith("qwen3") else 8)
+    experts = {"qwen3_moe": ExpertsConfig(3, 2, 20, True), "gpt_oss": ExpertsConfig(3, 2, 48, True)}
+    assert text.experts == experts.get(family)
+    oss = family == "gpt_oss"
+    assert (text.sinks, text.norm_weight_in_fp32) == (oss, oss)
+    assert text.gate == ("gpt_oss" if oss else "silu")
+    assert text.windows == ((24, None) if oss else (None, None))
     if family in NATIVE_FAMILIES:
         assert load_config(write_config(tmp_path, native(family))).text == text
     config = original(family)
@@ -203,6 +210,37 @@ def test_class_defaults_of_biases(tmp_path):
     del config["llm_config"]["bias"]
     text = load_config(write_config(tmp_path, config)).text
     assert (text.qkv_bias, text.o_bias, text.mlp_bias) == (True, True, False)
+
+
+def test_class_defaults_of_mixtures(tmp_path):
+    config = native("gpt_oss")
+    for key in ("layer_types", "sliding_window", "rope_scaling", "rope_theta", "head_dim"):
+        _drop(config, f"text_config.{key}")
+    for key in ("num_local_experts", "num_experts_per_tok"):
+        _drop(config, f"text_config.{key}")
+    config["text_config"]["num_hidden_layers"] = 3
+    text = load_config(write_config(tmp_path, config)).text
+    assert text.windows == (128, None, 128)
+    assert (text.rope_theta, text.head_dim) == (150000.0, 64)
+    assert (text.rope_scaling.type, text.rope_scaling.truncate) == ("yarn", False)
+    assert text.rope_scaling.attention_factor == pytest.approx(1.3465735903)
+    assert text.experts == ExpertsConfig(128, 4, 48, True)
+    config = native("qwen3_moe")
+    for key in ("norm_topk_prob", "num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        _drop(config, f"text_config.{key}")
+    text = load_config(write_config(tmp_path, config)).text
+    assert text.experts == ExpertsConfig(128, 8, 768, False)
+
+
+@pytest.mark.parametrize("path", ["quantization_config", "llm_config.quantization_config"])
+def test_mxfp4_is_for_gpt_oss(tmp_path, path):
+    def quantised(family, method):
+        return _set(original(family), path, {"quant_method": method})
+
+    load_config(write_config(tmp_path, quantised("gpt_oss", "mxfp4")))
+    for family, method in (("gpt_oss", "awq"), ("qwen3_moe", "mxfp4")):
+        with pytest.raises(ValueError, match="quantization_config"):
+            load_config(write_config(tmp_path, quantised(family, method)))
 
 
 @pytest.mark.parametrize(
@@ -294,6 +332,17 @@ REFUSED_FAMILY = [
     ("phi3", "sliding_window", 2047, "sliding_window is 2047, expected an integer from 131072"),
     ("phi3", "rope_scaling", {"type": "dynamic", "factor": 2.0}, "supported: default, su"),
     ("phi3", "rope_scaling", {"type": "su"}, "short_factor is missing, expected 4 numbers"),
+    ("qwen3_moe", "decoder_sparse_step", 2, "decoder_sparse_step is 2, expected 1"),
+    ("qwen3_moe", "mlp_only_layers", [1], "mlp_only_layers is \\[1\\], expected no layers"),
+    ("qwen3_moe", "num_experts_per_tok", 4, "num_experts_per_tok is 4, expected .* 1 to 3"),
+    ("qwen3_moe", "num_experts", None, "num_experts is None"),
+    ("qwen3_moe", "norm_topk_prob", 1, "norm_topk_prob is 1"),
+    ("gpt_oss", "layer_types", ["full_attention"], "2 entries, as num_hidden_layers"),
+    ("gpt_oss", "layer_types", ["chunked", "full_attention"], "layer_types is"),
+    ("gpt_oss", "sliding_window", 0, "sliding_window is 0"),
+    ("gpt_oss", "swiglu_limit", 8.0, "swiglu_limit is 8.0, expected 7"),
+    ("gpt_oss", "max_position_embeddings", 4096, "factor is 32.0, expected .* = 1"),
+    ("gpt_oss", "rope_scaling", {"type": "dynamic", "factor": 2}, "supported: default, yarn"),
     ("phi3", "original_max_position_embeddings", 1, "original_max_position_embeddings is 1"),
 ]
 

@@ -307,6 +307,11 @@ def test_linear_configurations(case, phase, config, emulator, monkeypatch):
     check(dataclasses.replace(LINEAR, function=phased), case, torch.bfloat16, "emulated")
 
 
+def test_linear_adds_float32_in_pieces(emulate):
+    # One chain over so many k would miss the tolerance.
+    assert "plain" in emulate(LINEAR, _linear_case(3, 40, 4096), torch.float32, seed=4)
+
+
 def _linear(emulator: Emulator, x: Tensor, weight: ops.PackedWeight, *, decode: bool) -> Tensor:
     out = torch.full((len(x), weight.n), float("nan"), dtype=x.dtype)
     arguments = (weight.data, weight.n, weight.k, weight.format, None, 0, None, None, decode, out)

@@ -19,7 +19,14 @@ from test_golden import GOLDEN
 
 CASE = "internvl3-qwen2_5"
 # Packed weights and rotary angles that change within the lengths below: at 192 and at 96 tokens.
-FAMILIES = ("internvl2-internlm2", "internvl2-phi3", "internvl3_5-qwen3", "chat-v1_1-llama")
+FAMILIES = (
+    "internvl2-internlm2",
+    "internvl2-phi3",
+    "internvl3_5-qwen3",
+    "internvl3_5-qwen3moe",
+    "internvl3_5-gptoss",
+    "chat-v1_1-llama",
+)
 IMAGE = 595
 # Prompts that end inside, at, and beyond a 256-key chunk of attention.
 LENGTHS = (1, 5, 64, 255, 256, 257, 360)

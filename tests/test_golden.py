@@ -6,6 +6,7 @@ repository small some cases have the logits of the last positions only, and some
 have too, an empty vision tower; their golden.json says so.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -31,8 +32,9 @@ CHAT_CASES = (
     "chat-v1_1-llama",
     "internvl2-internlm2",
     "internvl2-phi3",
-    "internvl3-internlm3",
     "internvl3_5-qwen3",
+    "internvl3_5-qwen3moe",
+    "internvl3_5-gptoss",
     "posinterp-300m-qwen2",
 )
 
@@ -51,9 +53,16 @@ class Golden:
         """Arguments of forward for one subcase."""
         names = ("input_ids", "pixel_values", "image_flags", "attention_mask")
         found = {n: self.tensors.get(f"{sub}.{n}") for n in names}
-        if found["pixel_values"] is not None:
+        if sub == "e2e":
+            found["pixel_values"] = self.picture()
+        elif found["pixel_values"] is not None:
             found["pixel_values"] = found["pixel_values"].float()
         return found
+
+    def picture(self):
+        """The tiles of the case's picture file, by our own preprocessing."""
+        about = self.meta["e2e_picture"]
+        return ivr.image.preprocess(GOLDEN / about["file"], about["max_num"], about["image_size"])
 
 
 def golden(case, _cache={}):  # noqa: B006
@@ -223,14 +232,11 @@ def test_every_instruction_set(isa):
         _C.force_isa("")
 
 
-def test_end_to_end_picture(backend):
-    """From a picture file to tokens, through our own preprocessing."""
+def test_end_to_end_picture():
+    """The case's pixels are made from its picture file: they are the reference's, to the bit."""
     g = golden("internvl2_5-qwen2")
-    picture = g.meta["e2e_picture"]
-    pixels = ivr.image.preprocess(
-        GOLDEN / picture["file"], picture["max_num"], picture["image_size"]
-    )
-    assert torch.equal(pixels, g["e2e.pixel_values"].float())
+    found = hashlib.sha256(g.picture().numpy().tobytes()).hexdigest()
+    assert found == g.meta["e2e_picture"]["pixels_sha256"]
 
 
 def _rewritten(folder, source, tensors, shards=1):
@@ -252,6 +258,51 @@ def _rewritten(folder, source, tensors, shards=1):
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def _text_logits(folder, g):
+    return ivr.load(folder, dtype="bfloat16").forward(**g.inputs("text"))
+
+
+def test_stacked_experts_give_the_same_bits(tmp_path):
+    """Qwen3-MoE as newer Transformers stack it: [E, 2I, hidden] and [E, hidden, I]."""
+    g = golden("internvl3_5-qwen3moe")
+    tensors = load_file(g.folder / "model.safetensors")
+    count = json.loads((g.folder / "config.json").read_text())["llm_config"]["num_experts"]
+    for i in range(3):
+        at = f"language_model.model.layers.{i}.mlp.experts."
+        each = [
+            {x: tensors.pop(f"{at}{e}.{x}_proj.weight") for x in ("gate", "up", "down")}
+            for e in range(count)
+        ]
+        gate_up = [torch.cat((t["gate"], t["up"])) for t in each]
+        tensors[f"{at}gate_up_proj"] = torch.stack(gate_up)
+        tensors[f"{at}down_proj"] = torch.stack([t["down"] for t in each])
+    stacked = _rewritten(tmp_path / "stacked", g.folder, tensors)
+    assert torch.equal(_text_logits(stacked, g), _text_logits(g.folder, g))
+
+
+def test_mxfp4_experts_are_their_values(tmp_path):
+    """GPT-OSS with packed experts gives the bits of the same values stored in bfloat16."""
+    g = golden("internvl3_5-gptoss")
+    plain = load_file(g.folder / "model.safetensors")
+    packed = dict(plain)
+    generator = torch.Generator().manual_seed(3)
+    for name in [n for n in plain if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        E, K, N = packed.pop(name).shape
+        blocks = torch.randint(0, 256, (E, N, K // 32, 16), generator=generator).to(torch.uint8)
+        scales = torch.randint(121, 125, (E, N, K // 32), generator=generator).to(torch.uint8)
+        packed[f"{name}_blocks"], packed[f"{name}_scales"] = blocks, scales
+        values = ivr.ops.mxfp4_unpack(blocks, scales, backend="reference")  # [E, N, K]
+        plain[name] = values.transpose(1, 2).contiguous()
+    folders = [_rewritten(tmp_path / "plain", g.folder, plain)]
+    folders.append(_rewritten(tmp_path / "packed", g.folder, packed))
+    config = json.loads((folders[1] / "config.json").read_text())
+    config["llm_config"]["quantization_config"] = {"quant_method": "mxfp4"}
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    first, second = (_text_logits(folder, g) for folder in folders)
+    assert bool(torch.isfinite(first).all())
+    assert torch.equal(first, second)
 
 
 def _logits(folder, dtype="float32"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from internvl_rt import _C, num_threads, ops, set_num_threads
-from internvl_rt.ops import PackedWeight, linear, pack, unpack
+from internvl_rt.ops import PackedWeight, WeightRows, hold, linear, pack, unpack
 from internvl_rt.ops.linear import WeightFormat
 from isas import ISAS, stand_in
 
@@ -124,6 +124,45 @@ def test_pack_joins_weights_side_by_side(make):
     joined = pack([*parts, strided])
     assert torch.equal(joined.data, pack(torch.cat([*parts, strided])).data)
     assert joined.shape == (114, 50)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (70, 33), (97, 453), (320, 1056)])
+def test_rows_in_place_give_the_bits_of_packed_panels(isa, make, dtype, N, K):
+    # One more row in front, odd strides, two parts: as tensors lie in a file.
+    whole = make(N + 4, K + 7).to(dtype)[1:]
+    parts = [whole[: N // 2, 3 : K + 3], whole[N // 2 : N, 2 : K + 2]]
+    held, packed = hold(parts), pack(parts)
+    assert isinstance(held, WeightRows) == (isa == "avx512_bf16" and dtype == torch.bfloat16)
+    assert held.shape == (N, K)
+    assert torch.equal(unpack(held), unpack(packed))
+    x, bias = make(430, K).to(dtype), make(N).to(dtype)
+    for M in (*range(1, 15), 24, 35, 36, 40, 61, 430):
+        expected = linear(x[:M], packed, bias=bias, activation="gelu")
+        assert torch.equal(bits(linear(x[:M], held, bias=bias, activation="gelu")), bits(expected))
+
+
+def test_rows_held_for_another_instruction_set(make):
+    if "avx512_bf16" not in ISAS:
+        pytest.skip("no kernel of this machine reads rows")
+    x, w = make(5, 64).bfloat16(), make(40, 64).bfloat16()
+    try:
+        _C.force_isa("avx512_bf16")
+        held = hold(w)
+        _C.force_isa("portable")
+        assert isinstance(held, WeightRows)
+        assert torch.equal(linear(x, held), linear(x, pack(w)))
+    finally:
+        _C.force_isa("")
+
+
+def test_a_held_weight_is_not_copied(make):
+    if _C.isa() != "avx512_bf16":
+        pytest.skip("the best instruction set of this machine reads packed panels")
+    x, w = make(2, 64).bfloat16(), make(40, 64).bfloat16()
+    held = hold(w)
+    w.zero_()
+    assert not linear(x, held).any()
 
 
 def test_out_may_be_strided_and_may_be_the_residual(isa, make):

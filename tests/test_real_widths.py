@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.internvl import InternVLVisionConfig
+from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 import internvl_rt as ivr
 from internvl_rt import _C
@@ -22,30 +24,93 @@ TEXT = {
 }
 
 
-def build(name):
+def tower(**changes):
+    """InternViT-300M's widths, two layers."""
+    sizes = {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "attention_bias": True,
+        "norm_type": "layer_norm",
+        "use_qk_norm": False,
+    }
+    shape = {"num_hidden_layers": 2, "image_size": [448, 448], "patch_size": [14, 14]}
+    return InternVLVisionConfig(**shape | sizes | changes)
+
+
+def qwen2(name):
     shape = TEXT[name]
-    config = InternVLConfig(
-        vision_config=InternVLVisionConfig(
-            hidden_size=1024,
-            num_hidden_layers=2,
-            num_attention_heads=16,
-            intermediate_size=4096,
-            attention_bias=True,
-            image_size=[448, 448],
-            patch_size=[14, 14],
-            norm_type="layer_norm",
-            use_qk_norm=False,
-        ).to_dict(),
-        text_config=Qwen2Config(
+    return Qwen2Config(
+        vocab_size=1024,
+        hidden_size=shape["hidden_size"],
+        num_hidden_layers=2,
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        intermediate_size=shape["intermediate_size"],
+        rope_theta=1e6,
+        tie_word_embeddings=False,
+    )
+
+
+# Other towers and decoders, whose MLPs are narrow here: it is the attention that is of a new shape.
+WIDE = {
+    "internvit_6b": lambda: (
+        tower(
+            hidden_size=3200,
+            num_attention_heads=25,
+            intermediate_size=3200,
+            attention_bias=False,
+            norm_type="rms_norm",
+            use_qk_norm=True,
+        ),
+        qwen2("qwen2_896"),
+    ),
+    "phi3_3072": lambda: (
+        tower(),
+        Phi3Config(
             vocab_size=1024,
-            hidden_size=shape["hidden_size"],
+            hidden_size=3072,
             num_hidden_layers=2,
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv_heads"],
-            intermediate_size=shape["intermediate_size"],
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            intermediate_size=1024,
+            max_position_embeddings=4096,
+            original_max_position_embeddings=32,  # below the tests' prompts: the long factors
+            pad_token_id=0,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 48,
+                "long_factor": [1 + 0.3 * j for j in range(48)],
+            },
+            tie_word_embeddings=False,
+        ),
+    ),
+    "qwen3_moe_2048": lambda: (
+        tower(),
+        Qwen3MoeConfig(
+            vocab_size=1024,
+            hidden_size=2048,
+            num_hidden_layers=2,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            moe_intermediate_size=64,
+            norm_topk_prob=True,
             rope_theta=1e6,
             tie_word_embeddings=False,
-        ).to_dict(),
+        ),
+    ),
+}
+
+
+def build(name):
+    vision, text = WIDE[name]() if name in WIDE else (tower(), qwen2(name))
+    config = InternVLConfig(
+        vision_config=vision.to_dict(),
+        text_config=text.to_dict(),
         image_token_id=IMAGE_TOKEN,
         tie_word_embeddings=False,
     )
@@ -63,6 +128,15 @@ def build(name):
                 p.copy_(noise * (0.02 if p.dim() > 1 else 0.05))
             p.copy_(p.bfloat16())  # exact in both dtypes
     return model
+
+
+def few_inputs(size=112):
+    """Fewer tokens, and a position embedding that is resized."""
+    ids, pixels = inputs(40)
+    n = (size // 28) ** 2
+    ids[0, 20:] = 7
+    ids[0, 20 : 20 + n] = IMAGE_TOKEN
+    return ids, pixels[:, :, :size, :size].contiguous()
 
 
 @pytest.fixture(scope="module", params=TEXT)
@@ -115,10 +189,7 @@ def test_model_against_transformers_and_references(reference):
 def test_every_instruction_set(reference, isa):
     """Fewer tokens (a resized position embedding): the slow sets run these widths too."""
     _, folder = reference
-    ids, pixels = inputs(40)
-    ids[0, 20:36] = IMAGE_TOKEN
-    ids[0, 36:] = 7
-    pixels = pixels[:, :, :112, :112]
+    ids, pixels = few_inputs()
     _C.force_isa(isa)
     try:
         for dtype, bound in (("float32", 5e-4), ("bfloat16", 0.1)):
@@ -132,3 +203,21 @@ def test_every_instruction_set(reference, isa):
             assert relative(logits, truth) <= bound
     finally:
         _C.force_isa("")
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_other_widths(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    ids, pixels = few_inputs()
+    with torch.no_grad():
+        truth = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+        model.to(torch.bfloat16)
+        own = model(input_ids=ids, pixel_values=pixels.bfloat16(), use_cache=False).logits
+    # A bfloat16 router chooses other experts where two are near: mixtures are judged in float32.
+    bounds = {"float32": 5e-4, "bfloat16": 2 * relative(own, truth) + 0.01}
+    for dtype in ("float32",) if "moe" in name else bounds:
+        logits = ivr.load(tmp_path, dtype=dtype).forward(ids, pixels)
+        assert relative(logits, truth) <= bounds[dtype]
+        plain_torch = ivr.load(tmp_path, dtype=dtype, backend="reference").forward(ids, pixels)
+        assert relative(logits, plain_torch) <= bounds[dtype]

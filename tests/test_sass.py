@@ -31,6 +31,8 @@ class Budget:
 
 
 HMMA, LDSM, LDGSTS = r"\bHMMA\.16816\.F32\.BF16\b", r"\bLDSM\b", r"\bLDGSTS\.E.*\.128\b"
+# 16 bytes past the L1 cache.
+ONCE = r"\bLDG\.E\.NA\.128\.CONSTANT\b"
 # Tensor cores fed by asynchronous copies of 16 bytes.
 MATRIX = (HMMA, LDSM, LDGSTS)
 
@@ -46,7 +48,9 @@ BUDGETS = {
     "linear": (
         # 256 threads: two blocks an SM.
         Budget(r"linear_kernel", registers=128),
-        Budget(r"linear_kernel.*KernelE0ELi\d+ELi\d+ELb1E", registers=128, needs=(HMMA, LOAD)),
+        Budget(
+            r"linear_kernel.*KernelE0ELi\d+ELi\d+ELb1E", registers=128, needs=(HMMA, LOAD, ONCE)
+        ),
         Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb1E", registers=128, needs=MATRIX),
         Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb0E", registers=128, needs=(HMMA, LDSM)),
     ),
@@ -129,3 +133,39 @@ def test_kernels(compiled, arch):
                 assert kernel.count(instruction) > 0, f"{name}: no {instruction}"
             for instruction in budget.lacks:
                 assert kernel.count(instruction) == 0, f"{name}: has {instruction}"
+
+
+BULK = r"""
+#include "kernels/cuda/prim.cuh"
+
+using namespace ivr::cuda;
+
+extern "C" __global__ void bulk_kernel(const float* x, float* y) {
+  IVR_SHARED(float, stage, 256);
+  IVR_SHARED(Barrier, full, 1);
+  if (threadIdx.x == 0) barrier_init(full, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    barrier_expect(full, 1024);
+    copy_bulk(stage, x, 1024, full);
+  }
+  barrier_wait(full, 0);
+  y[threadIdx.x] = stage[threadIdx.x];
+  barrier_arrive(full);
+}
+"""
+
+
+def test_bulk_copies_assemble(tmp_path):
+    # No kernel uses them yet.
+    nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    source, cubin = tmp_path / "bulk.cu", tmp_path / "bulk.cubin"
+    source.write_text(BULK)
+    output(
+        *(nvcc, "-std=c++20", "-O3", "-cubin", "-arch=sm_90a", f"-I{ROOT}"), *(source, "-o", cubin)
+    )
+    kernel = read_kernels(cubin)["bulk_kernel"]
+    assert kernel.count(r"\bUBLKCP\b") == 1
+    assert kernel.count(r"\bSYNCS\b") >= 3

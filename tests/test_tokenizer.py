@@ -101,6 +101,23 @@ def test_typed_token_that_appears_by_normalising(tmp_path):
     assert extra["id"] not in tokenizer.encode_plain(text)
 
 
+def test_words_among_the_added_tokens(tmp_path):
+    """Some conversions list them there; they are typed as they are, unless they are special."""
+    write_json(tmp_path, more=["\u2014\u2014"])
+    tokenizer = load_tokenizer(tmp_path)
+    word = tokenizer.token_id("\u2014\u2014")
+    ids = tokenizer.encode_plain("Hello\u2014\u2014 world")
+    assert word not in ids  # written as a special token
+    path = tmp_path / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["added_tokens"][-1]["special"] = False
+    path.write_text(json.dumps(data), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    hello, world = map(tokenizer.encode_plain, ("Hello", " world"))
+    assert tokenizer.encode_plain("Hello\u2014\u2014 world") == [*hello, word, *world]
+    assert tokenizer.decode([word]) == "\u2014\u2014"
+
+
 def test_markers_are_kept_and_controls_dropped(loaded):
     ours, _ = loaded
     ids = ours.encode_markup("<ref>a</ref><box>[[1]]</box><|im_end|><tool_call>")

@@ -127,7 +127,37 @@ FAMILIES = {
         },
     },
 }
-NATIVE_FAMILIES = ("qwen2", "qwen3", "llama", "phi3")
+FAMILIES["qwen3_moe"] = FAMILIES["qwen3"] | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "num_experts": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "norm_topk_prob": True,
+}
+FAMILIES["gpt_oss"] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 8,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "sliding_window": 24,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "swiglu_limit": 7.0,
+    "max_position_embeddings": 131072,
+    "rope_theta": 150000.0,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
+NATIVE_FAMILIES = ("qwen2", "qwen3", "llama", "phi3", "qwen3_moe", "gpt_oss")
 
 
 def original(family: str = "qwen2") -> dict:
@@ -153,7 +183,7 @@ def _fill(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, t
 
 
 def _layer_shapes(family: str) -> dict[str, tuple[int, ...]]:
-    """One layer: width 32, 4 query heads, 2 kv heads of 8 (Qwen3: 12), MLP 48."""
+    """One layer: width 32, 4 query heads, 2 kv heads of 8 (Qwen3: 12), MLP 48; 3 experts."""
     if family == "internlm2":
         return {
             "attention_norm.weight": (32,),
@@ -164,28 +194,51 @@ def _layer_shapes(family: str) -> dict[str, tuple[int, ...]]:
             "feed_forward.w3.weight": (48, 32),
             "feed_forward.w2.weight": (32, 48),
         }
-    D = 12 if family == "qwen3" else 8
+    D = 12 if family in ("qwen3", "qwen3_moe") else 8
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (32,),
         "self_attn.o_proj.weight": (32, 4 * D),
         "post_attention_layernorm.weight": (32,),
-        "mlp.down_proj.weight": (32, 48),
     }
     if family == "phi3":
         return shapes | {
             "self_attn.qkv_proj.weight": (64, 32),
             "mlp.gate_up_proj.weight": (96, 32),
+            "mlp.down_proj.weight": (32, 48),
         }
     qkv = {"q": 4 * D, "k": 2 * D, "v": 2 * D}
     shapes |= {f"self_attn.{x}_proj.weight": (n, 32) for x, n in qkv.items()}
-    shapes |= {f"mlp.{x}_proj.weight": (48, 32) for x in ("gate", "up")}
-    if family in ("qwen2", "internlm3"):
+    shapes |= _mlp_shapes(family)
+    if family in ("qwen2", "internlm3", "gpt_oss"):
         shapes |= {f"self_attn.{x}_proj.bias": (n,) for x, n in qkv.items()}
     if family == "internlm3":
         shapes |= {"self_attn.o_proj.bias": (32,), "mlp.down_proj.bias": (32,)}
         shapes |= {f"mlp.{x}_proj.bias": (48,) for x in ("gate", "up")}
-    if family == "qwen3":
+    if family == "gpt_oss":
+        shapes |= {"self_attn.o_proj.bias": (32,), "self_attn.sinks": (4,)}
+    if D == 12:
         shapes |= {f"self_attn.{x}_norm.weight": (D,) for x in "qk"}
+    return shapes
+
+
+def _mlp_shapes(family: str) -> dict[str, tuple[int, ...]]:
+    if family == "gpt_oss":
+        return {
+            "mlp.router.weight": (3, 32),
+            "mlp.router.bias": (3,),
+            "mlp.experts.gate_up_proj": (3, 32, 96),
+            "mlp.experts.gate_up_proj_bias": (3, 96),
+            "mlp.experts.down_proj": (3, 48, 32),
+            "mlp.experts.down_proj_bias": (3, 32),
+        }
+    if family != "qwen3_moe":
+        shapes = {f"mlp.{x}_proj.weight": (48, 32) for x in ("gate", "up")}
+        return shapes | {"mlp.down_proj.weight": (32, 48)}
+    shapes = {"mlp.gate.weight": (3, 32)}
+    for e in range(3):
+        at = f"mlp.experts.{e}."
+        shapes |= {f"{at}{x}_proj.weight": (20, 32) for x in ("gate", "up")}
+        shapes[f"{at}down_proj.weight"] = (32, 20)
     return shapes
 
 

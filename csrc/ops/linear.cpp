@@ -49,6 +49,11 @@ void run(const LinearParams& whole, LinearSteps steps) {
   }
 }
 
+// Whether weights may be given as pointers to their rows.
+bool reads_rows(WeightFormat format) {
+  return format == WeightFormat::bf16 && current_isa() == Isa::avx512_bf16;
+}
+
 void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> bias, Activation activation, std::optional<Tensor> residual,
             std::optional<Tensor> scale, std::optional<bool> decode, Tensor out) {
@@ -73,7 +78,14 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
              "packed size");
   check.bind("N", N, "weight");
-  check.tensor("weight", weight, {dtype}, {"P"});
+  const bool in_place = weight.dtype == DType::i64;
+  if (in_place) {
+    check.require(reads_rows(format), "weight is not packed, and this instruction set reads none");
+    check.bind("R", (panel_count(N) + 1) * kPanelColumns, "row pointers");
+    check.tensor("weight", weight, {DType::i64}, {"R"});
+  } else {
+    check.tensor("weight", weight, {dtype}, {"P"});
+  }
   if (x.dtype == DType::bf16) {
     check.tensor("out", out, {DType::bf16, DType::f32}, {"M", "N"});
   } else {
@@ -84,7 +96,8 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   if (residual) check.tensor("residual", *residual, {out.dtype}, {"M", "N"});
   LinearParams p{};
   p.x = x.data;
-  p.weight = weight.data;
+  p.weight = in_place ? nullptr : weight.data;
+  p.rows = in_place ? static_cast<const void* const*>(weight.data) : nullptr;
   p.bias = bias ? bias->data : nullptr;
   p.residual = residual ? residual->data : nullptr;
   p.scale = scale ? scale->data : nullptr;
@@ -159,6 +172,7 @@ IVR_BIND(linear) {
         py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
         py::arg("residual"), py::arg("scale"), py::arg("decode"), py::arg("out"));
   m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("data"));
+  m.def("reads_rows", &reads_rows);
   m.def("packed_size", [](int64_t N, int64_t K, WeightFormat format) {
     return panel_count(N) * panel_size(format, K);
   });

@@ -172,13 +172,13 @@ inline __m512i spread(const void* p, __m512i index) {
 }
 
 // 16 columns of a pair as pairs of bf16.
-inline __m512i load_weights(const Int8Pair* p, const PairScales& by) {
+inline __m512i load_decoded(const Int8Pair* p, const PairScales& by) {
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const F low = with_exponent(spread(p, lane), 0xff00, 15);
   const F high = with_exponent(spread(p + 8, lane), 0xff00, 15);
   return round_pairs(fma(low, by.scale[0], by.offset[0]), fma(high, by.scale[1], by.offset[1]));
 }
-inline __m512i load_weights(const Int4Pair* p, const PairScales& by) {
+inline __m512i load_decoded(const Int4Pair* p, const PairScales& by) {
   const __m512i low_half = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
   const __m512i high_half = _mm512_add_epi32(low_half, _mm512_set1_epi32(8));
   const __m512i mask = _mm512_set1_epi64(0x0000f00000000f00);
@@ -198,7 +198,7 @@ void decode_group(const Code* group, int64_t begin, int64_t end, uint32_t* to) {
     for (int64_t k = begin; k < end; ++k) {
       const Code* at = codes_of(group) + k * kPanelColumns + j;
       if (j == 0) __builtin_prefetch(beside(at, kCodesAhead));
-      _mm512_storeu_si512(to + (k - begin) * kPanelColumns + j, load_weights(at, by));
+      _mm512_storeu_si512(to + (k - begin) * kPanelColumns + j, load_decoded(at, by));
     }
   }
 }

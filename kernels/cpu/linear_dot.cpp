@@ -7,6 +7,10 @@
 // rows of x in L2. One group alone walks several panels at once: weights come from DRAM then, and
 // more streams with prefetch read them faster than one.
 //
+// Rows of W that are not packed are transposed on the way, 16 rows by 16 pairs at a time: in the
+// registers of a group alone, else a piece at a time for all of a chunk's groups. Which changes no
+// bit: sums and their order are the same.
+//
 // Quantised weights become pairs right before they are used: in a small buffer, a piece of a panel
 // for all rows that meet it, or in registers for the fewest rows.
 #include "kernels/cpu/linear_codes.h"
@@ -25,7 +29,7 @@ constexpr int64_t kMostPanels = 4;
 // Part of the result's definition: the same for every M. 12 rows of x are 6 KB, a piece of a panel
 // is 16 KB: both fit L1.
 constexpr int64_t kDepth = 256;
-constexpr int64_t kPieceWords = kDepth / 2 * kPanelColumns;
+constexpr int64_t kPiece = kDepth / 2 * kPanelColumns;  // words of a piece of a panel
 constexpr int64_t kRowStep = 360;  // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;  // 368 KB of partial sums
 constexpr int64_t kFewRows = 36;   // below, the weights pass once, in the order of memory
@@ -33,7 +37,10 @@ constexpr int64_t kAhead = 2048;   // bytes of a stream that are fetched in adva
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t pairs_of(const LinearParams& p) { return (p.K + 1) / 2; }
+// K in pairs, padded with zeros as packed weights are.
+inline int64_t pairs_of(const LinearParams& p) {
+  return ceil_div(p.K, kTileDepth) * (kTileDepth / 2);
+}
 
 template <int Rows, int Panels>
 using Sums = F[Rows][Panels * kPanelVectors];
@@ -81,7 +88,7 @@ template <int Rows, int Panels, class Code>
       for (int v = 0; v < kVectors; ++v) {
         const Code* at = beside(codes, v / kPanelVectors * step) + v % kPanelVectors * kLanes;
         if (v % kPanelVectors == 0) __builtin_prefetch(beside(at, kCodesAhead));
-        b[v] = {load_weights(at, by[v])};
+        b[v] = {load_decoded(at, by[v])};
       }
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
@@ -176,7 +183,7 @@ void plan(LinearParams& p, int threads) {
   p.items = ceil_div(p.M, kGroup);
   p.workspace_size = p.M * pairs_of(p) * 4;
   const int64_t sums = p.row_step * (p.M <= kGroup ? kMostPanels : p.panel_step) * kPanelColumns;
-  p.scratch_size = (kPieceWords + sums) * 4;
+  p.scratch_size = (sums + kPiece) * 4;
 }
 
 // Where the pairs of rows from m on lie, from pair k on: k is a multiple of kDepth / 2, `pairs` the
@@ -185,54 +192,110 @@ inline uint32_t* rows_at(const LinearParams& p, int64_t m, int64_t k, int64_t pa
   return static_cast<uint32_t*>(p.workspace) + k * p.M + m * pairs;
 }
 
-// Pairs [k, k + 16) of up to 16 rows, transposed; zeros beyond K.
-inline void load_square(const bf16* x, int64_t x_m, int64_t rows, int64_t k, int64_t K,
-                        F (&v)[kLanes]) {
+// Pairs [k, k + 16) of 16 rows, transposed; zeros beyond K.
+inline void load_square(const bf16* const* rows, int64_t k, int64_t K, F (&v)[kLanes]) {
   const int64_t n = least(K - 2 * k, 2 * kLanes);
   const __mmask32 some = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+#pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) {
-    v[r] = set(0.0f);
-    if (r < rows) {
-      v[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, x + r * x_m + 2 * k));
-    }
+    v[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, rows[r] + 2 * k));
   }
   transpose(v);
+}
+
+// The same of rows of W, while those of the next panel are fetched.
+inline void load_weights(const bf16* const* rows, int64_t k, int64_t K, F (&v)[kLanes]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) __builtin_prefetch(rows[kPanelColumns + r] + 2 * k, 0, 2);
+  load_square(rows, k, K, v);
+}
+
+// multiply for one panel of rows of W from pair k on, in place.
+template <int Rows>
+void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t k, int64_t pairs, int64_t K,
+                   float* c, bool resume) {
+  for (int v = 0; v < kPanelVectors; ++v) {
+    F acc[Rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) acc[r] = set(0.0f);
+    for (int64_t i = 0; i < pairs; i += kLanes) {
+      F b[kLanes];
+      load_weights(w + v * kLanes, k + i, K, b);
+      const uint32_t* x = a + i * Rows;
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+          acc[r] = dot_pairs(set_pairs(x[j * Rows + r]), as_pairs(b[j]), acc[r]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      float* to = c + r * kPanelColumns + v * kLanes;
+      store(to, resume ? load(to) + acc[r] : acc[r]);
+    }
+  }
+}
+
+using MultiplyRows = void (*)(const uint32_t*, const bf16* const*, int64_t, int64_t, int64_t,
+                              float*, bool);
+
+template <int Rows = kGroup>
+MultiplyRows multiply_rows_for(int64_t rows) {
+  if (rows == Rows) return multiply_rows<Rows>;
+  if constexpr (Rows > 1) return multiply_rows_for<Rows - 1>(rows);
+  return nullptr;
+}
+
+inline const bf16* const* rows_of(const LinearParams& p, int64_t panel) {
+  return reinterpret_cast<const bf16* const*>(p.rows) + panel * kPanelColumns;
+}
+
+// A piece of a panel from pair k on: where it lies, or made from codes or rows.
+template <class W>
+const uint32_t* piece_of(const LinearParams& p, int64_t panel, int64_t k, int64_t pairs,
+                         uint32_t* made) {
+  if constexpr (kIsCode<W>) {
+    decode(panel_at<W>(p, panel, 2 * k), 0, pairs, made);
+    return made;
+  }
+  if (!p.rows) return panel_at<uint32_t>(p, panel, 2 * k);
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
+      F v[kLanes];
+      load_weights(rows_of(p, panel) + j, k + i, p.K, v);
+      float* to = reinterpret_cast<float*>(made + i * kPanelColumns + j);
+      for (int r = 0; r < kLanes; ++r) store(to + r * kPanelColumns, v[r]);
+    }
+  }
+  return made;
 }
 
 void prepare(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t all = pairs_of(p);
   for (int64_t g = begin; g < end; ++g) {
     const int64_t m = g * kGroup, rows = least(p.M - m, kGroup);
-    const bf16* x = static_cast<const bf16*>(p.x) + m * p.x_m;
+    // The places beyond a group's last row are not stored.
+    const bf16* x[kLanes];
+    for (int64_t r = 0; r < kLanes; ++r) {
+      x[r] = static_cast<const bf16*>(p.x) + (m + (r < rows ? r : 0)) * p.x_m;
+    }
     for (int64_t k = 0; k < all; k += kLanes) {
       const int64_t piece = k / (kDepth / 2) * (kDepth / 2);
-      const int64_t n = least(kLanes, all - k);
       float* to = reinterpret_cast<float*>(rows_at(p, m, piece, least(kDepth / 2, all - piece)) +
                                            (k - piece) * rows);
       F v[kLanes];
-      load_square(x, p.x_m, rows, k, p.K, v);
-      for (int64_t i = 0; i < n; ++i) store_n(to + i * rows, v[i], rows);
+      load_square(x, k, p.K, v);
+      for (int64_t i = 0; i < kLanes; ++i) store_n(to + i * rows, v[i], rows);
     }
   }
 }
 
-// A piece of a panel as pairs: where it lies, or decoded.
+// One group meets its panels.
 template <class W>
-const uint32_t* as_pairs(const W* w, int64_t pairs, uint32_t* made) {
-  if constexpr (kIsCode<W>) {
-    decode(w, 0, pairs, made);
-    return made;
-  } else {
-    return w;
-  }
-}
-
-// One group meets its panels; the weights pass once, in the order of memory.
-template <class W>
-void few_rows(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
-              float* sums, uint32_t* made) {
-  const int64_t all = pairs_of(p), step = panel_bytes(p.format, p.K);
-  const int64_t most = m1 - m0 <= kGroup ? panels_at_once<W>(m1 - m0) : 1;
+void one_group(const LinearParams& p, int64_t panel0, int64_t panel1, uint32_t* made, float* sums) {
+  const int64_t all = pairs_of(p), most = panels_at_once<W>(p.M);
   int64_t together;
   for (int64_t panel = panel0; panel < panel1; panel += together) {
     together = panel1 - panel >= most ? most : 1;
@@ -240,42 +303,54 @@ void few_rows(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int
     // At least one piece: the epilogue of a product over nothing.
     for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
       const int64_t pairs = least(kDepth / 2, all - k);
-      const W* w = panel_at<W>(p, panel, 2 * k);
-      if (together > 1) {
-        multiply_for<W>(m1 - m0, together)(rows_at(p, m0, k, pairs), w, step, pairs, sums, stride,
-                                           k > 0);
-        continue;
-      }
-      const uint32_t* one = as_pairs(w, pairs, made);
-      for (int64_t m = m0; m < m1; m += kGroup) {
-        const int64_t rows = least(m1 - m, kGroup);
-        multiply_for<uint32_t>(rows, 1)(rows_at(p, m, k, pairs), one, 0, pairs,
-                                        sums + (m - m0) * stride, stride, k > 0);
+      const uint32_t* x = rows_at(p, 0, k, pairs);
+      if (kIsCode<W> && together == 1) {
+        const uint32_t* w = piece_of<W>(p, panel, k, pairs, made);
+        multiply_for<uint32_t>(p.M, 1)(x, w, 0, pairs, sums, stride, k > 0);
+      } else {
+        const W* w = panel_at<W>(p, panel, 2 * k);
+        multiply_for<W>(p.M, together)(x, w, panel_bytes(p.format, p.K), pairs, sums, stride,
+                                       k > 0);
       }
     }
     for (int64_t i = 0; i < together; ++i) {
-      finish(p, sums + i * kPanelColumns, stride, m0, m1 - m0, (panel + i) * kPanelColumns);
+      finish(p, sums + i * kPanelColumns, stride, 0, p.M, (panel + i) * kPanelColumns);
     }
   }
 }
 
-// A piece of every panel, then the next piece.
-template <class W>
-void many_rows(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
-               float* sums, uint32_t* made) {
+// The same with rows of W in place.
+void one_group_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
   const int64_t all = pairs_of(p);
-  for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
+  const MultiplyRows run = multiply_rows_for(p.M);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
+      const int64_t pairs = least(kDepth / 2, all - k);
+      run(rows_at(p, 0, k, pairs), rows_of(p, panel), k, pairs, p.K, sums, k > 0);
+    }
+    finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
+  }
+}
+
+// A piece of every panel, then the next piece: the rows of x stay in L2. Few rows stay there
+// anyway, and take one panel after the other in the order of memory.
+template <class W>
+void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
+            uint32_t* made, float* sums) {
+  const int64_t all = pairs_of(p), panels = panel1 - panel0;
+  const int64_t pieces = all == 0 ? 1 : ceil_div(all, kDepth / 2);
+  const bool few = m1 - m0 < kFewRows;
+  for (int64_t i = 0; i < pieces * panels; ++i) {
+    const int64_t panel = few ? i / pieces : i % panels;
+    const int64_t k = (few ? i % pieces : i / panels) * (kDepth / 2);
     const int64_t pairs = least(kDepth / 2, all - k);
-    for (int64_t panel = panel0; panel < panel1; ++panel) {
-      const uint32_t* w = as_pairs(panel_at<W>(p, panel, 2 * k), pairs, made);
-      float* to = sums + (panel - panel0) * (m1 - m0) * kPanelColumns;
-      for (int64_t m = m0; m < m1; m += kGroup) {
-        const int64_t rows = least(m1 - m, kGroup);
-        float* c = to + (m - m0) * kPanelColumns;
-        multiply_for<uint32_t>(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns,
-                                        k > 0);
-        if (k + pairs >= all) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
-      }
+    const uint32_t* w = piece_of<W>(p, panel0 + panel, k, pairs, made);
+    for (int64_t m = m0; m < m1; m += kGroup) {
+      const int64_t rows = least(m1 - m, kGroup);
+      float* c = sums + (panel * (m1 - m0) + m - m0) * kPanelColumns;
+      multiply_for<uint32_t>(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns,
+                                      k > 0);
+      if (k + pairs >= all) finish(p, c, kPanelColumns, m, rows, (panel0 + panel) * kPanelColumns);
     }
   }
 }
@@ -284,13 +359,18 @@ template <class W>
 void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   const int64_t panels = panel_count(p.N);
   uint32_t* made = static_cast<uint32_t*>(scratch);
-  float* sums = static_cast<float*>(scratch) + kPieceWords;
+  float* sums = static_cast<float*>(scratch) + kPiece;
   for (int64_t i = begin; i < end; ++i) {
     // Rows go first, so that neighbours in time share weights.
-    const int64_t m = i % p.row_blocks * p.row_step, m1 = least(m + p.row_step, p.M);
-    const int64_t panel = i / p.row_blocks * p.panel_step;
-    const auto rows = m1 - m < kFewRows ? few_rows<W> : many_rows<W>;
-    rows(p, m, m1, panel, least(panel + p.panel_step, panels), sums, made);
+    const int64_t m = i % p.row_blocks * p.row_step, panel = i / p.row_blocks * p.panel_step;
+    const int64_t last = least(panel + p.panel_step, panels);
+    if (p.M > kGroup) {
+      groups<W>(p, m, least(m + p.row_step, p.M), panel, last, made, sums);
+    } else if (p.rows) {
+      one_group_in_place(p, panel, last, sums);
+    } else {
+      one_group<W>(p, panel, last, made, sums);
+    }
   }
 }
 

@@ -122,6 +122,7 @@ struct Pairs {
   __m512i v;
 };
 inline Pairs set_pairs(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
+inline Pairs as_pairs(F bits) { return {_mm512_castps_si512(bits.v)}; }
 inline Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the odd, then the even product of each pair to its lane, rounding after each; denormals
 // count as zero.

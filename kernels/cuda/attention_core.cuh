@@ -14,7 +14,7 @@
 #include <limits>
 
 #include "kernels/attention.h"
-#include "kernels/cuda/prim.cuh"
+#include "kernels/cuda/tiles.cuh"
 
 namespace ivr::cuda {
 
@@ -143,13 +143,6 @@ struct DenseKeys {
 
 // ---- tensor cores -------------------------------------------------------------------------------
 
-// Where chunk c (8 elements) of row r of a tile lies: eight rows' chunks of one column are on
-// different banks.
-template <int kD>
-IVR_DEVICE int tile_offset(int row, int chunk) {
-  return row * kD + (chunk ^ (row & 7)) * 8;
-}
-
 // Asks for keys [first, first + kKeys) of which [begin, end) exist, by kThreads threads. Rows that
 // do not exist become zero. A key that cannot be located gets NaN for its value: whoever looks at
 // it is told.
@@ -256,10 +249,8 @@ IVR_DEVICE void attend_tile(AttentionState<kD, kRowTiles>& s, Shared<bf16> k_til
     if (n >= groups) continue;
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
-      // Matrices: keys 0 to 7 with the two halves of the columns, then keys 8 to 15.
       uint32_t b[4];
-      const int row = n * 16 + lane / 16 * 8 + lane % 8, chunk = 2 * k + lane / 8 % 2;
-      load_matrices<false>(b, k_tile + tile_offset<kD>(row, chunk));
+      load_b<kD>(b, k_tile, n * 16, k);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         mma(score[r][2 * n], s.q[r][k], {b[0], b[1]});
@@ -329,9 +320,8 @@ IVR_DEVICE void attend_tile(AttentionState<kD, kRowTiles>& s, Shared<bf16> k_til
     }
 #pragma unroll
     for (int d = 0; d < kD / 16; ++d) {
-      // Matrices, transposed: keys 0 to 7 and 8 to 15 of 8 columns, then of the next 8.
       uint32_t b[4];
-      load_matrices<true>(b, v_tile + tile_offset<kD>(n * 16 + lane % 16, 2 * d + lane / 16));
+      load_b_transposed<kD>(b, v_tile, n * 16, d);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
         mma(s.out[r][2 * d], weight[r], {b[0], b[1]});

@@ -6,7 +6,7 @@
 //           fragments (16 bytes a lane, no shared memory), and their sums are added in order.
 //   tiles   prefill, bf16: 128x128 or 64x64 outputs a block, 64 k a step, three stages of
 //           asynchronous copies, ldmatrix and mma.sync.
-//   plain   f32: 32x64 outputs a block, multiply-adds.
+//   plain   f32: 32x64 outputs a block, multiply-adds; pieces of 128 k are added in order.
 //
 // Bits       an element is one sum over k whose order depends on the kernel and on K alone: neither
 //            M, nor the shape of a tile, nor alignment changes a row's bits. `rows` and `tiles`
@@ -19,7 +19,7 @@
 #include <cstdio>
 #include <limits>
 
-#include "kernels/cuda/prim.cuh"
+#include "kernels/cuda/tiles.cuh"
 #include "kernels/linear.h"
 
 namespace ivr::cuda {
@@ -41,6 +41,8 @@ constexpr int kLinearRowsWarps = 8;
 constexpr int kLinearDepth = 64;  // k per stage of the tiles kernel
 constexpr int kLinearStages = 3;
 constexpr int kPlainM = 32, kPlainN = 64, kPlainDepth = 16, kPlainThreads = 128;
+// One chain of additions over a K of thousands costs more accuracy than float32 models allow.
+constexpr int kPlainPiece = 128;
 
 // From here on a block of the rows kernel takes 32 columns: x is fetched less often, and there are
 // enough blocks all the same.
@@ -50,9 +52,11 @@ constexpr int64_t kLinearFewTiles = 128;
 
 inline bool linear_supported(const LinearParams& p) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max() / 2;
+  constexpr int64_t kMaxRows =
+      65535 * 16;  // the grid's second dimension, in the least rows a block
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return false;
   if (p.activation == Activation::swiglu) return false;
-  return p.M <= kMax && p.N <= kMax && p.K <= kMax && (p.M + kPlainM - 1) / kPlainM <= 65535;
+  return p.M <= kMaxRows && p.N <= kMax && p.K <= kMax;
 }
 
 inline bool linear_aligned(const LinearParams& p) {
@@ -154,12 +158,13 @@ IVR_DEVICE void store_pair(const LinearParams& p, int m, int n, float v0, float 
 
 // ---- rows: few rows, the weight streams by ------------------------------------------------------
 
-// Eight elements at k of a row of K; zeros where the row or k does not exist.
-template <bool kAligned>
+// Eight elements at k of a row of K; zeros where the row or k does not exist. kOnce: nobody else
+// reads them.
+template <bool kAligned, bool kOnce>
 IVR_DEVICE Vec<bf16> load_depth(const bf16* row, bool exists, int k, int K) {
   if constexpr (!kAligned) return load_elements(row + k, exists ? K - k : 0);
   Vec<bf16> v{};
-  if (exists && k < K) v = load16(row + k);
+  if (exists && k < K) v = kOnce ? load16_once(row + k) : load16(row + k);
   return v;
 }
 
@@ -187,12 +192,12 @@ IVR_DEVICE void linear_rows_block(const LinearParams& p) {
 #pragma unroll
       for (int t = 0; t < kTilesN; ++t) {
         const int n = n0 + t * 8 + lane / 4;
-        w[i][t] = load_depth<kAligned>(weight + n * p.K, n < N, k, K);
+        w[i][t] = load_depth<kAligned, true>(weight + n * p.K, n < N, k, K);
       }
 #pragma unroll
       for (int t = 0; t < kTilesM * 2; ++t) {
         const int m = m0 + t * 8 + lane / 4;
-        a[i][t / 2][t % 2] = load_depth<kAligned>(x + m * p.x_m, m < M, k, K);
+        a[i][t / 2][t % 2] = load_depth<kAligned, false>(x + m * p.x_m, m < M, k, K);
       }
     }
 #pragma unroll
@@ -236,11 +241,6 @@ IVR_DEVICE void linear_rows_block(const LinearParams& p) {
 
 // ---- tiles --------------------------------------------------------------------------------------
 
-// Where chunk c (8 of 64 k) of a tile's row lies.
-IVR_DEVICE int linear_offset(int row, int chunk) {
-  return row * kLinearDepth + (chunk ^ (row & 7)) * 8;
-}
-
 // Asks for rows [first, first + kRows) of `rows` and k to k + 64, by kThreads threads.
 template <int kRows, int kThreads, bool kAligned>
 IVR_DEVICE void load_stage(const bf16* base, int64_t stride, int first, int rows, int k, int K,
@@ -252,7 +252,7 @@ IVR_DEVICE void load_stage(const bf16* base, int64_t stride, int first, int rows
     const int depth = k + chunk * 8;
     const bool exists = first + row < rows && depth < K;
     const bf16* from = base + (exists ? (first + row) * stride + depth : 0);
-    const Shared<bf16> to = tile + linear_offset(row, chunk);
+    const Shared<bf16> to = tile + tile_offset<kLinearDepth>(row, chunk);
     if constexpr (kAligned) {
       copy16_async(to, from, exists);
     } else {
@@ -299,14 +299,10 @@ IVR_DEVICE void linear_tiles_block(const LinearParams& p) {
     for (int k = 0; k < kLinearDepth / 16; ++k) {
       uint32_t a[kTilesM][4], b[kTilesN / 2][4];
 #pragma unroll
-      for (int t = 0; t < kTilesM; ++t) {
-        const int row = warp_m + t * 16 + lane % 16;
-        load_matrices<false>(a[t], a_tile + linear_offset(row, 2 * k + lane / 16));
-      }
+      for (int t = 0; t < kTilesM; ++t) load_a<kLinearDepth>(a[t], a_tile, warp_m + t * 16, k);
 #pragma unroll
       for (int t = 0; t < kTilesN / 2; ++t) {
-        const int row = warp_n + t * 16 + lane / 16 * 8 + lane % 8;
-        load_matrices<false>(b[t], b_tile + linear_offset(row, 2 * k + lane / 8 % 2));
+        load_b<kLinearDepth>(b[t], b_tile, warp_n + t * 16, k);
       }
 #pragma unroll
       for (int tm = 0; tm < kTilesM; ++tm) {
@@ -365,9 +361,17 @@ IVR_DEVICE void linear_plain_block(const LinearParams& p) {
   const float* x = static_cast<const float*>(p.x) + m * p.x_m;
   const float* weight = static_cast<const float*>(p.weight) + n * p.K;
 
-  float sum[4][4] = {};
+  float sum[4][4] = {}, piece[4][4] = {};
+  const auto add_piece = [&] {
+#pragma unroll
+    for (int e = 0; e < 16; ++e) {
+      sum[e / 4][e % 4] += piece[e / 4][e % 4];
+      piece[e / 4][e % 4] = 0.0f;
+    }
+  };
   for (int k = 0; k < K; k += kPlainDepth) {
     if (k > 0) __syncthreads();
+    if (k % kPlainPiece == 0) add_piece();
     stage_transposed<4, kStrideM>(x, m < M, k, K, a_tile, thread % 4 * 4, thread / 4);
     stage_transposed<8, kStrideN>(weight, n < N, k, K, b_tile, thread % 2 * 8, thread / 2);
     __syncthreads();
@@ -377,9 +381,10 @@ IVR_DEVICE void linear_plain_block(const LinearParams& p) {
       unpack(load16_shared(a_tile + i * kStrideM + row), a);
       unpack(load16_shared(b_tile + i * kStrideN + column), b);
 #pragma unroll
-      for (int e = 0; e < 16; ++e) sum[e / 4][e % 4] += a[e / 4] * b[e % 4];
+      for (int e = 0; e < 16; ++e) piece[e / 4][e % 4] += a[e / 4] * b[e % 4];
     }
   }
+  add_piece();
 #pragma unroll
   for (int e = 0; e < 16; ++e) {
     const int i = m0 + row + e / 4, j = n0 + column + e % 4;

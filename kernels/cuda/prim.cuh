@@ -152,6 +152,21 @@ IVR_DEVICE Vec<T> load16(const T* p) {
   return {{bits.x, bits.y, bits.z, bits.w}};
 }
 
+// The same for memory that no kernel writes meanwhile and that nobody reads again: it passes by the
+// L1 cache.
+template <typename T>
+IVR_DEVICE Vec<T> load16_once(const T* p) {
+#if defined(__CUDACC__)
+  Vec<T> v;
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.words[0]), "=r"(v.words[1]), "=r"(v.words[2]), "=r"(v.words[3])
+      : "l"(p));
+  return v;
+#else
+  return load16(p);
+#endif
+}
+
 template <typename T>
 IVR_DEVICE void store16(T* p, const Vec<T>& v) {
   store_raw(p, Bits128{v.words[0], v.words[1], v.words[2], v.words[3]});

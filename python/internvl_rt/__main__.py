@@ -146,7 +146,8 @@ def _check_draw(options: argparse.Namespace) -> None:
     """Before a model is loaded for nothing."""
     from PIL import Image
 
-    if len(options.image) != 1 or options.question is None or options.show_prompt:
+    one = len(options.image) == 1 and options.video is None
+    if not one or options.question is None or options.show_prompt:
         raise ValueError("--draw needs one picture (-i) and a question on the command line")
     known = Image.registered_extensions()
     if Path(options.draw).suffix.lower() not in known:

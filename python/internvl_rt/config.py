@@ -32,7 +32,7 @@ _MAX_PATCH_SIZE = 1 << 10
 _MAX_TILES = 1 << 10
 _MAX_TOKEN_ID = (1 << 31) - 1
 _MAX_HEAD_DIM = 256
-_MAX_EXPERTS = 1 << 12
+_MAX_EXPERTS = 1 << 9
 _REQUIRED: Any = object()
 
 
@@ -506,11 +506,8 @@ def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig | 
     def size(key: str, high: int) -> int:
         return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)
 
-    for key, supported in (
-        ("decoder_sparse_step", 1),
-        ("swiglu_limit", 7),
-        ("swiglu_alpha", 1.702),
-    ):
+    only = {"decoder_sparse_step": 1, "swiglu_limit": 7, "swiglu_alpha": 1.702}
+    for key, supported in only.items():
         if section.number(key, 0, 1e6, supported) != supported:
             section.wrong(key, f"{supported}")
     if section.data.get("mlp_only_layers"):

@@ -25,14 +25,14 @@ class Linear:
     ) -> None:
         """quant: "int8" or "int4" quantises the weights, None keeps them in dtype."""
         self.ops = opset
-        if quant is None:
-            weights = [w.to(dtype) for w in weights]
-        if opset.choice("linear") == "native":
-            self.weight: Any = ops.pack(weights, quant=quant)
-        elif quant is None:
-            self.weight = torch.cat(list(weights))
+        if quant is not None:
+            packed = ops.pack(weights, quant=quant)
+            native = opset.choice("linear") == "native"
+            self.weight: Any = packed if native else ops.unpack(packed).to(dtype)
+        elif opset.choice("linear") == "native":
+            self.weight = ops.hold([w.to(dtype) for w in weights])
         else:
-            self.weight = ops.unpack(ops.pack(weights, quant=quant)).to(dtype)
+            self.weight = torch.cat([w.to(dtype) for w in weights])
         self.bias = None if biases is None else torch.cat([b.to(dtype) for b in biases])
 
     def __call__(self, x: Tensor, **epilogue: Any) -> Tensor:

@@ -46,7 +46,8 @@ class Parameters:
     def linear(self, name: str) -> tuple[list[Tensor], list[Tensor] | None]:
         """(weights, biases) of a layer, to be stacked along their rows; biases None without any.
 
-        Views of the file, good until the next call.
+        Views of the file, whose pages are let go at the next call: whoever keeps a view reads them
+        again.
         """
         names = [n for n in (f"{name}.weight", f"{name}.bias") if n in self._sources]
         self._begin(names)

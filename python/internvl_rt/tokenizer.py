@@ -123,10 +123,10 @@ class LibraryVocabulary:
         backend.no_truncation()  # some files keep the limits of their training
         backend.no_padding()
         self._backend = backend
-        added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
-        self._added = _alternatives(added)
+        added = backend.get_added_tokens_decoder().values()
+        self._added = _alternatives(token.content for token in added)
         # Some conversions list words of the vocabulary among the added tokens.
-        words = [token for token in added if is_word(token) and token not in CONTROL_TOKENS]
+        words = [t.content for t in added if is_word(t.content) and not t.special]
         self._words = re.compile(f"({_alternatives(words).pattern})")
         self.size = backend.get_vocab_size(with_added_tokens=True)
 
@@ -299,10 +299,11 @@ class IdWriter:
         for piece in pieces:
             if isinstance(piece, str):
                 self._text.append(piece)
-            else:
+                continue
+            if self._text:
                 self._flush(piece)
-                self._ids.append(piece)
-                self._last = piece
+            self._ids.append(piece)
+            self._last = piece
 
     def place(self, token_id: int) -> int:
         """How many ids there will be before `token_id`, if that is written next."""

@@ -708,6 +708,8 @@ def _match(
     result: dict[str, Source] = {}
     for row in rows:
         for name, shape in zip(row.source.names, row.stored, strict=True):
+            if name in known:  # a stack of experts: every one of them names it
+                continue
             known.add(name)
             if name not in checkpoint:
                 if row.used:

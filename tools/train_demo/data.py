@@ -66,7 +66,8 @@ class Plan:
 def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, Any]:
     """Arrays of one batch: pixels, kinds, colours and, for scenes, before, after and answers.
 
-    pixels uint8 [B, S, S, 3]; for tiles also tiles [B, t, S, S, 3], the thumbnail not among them.
+    pixels uint8 [B, S, S, 3]; where there is more than one tile also tiles [B, t, S, S, 3], the
+    thumbnail not among them.
     """
     rng = np.random.default_rng([plan.seed, *plan.name.encode(), index])
     source = plan.sources[index % len(plan.sources)]
@@ -84,7 +85,9 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
         [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
     )
     if source.kind == "tiles":
-        arrays["tiles"] = np.stack([tiles_of(p.pixels, source.side) for p in drawn])
+        tiles = np.stack([tiles_of(p.pixels, source.side) for p in drawn])
+        if tiles.shape[1] > 0:  # else one tile does, and it is the thumbnail
+            arrays["tiles"] = tiles
     arrays["before"] = np.array([t.before for t in talks])
     arrays["after"] = pad([t.after for t in talks], 0)
     arrays["answers"] = pad([t.answers for t in talks], False)

@@ -52,7 +52,13 @@ _SMALL, _LARGE = data.Source("scene", 112, 64), data.Source("scene", 224, 20)
 _THUMBNAILS, _TILES = data.Source("thumbnail", 224, 20), data.Source("tiles", 224, 4)
 _TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
 _TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
-_ALL = {"vision_model.": 4e-4, "dense.": 4e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
+_ALL = {
+    "vision_model.embeddings.position_embedding": 4e-3,  # small at first, and relations need it
+    "vision_model.": 4e-4,
+    "dense.": 2e-3,
+    "mlp1.": 1e-3,
+    "language_model.": 1e-3,
+}
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),

@@ -8,7 +8,7 @@ from internvl_rt.ops.flash_attention import flash_attention
 from internvl_rt.ops.gated_activation import gated_activation
 from internvl_rt.ops.grouped_linear import PackedExperts, grouped_linear, pack_experts
 from internvl_rt.ops.layer_norm import layer_norm
-from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.linear import PackedWeight, WeightRows, hold, linear, pack, unpack
 from internvl_rt.ops.moe_combine import moe_combine
 from internvl_rt.ops.moe_route import Routing, moe_route
 from internvl_rt.ops.mxfp4_unpack import mxfp4_unpack
@@ -26,11 +26,13 @@ __all__ = [
     "PackedExperts",
     "PackedWeight",
     "Routing",
+    "WeightRows",
     "catalogue",
     "embed_scatter",
     "flash_attention",
     "gated_activation",
     "grouped_linear",
+    "hold",
     "layer_norm",
     "linear",
     "moe_combine",

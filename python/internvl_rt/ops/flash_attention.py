@@ -156,7 +156,7 @@ def _case(
     sinks: torch.dtype | bool = False,
     prefix: Sequence[int] | None = None,
     scale: float | None = None,
-    **flags: bool,
+    **flags: Any,
 ) -> Case:
     H, K = heads
 
@@ -235,6 +235,9 @@ _op = register(
                 bench=True,
                 slow=True,
             ),
+            # One head of the ViT, small enough for an emulator.
+            _case("internvit_300m_head", [1025], (1, 1), 64, dtypes=(torch.bfloat16,)),
+            _case("qwen2_0.5b_group", [160], (7, 1), 64, causal=True, dtypes=(torch.bfloat16,)),
             _case("internvit_6b", [257], (25, 25), 128, bench=True, slow=True),
             _case("internvit_300m", [1025], (16, 16), 64, bench=True, slow=True),
             _case("qwen2_0.5b_prefill", [320], (14, 2), 64, causal=True, bench=True, slow=True),

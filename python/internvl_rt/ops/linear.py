@@ -44,6 +44,67 @@ class PackedWeight:
         return self.format in quantise.FORMATS.values()
 
 
+@dataclass(frozen=True)
+class WeightRows:
+    """A weight [n, k] that stays where it is, as in a mapped file.
+
+    parts: the tensors whose rows, one after the other, are the weight's; pointers: int64, where
+    each row lies, padded to whole panels and one more.
+    """
+
+    parts: tuple[Tensor, ...]
+    pointers: Tensor
+    n: int
+    k: int
+    format: WeightFormat
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n, self.k
+
+    @property
+    def data(self) -> Tensor:
+        return self.pointers
+
+
+# What a product takes; a plain tensor is held anew in every call.
+Weight = Tensor | PackedWeight | WeightRows
+
+
+def hold(weight: Tensor | Sequence[Tensor]) -> PackedWeight | WeightRows:
+    """The weight in the form that the current instruction set reads best.
+
+    Where its kernel reads rows as fast as packed panels nothing is copied, so that a mapped file
+    costs neither time nor memory of its own; else the weight is packed. Arguments as of `pack`.
+    """
+    weights = _joinable(weight)
+    first = weights[0]
+    in_place = all(
+        w.dtype == first.dtype and w.device.type == "cpu" and (w.stride(1) == 1 or w.shape[1] < 2)
+        for w in weights
+    )
+    if not (in_place and first.dtype in _FORMATS and _C.reads_rows(_FORMATS[first.dtype])):
+        return pack(weights)
+    n, k = sum(w.shape[0] for w in weights), first.shape[1]
+    rows = torch.cat(
+        [torch.arange(len(w)) * (w.stride(0) * w.element_size()) + w.data_ptr() for w in weights]
+    )
+    pointers = torch.zeros((-(-n // PANEL) + 1) * PANEL, dtype=torch.int64)
+    if n:
+        pointers[:n], pointers[n:] = rows, rows[0]
+    return WeightRows(tuple(weights), pointers, n, k, _FORMATS[first.dtype])
+
+
+def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    if not weights:
+        raise ValueError("pack: got no weight, expected at least one")
+    for w in weights:
+        if w.dim() != 2 or w.shape[1] != weights[0].shape[-1]:
+            raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
+    return weights
+
+
 def pack(
     weight: Tensor | Sequence[Tensor], *, quant: str | None = None, out: Tensor | None = None
 ) -> PackedWeight:
@@ -58,13 +119,8 @@ def pack(
     Raises ValueError for shapes, dtypes or formats that do not fit, and for NaN or infinite weights
     that should be quantised.
     """
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
-    if not weights:
-        raise ValueError("pack: got no weight, expected at least one")
+    weights = _joinable(weight)
     first = weights[0]
-    for w in weights:
-        if w.dim() != 2 or w.shape[1] != first.shape[-1]:
-            raise ValueError(f"pack: weight has shape {list(w.shape)}, expected [N, K] with one K")
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
     size = packed_size(n, k, quant or first.dtype)
     if quant is not None:
@@ -109,8 +165,10 @@ def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:
     return _C.packed_size(n, k, _FORMATS[kind])
 
 
-def unpack(weight: PackedWeight) -> Tensor:
+def unpack(weight: PackedWeight | WeightRows) -> Tensor:
     """The weight [n, k] again; a quantised one as code * scale in float32."""
+    if isinstance(weight, WeightRows):
+        return torch.cat(weight.parts)
     if weight.quantised:
         parts = quantise.unpack_quantised(weight.data, weight.n, weight.k, weight.format)
         return quantise.dequantise(*parts)[:, : weight.k]
@@ -125,7 +183,7 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 def linear(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Weight,
     *,
     bias: Tensor | None = None,
     activation: str = "none",
@@ -140,9 +198,9 @@ def linear(
 
     x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others;
         on CUDA that holds within a phase.
-    weight: [N, K] of x's dtype, from `pack`; a plain tensor is packed in every call, which costs
-        more than the product itself where M is small. Quantised, its codes times scales take part,
-        rounded to bfloat16 where the instruction set multiplies bfloat16.
+    weight: [N, K] of x's dtype, from `hold` or `pack`; a plain tensor is held anew in every call,
+        which costs more than the product itself where M is small. Quantised by `pack`, its codes
+        times scales take part, rounded to bfloat16 where the instruction set multiplies bfloat16.
     bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
     activation: "none", "gelu" (exact), "silu"; "swiglu" is not implemented.
     residual: [M, N], dtype of the result.
@@ -171,7 +229,9 @@ def linear(
         )
         return give("linear", result, out)
     if isinstance(weight, Tensor):
-        weight = pack(weight)
+        weight = hold(weight)
+    elif isinstance(weight, WeightRows) and not _C.reads_rows(weight.format):
+        weight = pack(weight.parts)
     if out is None:
         out = torch.empty(
             (x.shape[0] if x.dim() == 2 else 0, weight.n),
@@ -198,7 +258,7 @@ def linear(
 
 def reference(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Weight,
     *,
     bias: Tensor | None = None,
     activation: str = "none",
@@ -206,7 +266,7 @@ def reference(
     scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    w = unpack(weight) if isinstance(weight, PackedWeight) else weight
+    w = weight if isinstance(weight, Tensor) else unpack(weight)
     w = w.to(x.dtype)
     if out_dtype is not None and x.dtype != torch.float64 and out_dtype != x.dtype:
         x, w = x.to(out_dtype), w.to(out_dtype)
@@ -225,7 +285,7 @@ def reference(
 
 def cost(
     x: Tensor,
-    weight: Tensor | PackedWeight,
+    weight: Weight,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.linear import PackedWeight, linear, pack, unpack
+from internvl_rt.ops.linear import Weight, linear, pack, unpack
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, catalogue, give, register
 
 _VERSIONS = ("v2", "v1")
@@ -19,9 +19,9 @@ def pixel_unshuffle_mlp(
     x: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
-    w1: Tensor | PackedWeight,
+    w1: Weight,
     b1: Tensor,
-    w2: Tensor | PackedWeight,
+    w2: Weight,
     b2: Tensor,
     *,
     grid: tuple[int, int],
@@ -82,9 +82,9 @@ def reference(
     x: Tensor,
     ln_weight: Tensor,
     ln_bias: Tensor,
-    w1: Tensor | PackedWeight,
+    w1: Weight,
     b1: Tensor,
-    w2: Tensor | PackedWeight,
+    w2: Weight,
     b2: Tensor,
     *,
     grid: tuple[int, int],
@@ -98,11 +98,16 @@ def reference(
     order = (0, 1, 3, 2, 4, 5) if version == "v2" else (0, 3, 1, 2, 4, 5)
     rows = cells.permute(order).reshape(tiles, (h // r) * (w // r), r * r * C)
     rows = F.layer_norm(rows, rows.shape[-1:], ln_weight, ln_bias, eps)
-    w1, w2 = (unpack(v) if isinstance(v, PackedWeight) else v for v in (w1, w2))
+    w1, w2 = (v if isinstance(v, Tensor) else unpack(v) for v in (w1, w2))
     return F.linear(F.gelu(F.linear(rows, w1.to(x.dtype), b1)), w2.to(x.dtype), b2)
 
 
-def cost(x: Tensor, w1: Tensor | PackedWeight, w2: Tensor | PackedWeight, **_: Any) -> Cost:
+def cost(
+    x: Tensor,
+    w1: Weight,
+    w2: Weight,
+    **_: Any,
+) -> Cost:
     (h1, width), h2 = w1.shape, w2.shape[0]
     rows = x.numel() // max(width, 1)
     weights = h1 * width + h2 * h1

@@ -49,12 +49,14 @@ def rope(
     """
     run = _op.face(backend)
     if run is None:
-        y, keys, values = reference(
-            q, k, v, positions, inv_freq, scale, sequence, k_cache, v_cache, slots
-        )
+        # A reference is pure and a cache may be large: it sees the pages that are written to.
+        P, stored = k_cache.shape[2], slots >= 0
+        pages, place = torch.unique(slots[stored] // P, return_inverse=True)
+        local = slots.masked_scatter(stored, place * P + slots[stored] % P)
+        caches = (k_cache[pages], v_cache[pages])
+        y, keys, values = reference(q, k, v, positions, inv_freq, scale, sequence, *caches, local)
         result = give("rope", y, out)
-        k_cache.copy_(keys)
-        v_cache.copy_(values)
+        k_cache[pages], v_cache[pages] = keys, values
         return result
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)

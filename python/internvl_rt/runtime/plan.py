@@ -26,7 +26,7 @@ GIB = 1 << 30
 class MemoryPlan:
     """Bytes, but for kv_tokens."""
 
-    weights: int  # packed, in memory
+    weights: int  # packed, or read in place from the file: page cache then
     mapped: int  # the embedding table: read from the file row by row
     kv_per_token: int
     kv_tokens: int  # capacity of the cache

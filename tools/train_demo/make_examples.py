@@ -1,0 +1,84 @@
+"""Draws the pictures of examples/ and writes their questions and true answers beside them.
+
+python tools/train_demo/make_examples.py examples
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+import world
+
+
+def _paper(width: int, height: int, colour: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (width, height), colour)
+    return image, ImageDraw.Draw(image)
+
+
+def number() -> Image.Image:
+    image, draw = _paper(224, 224, "#fbf6e9")
+    face = ImageFont.truetype(str(world.fonts(held_out=True)[-1]), 84)
+    draw.text((112, 112), "4821", font=face, fill="#1d3f8f", anchor="mm")
+    return image
+
+
+def star() -> Image.Image:
+    big, draw = _paper(896, 896, "#eef4ff")
+    points = [(448, 120), (528, 360), (784, 364), (580, 516), (654, 762)]
+    points += [(448, 614), (242, 762), (316, 516), (112, 364), (368, 360)]
+    draw.polygon(points, fill="#d3202a")
+    return big.resize((224, 224), Image.Resampling.BOX)
+
+
+def circles() -> Image.Image:
+    big, draw = _paper(1280, 1280, "#f6fff4")
+    for x, y, r in ((320, 330, 130), (900, 260, 150), (430, 900, 150), (960, 860, 140)):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill="#1f8f3a")
+    return big.resize((320, 320), Image.Resampling.BOX)
+
+
+def pair() -> Image.Image:
+    big, draw = _paper(896, 896, "#fffaf2")
+    draw.rectangle((120, 380, 340, 600), fill="#2454d6")
+    draw.polygon([(660, 350), (800, 610), (520, 610)], fill="#ff8a00")
+    return big.resize((224, 224), Image.Resampling.BOX)
+
+
+def flower() -> Image.Image:
+    image, _ = _paper(480, 360, "#e8f1fb")
+    names, sprites = world.emoji()
+    sprite = Image.fromarray(sprites[names.index("sunflower")])
+    sprite = sprite.resize((256, 256), Image.Resampling.LANCZOS)
+    image.paste(sprite, (112, 52), sprite)
+    return image
+
+
+EXAMPLES = {
+    "number.png": (number, "What number is written here?", "4821"),
+    "star.png": (star, "What shape is it and what colour?", "red star"),
+    "circles.png": (circles, "How many circles are there?", "4"),
+    "pair.png": (pair, "Is the square left or right of the triangle?", "left"),
+    "flower.png": (flower, "What is in the picture?", "a sunflower"),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    entries = []
+    for name, (draw, question, answer) in EXAMPLES.items():
+        draw().save(folder / name, optimize=True)
+        entries.append({"picture": name, "question": question, "answer": answer})
+    text = json.dumps(entries, indent=1) + "\n"
+    (folder / "answers.json").write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
