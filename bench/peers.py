@@ -55,7 +55,7 @@ def linear(
     epilogues = {"none": lambda y: y, "gelu": F.gelu, "silu": F.silu}
     if activation not in epilogues:
         return None
-    w, epilogue = _plain(weight), epilogues[activation]
+    w, epilogue = _plain(weight).to(x.dtype), epilogues[activation]
 
     def call() -> Tensor:
         y = epilogue(F.linear(x, w, bias))

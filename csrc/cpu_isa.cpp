@@ -49,7 +49,7 @@ bool detect(Isa isa) {
     case Isa::amx_emulated:
       return avx512;
     case Isa::amx:
-      return avx512 && has_amx();
+      return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();
   }
   return false;
 #else

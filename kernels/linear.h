@@ -9,6 +9,11 @@
 // bf16: [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32. A pair of k stands together: 16 pairs
 // of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one 512-bit
 // load, whose low halves are the even and whose high halves are the odd k.
+// int8, int4: [ceil(N/32)][ceil(K/64)] groups of 64 k. A group is 32 scales in bf16, then the codes
+// in the order of the bf16 layout, [32][32][2]: int8 a byte q + 128 each, int4 a byte for the pair,
+// q + 8 of the even k in its low half. A weight is q * scale, exact in fp32, rounded to bf16 where
+// a product's operands are: the product is that of the dequantised weight, bit for bit. Scales are
+// bf16 because codes are chosen for the rounded scale: nothing is lost, and int4 moves 6 % less.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
@@ -29,11 +34,30 @@ constexpr int64_t kPanelColumns = 32;
 constexpr int64_t kTileDepth = 32;  // k per bf16 matrix tile
 
 constexpr int64_t panel_count(int64_t N) { return (N + kPanelColumns - 1) / kPanelColumns; }
-// Elements of one panel.
+constexpr int64_t kQuantGroup = 64;                 // k that share a scale
+constexpr int64_t kScaleBytes = kPanelColumns * 2;  // of a group
+
+constexpr bool is_quantised(WeightFormat format) {
+  return format == WeightFormat::int8 || format == WeightFormat::int4;
+}
+// Elements of one panel; bytes where it is quantised.
 constexpr int64_t panel_size(WeightFormat format, int64_t K) {
-  const int64_t depth =
-      format == WeightFormat::bf16 ? (K + kTileDepth - 1) / kTileDepth * kTileDepth : K;
-  return depth * kPanelColumns;
+  const int64_t groups = (K + kQuantGroup - 1) / kQuantGroup;
+  switch (format) {
+    case WeightFormat::int8:
+      return groups * (kScaleBytes + kQuantGroup * kPanelColumns);
+    case WeightFormat::int4:
+      return groups * (kScaleBytes + kQuantGroup * kPanelColumns / 2);
+    case WeightFormat::bf16:
+      return (K + kTileDepth - 1) / kTileDepth * kTileDepth * kPanelColumns;
+    default:
+      return K * kPanelColumns;
+  }
+}
+
+constexpr int64_t panel_bytes(WeightFormat format, int64_t K) {
+  const int64_t size = format == WeightFormat::f32 ? 4 : format == WeightFormat::bf16 ? 2 : 1;
+  return panel_size(format, K) * size;
 }
 
 struct LinearParams {
@@ -49,8 +73,9 @@ struct LinearParams {
   int64_t M, N, K;
   int64_t x_m, residual_m, out_m;  // row strides in elements
   Activation activation;           // none, gelu (exact) or silu
-  DType dtype;                     // f32 or bf16: of x, weight, bias and scale
+  DType dtype;                     // f32 or bf16: of x, bias and scale
   DType out_dtype;                 // of out and residual: dtype, or f32
+  WeightFormat format;             // of weight: dtype's, int8 or int4
   bool decode;                     // CUDA: the kernel for few rows, whatever M is
 
   // Filled in by `plan`. Work is cut into chunks of row_step rows by panel_step panels.

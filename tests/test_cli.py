@@ -117,6 +117,8 @@ def test_interrupt_ends_quietly(chat_folder):
         (["chat", "{folder}", "Hello", "--temperature", "-1"], "temperature is -1"),
         (["chat", "{folder}", "Hello", "--device", "cuda"], "device is 'cuda'"),
         (["chat", "{folder}", ""], "question is empty"),
+        (["chat", "{folder}", "Hello", "--quant", "int3"], "quant is 'int3', allowed: int8, int4"),
+        (["info", "--plan", "{folder}", "--quant", "q4"], "quant is 'q4', allowed: int8, int4"),
         (["bench", "--op", "no_such_op"], "no_such_op"),
         (["info", "--plan", "/no/such/model"], "/no/such/model"),
     ],
@@ -136,6 +138,15 @@ def test_info_and_plan(chat_folder):
     assert "weights, packed" in plan.stdout
     again = run("info", "--plan", chat_folder / "config.json").stdout
     assert again.splitlines()[:4] == plan.stdout.splitlines()[:4]  # below: what memory is free
+
+
+def test_a_quantised_model(chat_folder):
+    done = run("chat", chat_folder, "Hello world", "--quant", "int4", "--max-new-tokens", 6)
+    assert done.returncode == 0, done.stderr
+    expected = ivr.load(chat_folder, quant="int4").chat("Hello world", max_new_tokens=6)
+    assert done.stdout.strip() == expected
+    plan = run("info", "--plan", chat_folder, "--quant", "int8").stdout
+    assert "bfloat16+int8" in plan.splitlines()[1]
 
 
 def test_ops_lists_the_catalogue():

@@ -145,6 +145,7 @@ CATALOGUE = [
     for o, c, d in all_cases()
     if o.name in emulated.PARAMS
     and c.name not in TOO_LARGE
+    and not c.cpu_only
     and not (o.name in HEAVY and (c.slow or (c.bench and d == torch.float32)))
 ]
 

@@ -225,7 +225,7 @@ def test_refusals(change, message):
 
 
 def test_formats_to_come_are_refused():
-    weight = PackedWeight(torch.zeros(256, dtype=torch.uint8), 4, 8, WeightFormat.int8)
+    weight = PackedWeight(torch.zeros(256, dtype=torch.uint8), 4, 8, WeightFormat.fp8)
     with pytest.raises(ValueError, match="linear: weight format is not implemented"):
         linear(torch.zeros(2, 8), weight)
     with pytest.raises(ValueError, match=r"pack: weight is torch\.float16"):

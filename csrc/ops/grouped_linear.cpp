@@ -123,6 +123,7 @@ LinearParams product(const GroupedLinearParams& g, int64_t e, int64_t m, int64_t
   p.x_m = g.x_r;
   p.out_m = g.out_m;
   p.dtype = p.out_dtype = g.dtype;
+  p.format = format;
   return p;
 }
 

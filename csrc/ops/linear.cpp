@@ -63,13 +63,18 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
                 "x has shape " + x.shape_text() + ", expected [M, K=" + std::to_string(K) +
                     "] (K from weight [" + std::to_string(N) + ", " + std::to_string(K) + "])");
   check.require(N >= 0, "weight has N=" + std::to_string(N) + ", expected N >= 0");
-  check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
-                "weight format is not implemented, available: f32, bf16");
+  check.require(format != WeightFormat::fp8,
+                "weight format is not implemented, available: f32, bf16, int8, int4");
   check.require(activation != Activation::swiglu,
                 "activation 'swiglu' is not implemented, available: none, gelu, silu");
-  const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
-  check.require(x.dtype == dtype, std::string("x is ") + name_of(x.dtype) +
-                                      ", expected the weight's " + name_of(dtype));
+  const DType dtype = is_quantised(format)          ? DType::u8
+                      : format == WeightFormat::f32 ? DType::f32
+                                                    : DType::bf16;
+  check.require(
+      x.dtype == dtype || is_quantised(format),
+      std::string("x is ") + name_of(x.dtype) + ", expected the weight's " + name_of(dtype));
+  check.require(x.device == Device::cpu || !is_quantised(format),
+                "quantised weights are for the CPU, x is on a CUDA device");
   check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
              "packed size");
   check.bind("N", N, "weight");
@@ -106,10 +111,11 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.activation = activation;
   p.dtype = x.dtype;
   p.out_dtype = out.dtype;
+  p.format = format;
   p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return;
   if (ran_on_cuda(check, IVR_CUDA_KERNEL(linear), p, x)) return;
-  run(p, linear_steps(dtype));
+  run(p, linear_steps(x.dtype));
 }
 
 // The rows of several weights one after the other, packed into data.

@@ -7,8 +7,12 @@
 // rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a step walks several
 // panels at once: weights come from DRAM then, and more streams with prefetch read them faster than
 // one (30 % measured).
+//
+// Quantised weights become fp32 in a small buffer before they are used, as bf16 ones do where many
+// rows meet them.
 #include "kernels/linear.h"
 
+#include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
 
@@ -65,23 +69,20 @@ inline void accumulate(const float* x, bool fused, const F* b, F* acc) {
   for (int v = 0; v < Vectors; ++v) acc[v] = fma(a, b[v], acc[v]);
 }
 
-// c[Rows][Vectors * kLanes] (+)= a[K][Rows]^T * w[K][...]. The vectors lie next to each other in
-// the panel at w, then in the panels that follow it.
 template <int Rows, int Vectors>
-void multiply(const float* a, const float* w, int64_t panel_size, int64_t K, float* c, int64_t c_m,
-              bool resume, bool stream) {
-  F acc[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) acc[r][v] = set(0.0f);
-  }
+using Sums = F[Rows][Vectors];
+
+// acc += a[K][Rows]^T * w[K][...]. The vectors lie next to each other in the panel at w, then in
+// the panels that follow it, `step` bytes apart.
+template <int Rows, int Vectors>
+[[gnu::always_inline]] inline void walk(const float* a, const float* w, int64_t step, int64_t K,
+                                        bool stream, Sums<Rows, Vectors>& acc) {
 #pragma GCC unroll 4
   for (int64_t k = 0; k < K; ++k) {
     F b[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      const float* at = w + (v / kPanelVectors) * panel_size + (v % kPanelVectors) * kLanes;
+      const float* at = beside(w, v / kPanelVectors * step) + (v % kPanelVectors) * kLanes;
       if (stream) __builtin_prefetch(at + kPrefetchBytes<Vectors> / 4);
       b[v] = load(at);
     }
@@ -92,30 +93,16 @@ void multiply(const float* a, const float* w, int64_t panel_size, int64_t K, flo
     a += Rows;
     w += kPanelColumns;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) {
-      float* to = c + r * c_m + v * kLanes;
-      store(to, resume ? load(to) + acc[r][v] : acc[r][v]);
-    }
-  }
 }
 
 template <int Rows, int Vectors>
-void multiply(const float* a, const bf16* w, int64_t panel_size, int64_t K, float* c, int64_t c_m,
-              bool resume, bool stream) {
-  F acc[Rows][Vectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) acc[r][v] = set(0.0f);
-  }
+[[gnu::always_inline]] inline void walk(const float* a, const bf16* w, int64_t step, int64_t K,
+                                        bool stream, Sums<Rows, Vectors>& acc) {
   for (int64_t k = 0; k < K; k += 2) {
     F even[Vectors], odd[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
-      const bf16* at = w + (v / kPanelVectors) * panel_size + (v % kPanelVectors) * kLanes * 2;
+      const bf16* at = beside(w, v / kPanelVectors * step) + (v % kPanelVectors) * kLanes * 2;
       if (stream) __builtin_prefetch(at + kPrefetchBytes<Vectors> / 2);
       load_pairs(at, even[v], odd[v]);
     }
@@ -130,6 +117,34 @@ void multiply(const float* a, const bf16* w, int64_t panel_size, int64_t K, floa
     a += 2 * Rows;
     w += 2 * kPanelColumns;
   }
+}
+
+// Codes are decoded a few k of every panel at a time: 16 KB of fp32 at most. w begins a group.
+template <int Rows, int Vectors, class Code>
+[[gnu::always_inline]] inline void walk(const float* a, const Code* w, int64_t step, int64_t K,
+                                        bool, Sums<Rows, Vectors>& acc) {
+  constexpr int64_t kPanels = Vectors / kPanelVectors, kSome = 32, kSize = kSome * kPanelColumns;
+  alignas(64) float made[kPanels * kSize];
+  for (int64_t k = 0; k < K; k += kSome) {
+    for (int64_t i = 0; i < kPanels; ++i) {
+      decode(beside(w, i * step), k / 2, kSome / 2, made + i * kSize);
+    }
+    const float* some = made;
+    walk<Rows, Vectors>(a + k * Rows, some, kSize * 4, least(kSome, K - k), false, acc);
+  }
+}
+
+// c[Rows][Vectors * kLanes] (+)= a^T * w.
+template <int Rows, int Vectors, class W>
+void multiply(const float* a, const W* w, int64_t step, int64_t K, float* c, int64_t c_m,
+              bool resume, bool stream) {
+  Sums<Rows, Vectors> acc;
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = set(0.0f);
+  }
+  walk<Rows, Vectors>(a, w, step, K, stream, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
@@ -146,34 +161,34 @@ using Multiply = void (*)(const float*, const W*, int64_t, int64_t, float*, int6
 // The product of `rows` rows (1 to kGroup) and Vectors vectors of columns.
 template <class W, int Vectors>
 Multiply<W, Vectors> multiply_for(int64_t rows) {
-  if (rows == 1) return multiply<1, Vectors>;
+  if (rows == 1) return multiply<1, Vectors, W>;
   if constexpr (Vectors == 2 || kStreamRows == 3) {
-    if (rows == 2) return multiply<2, Vectors>;
-    if (rows == 3) return multiply<3, Vectors>;
+    if (rows == 2) return multiply<2, Vectors, W>;
+    if (rows == 3) return multiply<3, Vectors, W>;
   }
   if constexpr (Vectors == 2) {
     switch (rows) {
       case 4:
-        return multiply<4, 2>;
+        return multiply<4, 2, W>;
       case 5:
-        return multiply<5, 2>;
+        return multiply<5, 2, W>;
       case 6:
-        return multiply<6, 2>;
+        return multiply<6, 2, W>;
     }
     if constexpr (kGroup == 12) {
       switch (rows) {
         case 7:
-          return multiply<7, 2>;
+          return multiply<7, 2, W>;
         case 8:
-          return multiply<8, 2>;
+          return multiply<8, 2, W>;
         case 9:
-          return multiply<9, 2>;
+          return multiply<9, 2, W>;
         case 10:
-          return multiply<10, 2>;
+          return multiply<10, 2, W>;
         case 11:
-          return multiply<11, 2>;
+          return multiply<11, 2, W>;
         default:
-          return multiply<12, 2>;
+          return multiply<12, 2, W>;
       }
     }
   }
@@ -270,15 +285,34 @@ inline void widen(const bf16* w, int64_t K, float* to) {
 inline void widen(const float* w, int64_t K, float* to) {
   for (int64_t i = 0; i < K * kPanelColumns; i += kLanes) store(to + i, load(w + i));
 }
+template <class Code>
+void widen(const Code* w, int64_t K, float* to) {
+  decode(w, 0, (K + 1) / 2, to);
+}
+
+// A group's rows times a piece of one panel. made: where codes are widened to.
+template <class W>
+void multiply_panel(int64_t rows, const float* a, const W* w, int64_t K, float* c, int64_t c_m,
+                    bool resume, bool stream, float* made) {
+  if constexpr (kIsCode<W>) {
+    widen(w, K, made);
+    multiply_panel<float>(rows, a, made, K, c, c_m, resume, false, nullptr);
+  } else {
+    for (int v = 0; v < kPanelVectors; v += 2) {
+      const int64_t j = v * kLanes;
+      multiply_for<W, 2>(rows)(a, w + j * (sizeof(W) == 2 ? 2 : 1), 0, K, c + j, c_m, resume,
+                               stream);
+    }
+  }
+}
 
 template <class W>
-void stream(const LinearParams& p, int64_t begin, int64_t end, float* sums) {
-  const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
+void stream(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
   const int64_t depth = even_depth(p), panels = panel_count(p.N);
   const float* a = static_cast<const float*>(reads_x(p) ? p.x : p.workspace);
-  const W* weight = static_cast<const W*>(p.weight);
+  float* made = scratch;
+  float* sums = scratch + kDepth * kPanelColumns;
   const auto wide = multiply_for<W, kStreamVectors>(p.M);
-  const auto narrow = multiply_for<W, 2>(p.M);
   constexpr int64_t kStride = kStreamVectors * kLanes;
   constexpr int64_t kWidePanels = kStreamVectors / kPanelVectors;
   int64_t panel = begin * p.panel_step;
@@ -287,14 +321,11 @@ void stream(const LinearParams& p, int64_t begin, int64_t end, float* sums) {
     const int64_t done = stop - panel >= kWidePanels ? kWidePanels : 1;
     for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
       const int64_t K = least(kDepth, depth - k0);
-      const W* w = weight + panel * size + k0 * kPanelColumns;
+      const W* w = panel_at<W>(p, panel, k0);
       if (done == kWidePanels) {
-        wide(a + k0 * p.M, w, size, K, sums, kStride, k0 > 0, true);
-        continue;
-      }
-      for (int v = 0; v < kPanelVectors; v += 2) {
-        narrow(a + k0 * p.M, w + v * kLanes * (sizeof(W) == 2 ? 2 : 1), size, K, sums + v * kLanes,
-               kStride, k0 > 0, true);
+        wide(a + k0 * p.M, w, panel_bytes(p.format, p.K), K, sums, kStride, k0 > 0, true);
+      } else {
+        multiply_panel(p.M, a + k0 * p.M, w, K, sums, kStride, k0 > 0, true, made);
       }
     }
     for (int64_t i = 0; i < done; ++i, ++panel) {
@@ -303,34 +334,29 @@ void stream(const LinearParams& p, int64_t begin, int64_t end, float* sums) {
   }
 }
 
-// One piece of a panel for a chunk's rows. next: the piece that comes after this one, to be fetched
-// meanwhile.
+// One piece of a panel for a chunk's rows, widened first where there is room for it. next: the
+// piece that comes after this one, to be fetched meanwhile.
 template <class W>
 void compute_piece(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel, int64_t k0,
                    const W* next, float* sums, float* wide) {
   const int64_t depth = even_depth(p), K = least(kDepth, depth - k0);
-  const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
-  const W* w = static_cast<const W*>(p.weight) + panel * size + k0 * kPanelColumns;
+  const W* w = panel_at<W>(p, panel, k0);
   const char* ahead = reinterpret_cast<const char*>(next);
   const int64_t groups = ceil_div(m1 - m0, kGroup);
-  const int64_t share = ceil_div(kDepth * kPanelColumns * sizeof(W), groups * 64) * 64;
+  const int64_t share = ceil_div(panel_bytes(p.format, kDepth), groups * 64) * 64;
   if (wide) widen(w, K, wide);
   for (int64_t m = m0; m < m1; m += kGroup) {
     const int64_t rows = least(p.M - m, kGroup);
     const float* a = static_cast<const float*>(p.workspace) + m * depth + k0 * rows;
     float* c = sums + (m - m0) * kPanelColumns;
-    if (wide) {
+    if (next) {
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
       ahead += share;
     }
-    for (int v = 0; v < kPanelVectors; v += 2) {
-      const int64_t j = v * kLanes;
-      if (wide) {
-        multiply_for<float, 2>(rows)(a, wide + j, 0, K, c + j, kPanelColumns, k0 > 0, false);
-      } else {
-        multiply_for<W, 2>(rows)(a, w + j * (sizeof(W) == 2 ? 2 : 1), 0, K, c + j, kPanelColumns,
-                                 k0 > 0, true);
-      }
+    if (wide) {
+      multiply_panel<float>(rows, a, wide, K, c, kPanelColumns, k0 > 0, false, nullptr);
+    } else {
+      multiply_panel(rows, a, w, K, c, kPanelColumns, k0 > 0, true, nullptr);
     }
     if (k0 + K >= depth) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
   }
@@ -339,9 +365,7 @@ void compute_piece(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel,
 template <class W>
 void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
                    float* scratch) {
-  const int64_t size = panel_size(static_cast<WeightFormat>(p.dtype), p.K);
   const int64_t depth = even_depth(p);
-  const W* weight = static_cast<const W*>(p.weight);
   float* wide = scratch;
   float* sums = scratch + kDepth * kPanelColumns;
   // Either way at least one piece: the epilogue of a product over nothing.
@@ -349,7 +373,7 @@ void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0
     // Few rows: the weights pass once, in the order of memory.
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
-        compute_piece<W>(p, m0, m1, panel, k0, nullptr, sums, nullptr);
+        compute_piece<W>(p, m0, m1, panel, k0, nullptr, sums, kIsCode<W> ? wide : nullptr);
       }
     }
     return;
@@ -357,8 +381,7 @@ void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0
   for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kDepth) {
     for (int64_t panel = panel0; panel < panel1; ++panel) {
       const bool last = panel + 1 == panel1;
-      const W* next =
-          weight + (last ? panel0 : panel + 1) * size + (last ? k0 + kDepth : k0) * kPanelColumns;
+      const W* next = panel_at<W>(p, last ? panel0 : panel + 1, last ? k0 + kDepth : k0);
       compute_piece<W>(p, m0, m1, panel, k0, next,
                        sums + (panel - panel0) * p.row_step * kPanelColumns, wide);
     }
@@ -378,10 +401,16 @@ void run(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
 }
 
 void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  if (p.dtype == DType::bf16) {
-    run<bf16>(p, begin, end, static_cast<float*>(scratch));
-  } else {
-    run<float>(p, begin, end, static_cast<float*>(scratch));
+  float* memory = static_cast<float*>(scratch);
+  switch (p.format) {
+    case WeightFormat::int8:
+      return run<Int8Pair>(p, begin, end, memory);
+    case WeightFormat::int4:
+      return run<Int4Pair>(p, begin, end, memory);
+    case WeightFormat::bf16:
+      return run<bf16>(p, begin, end, memory);
+    default:
+      return run<float>(p, begin, end, memory);
   }
 }
 

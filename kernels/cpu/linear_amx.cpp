@@ -5,7 +5,10 @@
 // wait in fp32 between pieces, which changes no bit: per element all is one chain over K. x is read
 // where it is; only an incomplete tile (K % 32, M % 16) is copied and padded with zeros. Up to 16
 // rows, one tile of rows meets two panels: two streams from memory.
+//
+// Quantised weights become bf16 in a small buffer, a piece of a panel before it meets its rows.
 #include "kernels/cpu/amx.h"
+#include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/linear.h"
 
@@ -16,6 +19,7 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kPanelStepBytes = 2 * kTileBytes;  // of a panel, per 32 k
 constexpr int64_t kSteps = 16;                       // tile steps of a piece: 32 KB of a panel
+constexpr int64_t kPieceBytes = kSteps * kPanelStepBytes;
 constexpr int64_t kRowBytes = 1 << 20;
 constexpr int64_t kMaxRows = 512;
 constexpr int64_t kStreamAhead = 4096;  // bytes of each stream
@@ -65,7 +69,7 @@ void plan(LinearParams& p, int threads) {
   p.workspace_size = p.items * steps_of(p) * kTileBytes;
   // Two panels of one tile's rows, or one panel of a chunk's rows.
   const int64_t rows = p.row_step < 2 * kTileRows ? 2 * kTileRows : p.row_step;
-  p.scratch_size = rows * kPanelColumns * 4;
+  p.scratch_size = rows * kPanelColumns * 4 + kPieceBytes;
 }
 
 // Copies incomplete row tiles to [K/32][16][32], zero-padded.
@@ -155,13 +159,20 @@ void block_1x2(Tiles& t, RowTile a, const char* w, int64_t steps, float* c, bool
 }
 
 // 16 rows by two panels. c: [16][64].
-void block_1x4(Tiles& t, RowTile a, const char* w0, const char* w1, int64_t steps, float* c) {
+void block_1x4(Tiles& t, RowTile a, const char* w0, const char* w1, int64_t steps, float* c,
+               bool resume, Ahead ahead0, Ahead ahead1) {
   constexpr int64_t kRow = 2 * kPanelColumns * 4;
-  Ahead ahead0{w0 + kStreamAhead, kPanelStepBytes}, ahead1{w1 + kStreamAhead, kPanelStepBytes};
-  t.zero<0>();
-  t.zero<1>();
-  t.zero<2>();
-  t.zero<3>();
+  if (resume) {
+    t.load<0>(c, kRow);
+    t.load<1>(c + 16, kRow);
+    t.load<2>(c + 32, kRow);
+    t.load<3>(c + 48, kRow);
+  } else {
+    t.zero<0>();
+    t.zero<1>();
+    t.zero<2>();
+    t.zero<3>();
+  }
   for (int64_t s = 0; s < steps; ++s) {
     t.load<4>(a.base + s * a.step, a.stride);
     t.load<5>(w0 + s * kPanelStepBytes, 128);
@@ -181,35 +192,60 @@ void block_1x4(Tiles& t, RowTile a, const char* w0, const char* w1, int64_t step
   t.store<3>(c + 48, kRow);
 }
 
-void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
-  const int64_t steps = steps_of(p), size = steps * kPanelStepBytes;
-  const char* weight = static_cast<const char*>(p.weight);
-  const RowTile a = row_tile(p, 0);
-  for (int64_t panel = panel0; panel < panel1; panel += 2) {
-    const char* w = weight + panel * size;
-    if (panel + 1 < panel1) {
-      block_1x4(t, a, w, w + size, steps, sums);
-      finish(p, sums, 2 * kPanelColumns, 0, p.M, panel * kPanelColumns);
-      finish(p, sums + kPanelColumns, 2 * kPanelColumns, 0, p.M, (panel + 1) * kPanelColumns);
-    } else {
-      block_1x2(t, a, w, steps, sums, false, {w + kStreamAhead, kPanelStepBytes});
-      finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
-    }
+// Steps [s, s + steps) of a panel as pairs of bf16: where they lie, or decoded. s begins a group.
+template <class W>
+const char* as_pairs(const LinearParams& p, int64_t panel, int64_t s, int64_t steps, char* made) {
+  const W* w = panel_at<W>(p, panel, s * kTileDepth);
+  if constexpr (kIsCode<W>) {
+    decode(w, 0, steps * kTileDepth / 2, reinterpret_cast<uint32_t*>(made));
+    return made;
+  } else {
+    return reinterpret_cast<const char*>(w);
   }
 }
 
+// bf16 passes at once, in the order of memory; of codes, half a piece of two panels at a time.
+template <class W>
+void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums,
+              char* made) {
+  const int64_t all = steps_of(p);
+  const int64_t piece = kIsCode<W> ? kSteps / 2 : all;
+  const int64_t fetched = kIsCode<W> ? 0 : kPanelStepBytes;
+  for (int64_t panel = panel0; panel < panel1; panel += 2) {
+    const bool both = panel + 1 < panel1;
+    for (int64_t s = 0; s == 0 || s < all; s += piece) {
+      const int64_t steps = least(piece, all - s);
+      RowTile a = row_tile(p, 0);
+      a.base += s * a.step;
+      const char* w0 = as_pairs<W>(p, panel, s, steps, made);
+      const Ahead ahead0{w0 + kStreamAhead, fetched};
+      if (both) {
+        const char* w1 = as_pairs<W>(p, panel + 1, s, steps, made + kPieceBytes / 2);
+        block_1x4(t, a, w0, w1, steps, sums, s > 0, ahead0, {w1 + kStreamAhead, fetched});
+      } else {
+        block_1x2(t, a, w0, steps, sums, s > 0, ahead0);
+      }
+      if (steps == 0) break;
+    }
+    const int64_t stride = both ? 2 * kPanelColumns : kPanelColumns;
+    finish(p, sums, stride, 0, p.M, panel * kPanelColumns);
+    if (both) finish(p, sums + kPanelColumns, stride, 0, p.M, (panel + 1) * kPanelColumns);
+  }
+}
+
+template <class W>
 void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0,
-               int64_t panel1, float* sums) {
-  const int64_t all = steps_of(p), size = all * kPanelStepBytes;
+               int64_t panel1, float* sums, char* made) {
+  const int64_t all = steps_of(p);
   const int64_t tile0 = m0 / kTileRows, tile1 = ceil_div(m1, kTileRows);
   const int64_t pairs = ceil_div(tile1 - tile0, 2);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     // At least one piece: the epilogue of a product over nothing.
     for (int64_t s0 = 0; s0 == 0 || s0 < all; s0 += kSteps) {
       const int64_t steps = least(kSteps, all - s0);
-      const char* w = static_cast<const char*>(p.weight) + panel * size + s0 * kPanelStepBytes;
+      const char* w = as_pairs<W>(p, panel, s0, steps, made);
       // Each pair of row tiles fetches its share of the next piece.
-      const int64_t share = ceil_div(kPanelStepBytes / 64, pairs) * 64;
+      const int64_t share = kIsCode<W> ? 0 : ceil_div(kPanelStepBytes / 64, pairs) * 64;
       Ahead ahead{w + steps * kPanelStepBytes, share};
       for (int64_t tile = tile0; tile < tile1; tile += 2) {
         float* c = sums + (tile - tile0) * kTileRows * kPanelColumns;
@@ -232,20 +268,33 @@ void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t 
   }
 }
 
-void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+template <class W>
+void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   Tiles tiles;
   const int64_t panels = panel_count(p.N);
-  float* sums = static_cast<float*>(scratch);
+  char* made = static_cast<char*>(scratch);
+  float* sums = reinterpret_cast<float*>(made + kPieceBytes);
   for (int64_t i = begin; i < end; ++i) {
     // Rows go first, so that neighbours in time share weights.
     const int64_t m = i % p.row_blocks * p.row_step;
     const int64_t panel0 = i / p.row_blocks * p.panel_step;
     const int64_t panel1 = least(panel0 + p.panel_step, panels);
     if (p.M <= kTileRows) {
-      few_rows(tiles, p, panel0, panel1, sums);
+      few_rows<W>(tiles, p, panel0, panel1, sums, made);
     } else {
-      many_rows(tiles, p, m, least(m + p.row_step, p.M), panel0, panel1, sums);
+      many_rows<W>(tiles, p, m, least(m + p.row_step, p.M), panel0, panel1, sums, made);
     }
+  }
+}
+
+void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+  switch (p.format) {
+    case WeightFormat::int8:
+      return run<Int8Pair>(p, begin, end, scratch);
+    case WeightFormat::int4:
+      return run<Int4Pair>(p, begin, end, scratch);
+    default:
+      return run<bf16>(p, begin, end, scratch);
   }
 }
 

@@ -108,6 +108,14 @@ inline F exp2_int(F n) {
   const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
 }
+// 32 finite numbers rounded to bf16, low first; denormals may become zero.
+inline __m512i round_pairs(F low, F high) {
+#if defined(__AVX512BF16__)
+  return (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+#else
+  return _mm512_inserti64x4(_mm512_castsi256_si512(round_bf16(low)), round_bf16(high), 1);
+#endif
+}
 #if defined(__AVX512BF16__)
 // 16 pairs of bf16.
 struct Pairs {

@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         help="memory plan of a config.json, its folder, or a published name such as InternVL3-8B",
     )
     info.add_argument("--dtype", help="float32, bfloat16, auto; without it a plan has both")
+    info.add_argument("--quant", help="int8, int4: the plan of a quantised language model")
     info.set_defaults(run=_info)
 
     models = commands.add_parser("models", help="the published checkpoints")
@@ -99,6 +100,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, auto")
     parser.add_argument("--backend", choices=("native", "reference", "triton"))
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--quant", help="int8, int4: weights of the language model")
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -112,6 +114,7 @@ def _chat(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         backend=options.backend,
         threads=options.threads,
+        quant=options.quant,
     )
     settings: dict[str, Any] = {
         "system": options.system,
@@ -216,7 +219,11 @@ def _info(options: argparse.Namespace) -> int:
     from internvl_rt import _C
 
     if options.plan is not None or options.model is not None:
-        _plan(options.plan if options.plan is not None else options.model, options.dtype)
+        _plan(
+            options.plan if options.plan is not None else options.model,
+            options.dtype,
+            options.quant,
+        )
         return 0
     print(f"internvl_rt {internvl_rt.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}")
@@ -225,7 +232,7 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(name: str, dtype: str | None) -> None:
+def _plan(name: str, dtype: str | None, quant: str | None) -> None:
     """The memory plan of a checkpoint's folder, its config.json, or a published name."""
     from internvl_rt import zoo
     from internvl_rt.config import load_config
@@ -248,9 +255,10 @@ def _plan(name: str, dtype: str | None) -> None:
     )
     dtypes = ("bfloat16", "float32") if dtype is None else (dtype,)
     kinds = [dtype_from(kind, config.torch_dtype) for kind in dtypes]
+    suffix = "" if quant is None else f"+{quant}"
     plans = {
-        str(kind).removeprefix("torch."): make_plan(
-            config, kind, prefill_chunk=DEFAULT_PREFILL_CHUNK
+        str(kind).removeprefix("torch.") + suffix: make_plan(
+            config, kind, prefill_chunk=DEFAULT_PREFILL_CHUNK, quant=quant
         )
         for kind in kinds
     }

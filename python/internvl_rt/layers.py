@@ -21,10 +21,16 @@ class Linear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor] | None,
         dtype: torch.dtype,
+        quant: str | None = None,
     ) -> None:
+        """quant: "int8" or "int4" quantises the weights, None keeps them in dtype."""
         self.ops = opset
-        if opset.choice("linear") == "native":
-            self.weight: Any = ops.hold([w.to(dtype) for w in weights])
+        if quant is not None:
+            packed = ops.pack(weights, quant=quant)
+            native = opset.choice("linear") == "native"
+            self.weight: Any = packed if native else ops.unpack(packed).to(dtype)
+        elif opset.choice("linear") == "native":
+            self.weight = ops.hold([w.to(dtype) for w in weights])
         else:
             self.weight = torch.cat([w.to(dtype) for w in weights])
         self.bias = None if biases is None else torch.cat([b.to(dtype) for b in biases])

@@ -21,6 +21,7 @@ from internvl_rt._C import set_num_threads
 from internvl_rt.config import ModelConfig, VisionConfig, load_config, load_vision_config
 from internvl_rt.engine import DEFAULT_PREFILL_CHUNK, Engine
 from internvl_rt.hub import resolve_path
+from internvl_rt.models.decoder import require_quantisable
 from internvl_rt.models.internvl import InternVL
 from internvl_rt.models.vision import VisionTower
 from internvl_rt.ops import OpSet
@@ -58,6 +59,7 @@ def load(
     image_token_id: int | None = None,
     prefill_chunk: int | None = None,
     threads: int | None = None,
+    quant: str | None = None,
 ) -> Model:
     """Loads a chat checkpoint: a folder, or a repo id of the Hugging Face hub (extra `hub`).
 
@@ -67,6 +69,8 @@ def load(
     image_token_id: for checkpoints without tokenizer files that take pictures in `generate`.
     prefill_chunk: prompt tokens that run at a time; answers do not depend on it.
     threads: CPU threads of the whole process, as `set_num_threads`.
+    quant: "int8" or "int4" quantises the language model's weights as they are loaded, in groups of
+        64 (the head to int8 either way); pictures are seen in dtype. On the CPU, no experts.
     Raises OSError for what cannot be read and ValueError for what cannot be run, in one line.
     """
     _check_device(device)
@@ -80,9 +84,10 @@ def load(
     parameters = Parameters.of_model(checkpoint, config)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
-    plan = make_plan(config, kind, prefill_chunk=chunk)
+    require_quantisable(config.text, quant)
+    plan = make_plan(config, kind, prefill_chunk=chunk, quant=quant)
     plan.require_fit()
-    core = InternVL(config, parameters, opset, kind)
+    core = InternVL(config, parameters, opset, kind, quant)
     parameters.finish()
     engine = Engine(core, kv_tokens=plan.kv_tokens, prefill_chunk=chunk)
     name = Path(path_or_repo_id).name

@@ -29,11 +29,6 @@ class Parameters:
     def of_vision(cls, checkpoint: Checkpoint, config: VisionConfig) -> Parameters:
         return cls(checkpoint, resolve_vision(checkpoint, config))
 
-    @property
-    def tied(self) -> bool:
-        """The head is the embedding's tensor."""
-        return self._sources["llm.head.weight"] == self._sources["llm.embed.weight"]
-
     def __getitem__(self, name: str) -> Tensor:
         """A small tensor, copied: it stays in use while the file may go away."""
         self._begin([name])

@@ -9,6 +9,7 @@ from internvl_rt.config import TextConfig
 from internvl_rt.layers import GroupedLinear, Linear, RmsNorm
 from internvl_rt.models.rotary import Rotary
 from internvl_rt.ops import OpSet
+from internvl_rt.ops.quantise import check_quant
 from internvl_rt.parameters import Parameters
 from internvl_rt.runtime.batch import Batch
 from internvl_rt.runtime.kv_cache import KvCache
@@ -26,6 +27,33 @@ def _norm(
     )
 
 
+def weight_format(name: str, quant: str | None) -> str | None:
+    """The format of a weight of a decoder that is quantised to quant; None for the model's dtype.
+
+    The head stays at int8: it is read once per token as the layers are, and errors in logits are
+    errors in the answer. Embeddings, norms and routers are not quantised.
+    """
+    if quant is None:
+        return None
+    formats = {"qkv": quant, "o": quant, "gate_up": quant, "down": quant, "head": "int8"}
+    return formats.get(name.rsplit(".", 1)[-1])
+
+
+def require_quantisable(config: TextConfig, quant: str | None) -> None:
+    """Raises ValueError for an unknown format, and for experts."""
+    if quant is None:
+        return
+    check_quant(quant)
+    if config.experts is not None:
+        raise ValueError(f"quant is {quant!r}, but experts cannot be quantised: leave it out")
+
+
+def _linear(
+    w: Parameters, name: str, opset: OpSet, dtype: torch.dtype, quant: str | None
+) -> Linear:
+    return Linear(opset, *w.linear(name), dtype, weight_format(name, quant))
+
+
 class Attention:
     """Causal self-attention over the paged cache, within the layer's window where it has one.
 
@@ -33,13 +61,19 @@ class Attention:
     """
 
     def __init__(
-        self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+        self,
+        config: TextConfig,
+        w: Parameters,
+        i: int,
+        opset: OpSet,
+        dtype: torch.dtype,
+        quant: str | None,
     ) -> None:
         self.ops = opset
         self.H, self.K, self.D = config.num_heads, config.num_kv_heads, config.head_dim
         name = f"llm.{i}"
-        self.qkv = Linear(opset, *w.linear(f"{name}.qkv"), dtype)
-        self.o = Linear(opset, *w.linear(f"{name}.o"), dtype)
+        self.qkv = _linear(w, f"{name}.qkv", opset, dtype, quant)
+        self.o = _linear(w, f"{name}.o", opset, dtype, quant)
         self.window = config.windows[i]
         self.sinks = w[f"{name}.sinks"].to(dtype) if config.sinks else None
         self.q_norm = self.k_norm = None
@@ -83,11 +117,17 @@ class Mlp:
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(
-        self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+        self,
+        config: TextConfig,
+        w: Parameters,
+        i: int,
+        opset: OpSet,
+        dtype: torch.dtype,
+        quant: str | None,
     ) -> None:
         self.ops, self.gate = opset, config.gate
-        self.gate_up = Linear(opset, *w.linear(f"llm.{i}.gate_up"), dtype)
-        self.down = Linear(opset, *w.linear(f"llm.{i}.down"), dtype)
+        self.gate_up = _linear(w, f"llm.{i}.gate_up", opset, dtype, quant)
+        self.down = _linear(w, f"llm.{i}.down", opset, dtype, quant)
 
     def __call__(self, x: Tensor, residual: Tensor) -> None:
         """Adds mlp(x [T, hidden]) to residual."""
@@ -99,12 +139,18 @@ class Experts:
     """The weighted sum of the MLPs that a router chooses for a token."""
 
     def __init__(
-        self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+        self,
+        config: TextConfig,
+        w: Parameters,
+        i: int,
+        opset: OpSet,
+        dtype: torch.dtype,
+        quant: str | None,
     ) -> None:
         assert config.experts is not None
         self.ops, self.config, self.gate = opset, config.experts, config.gate
         name, count = f"llm.{i}", config.experts.count
-        self.router = Linear(opset, *w.linear(f"{name}.router"), dtype)
+        self.router = _linear(w, f"{name}.router", opset, dtype, quant)
 
         def grouped(part: str) -> GroupedLinear:
             each = (w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
@@ -127,12 +173,19 @@ class DecoderLayer:
     """x += attention(norm1(x)); x += mlp(norm2(x)), where the MLP may be a mixture of experts."""
 
     def __init__(
-        self, config: TextConfig, w: Parameters, i: int, opset: OpSet, dtype: torch.dtype
+        self,
+        config: TextConfig,
+        w: Parameters,
+        i: int,
+        opset: OpSet,
+        dtype: torch.dtype,
+        quant: str | None,
     ) -> None:
         self.norm1 = _norm(config, w, f"llm.{i}.norm1", opset, dtype)
         self.norm2 = _norm(config, w, f"llm.{i}.norm2", opset, dtype)
-        self.attention = Attention(config, w, i, opset, dtype)
-        self.mlp = (Mlp if config.experts is None else Experts)(config, w, i, opset, dtype)
+        self.attention = Attention(config, w, i, opset, dtype, quant)
+        kind = Mlp if config.experts is None else Experts
+        self.mlp = kind(config, w, i, opset, dtype, quant)
 
     def __call__(
         self, x: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor
@@ -143,11 +196,25 @@ class DecoderLayer:
 
 
 class Decoder:
-    def __init__(self, config: TextConfig, w: Parameters, opset: OpSet, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        w: Parameters,
+        opset: OpSet,
+        dtype: torch.dtype,
+        quant: str | None = None,
+    ) -> None:
+        """quant: "int8" or "int4" for the linear layers; see weight_format.
+
+        Raises ValueError for a mixture of experts, whose weights cannot be quantised.
+        """
+        require_quantisable(config, quant)
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
-        self.head = Linear(opset, *w.linear("llm.head"), dtype)
-        self.layers = [DecoderLayer(config, w, i, opset, dtype) for i in range(config.num_layers)]
+        self.head = _linear(w, "llm.head", opset, dtype, quant)
+        self.layers = [
+            DecoderLayer(config, w, i, opset, dtype, quant) for i in range(config.num_layers)
+        ]
         self.norm = _norm(config, w, "llm.norm", opset, dtype)
         self.rotary = Rotary(config)
 

@@ -17,12 +17,18 @@ class InternVL:
     """Holds the weights; keeps no state between calls."""
 
     def __init__(
-        self, config: ModelConfig, w: Parameters, opset: OpSet, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        w: Parameters,
+        opset: OpSet,
+        dtype: torch.dtype,
+        quant: str | None = None,
     ) -> None:
+        """quant: "int8" or "int4" for the language model; the vision tower keeps dtype."""
         self.config, self.ops, self.dtype = config, opset, dtype
         # The decoder begins with the largest weight: its pages of the file are let go before the
         # packed rest is there.
-        self.decoder = Decoder(config.text, w, opset, dtype)
+        self.decoder = Decoder(config.text, w, opset, dtype, quant)
         self.vision = VisionTower(config.vision, w, config.vision_layers_used, opset, dtype)
         self.projector = Projector(config, w, opset, dtype)
 

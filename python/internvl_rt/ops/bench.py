@@ -69,7 +69,8 @@ def run(
         raise ValueError(f"no op named {op!r}; ops: {', '.join(sorted(catalogue()))}")
     for name in backends:
         _require_backend(found, name)
-    work = _work(found, shape, None if dtypes is None else [_dtype(name) for name in dtypes])
+    wanted = None if dtypes is None else [_dtype(name) for name in dtypes]
+    work = _work(found, shape, wanted, gpu=any(BACKENDS[b][1] == "cuda" for b in backends))
     rows = []
     with same_threads():
         rates = Rates()
@@ -252,8 +253,10 @@ Build = Callable[[torch.dtype], dict[str, Any]]
 Work = tuple[str, torch.dtype, Build]  # case or shape, dtype, arguments
 
 
-def _work(op: Op, shape: str | None, dtypes: Sequence[torch.dtype] | None) -> list[Work]:
-    cases = [case for case in op.cases if case.bench]
+def _work(
+    op: Op, shape: str | None, dtypes: Sequence[torch.dtype] | None, *, gpu: bool
+) -> list[Work]:
+    cases = [case for case in op.cases if case.bench and not (gpu and case.cpu_only)]
     known = list(dict.fromkeys(dtype for case in cases for dtype in case.dtypes))
     for dtype in dtypes or ():
         if dtype not in known:

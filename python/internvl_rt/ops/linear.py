@@ -12,9 +12,10 @@ from torch import Tensor
 
 from internvl_rt import _C
 from internvl_rt._C import WeightFormat
+from internvl_rt.ops import quantise
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
 
-PANEL = 32  # columns of a packed panel
+PANEL = quantise.PANEL
 
 _FORMATS = {torch.float32: WeightFormat.f32, torch.bfloat16: WeightFormat.bf16}
 _ACTIVATIONS = dict(_C.Activation.__members__)
@@ -25,7 +26,8 @@ class PackedWeight:
     """A weight [n, k] in the layout that the kernels read: panels on the CPU (kernels/linear.h),
     plain rows on CUDA.
 
-    data: one flat tensor; n, k: the weight's shape; format: what its elements are.
+    data: one flat tensor, uint8 where it is quantised; n, k: the weight's shape; format: what its
+    elements are.
     """
 
     data: Tensor
@@ -36,6 +38,10 @@ class PackedWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.n, self.k
+
+    @property
+    def quantised(self) -> bool:
+        return self.format in quantise.FORMATS.values()
 
 
 @dataclass(frozen=True)
@@ -99,18 +105,26 @@ def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return weights
 
 
-def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> PackedWeight:
+def pack(
+    weight: Tensor | Sequence[Tensor], *, quant: str | None = None, out: Tensor | None = None
+) -> PackedWeight:
     """Packs a weight [N, K], or several with one K, whose outputs then stand side by side.
 
     weight: float32 or bfloat16, contiguous in K; memory-mapped rows are read once. On CUDA nothing
         is rearranged, and a single contiguous weight is not even copied.
-    out: flat memory of `packed_size(N, K, dtype)` elements (N * K on CUDA), else it is allocated.
-    Raises ValueError for shapes or dtypes that do not fit.
+    quant: "int8" or "int4" quantises it in groups of 64 along K (ops/quantise.py), on the CPU
+        only; x may then be of either dtype. None keeps the weight's.
+    out: flat memory of `packed_size(N, K, dtype or quant)` elements (N * K on CUDA), else it is
+        allocated.
+    Raises ValueError for shapes, dtypes or formats that do not fit, and for NaN or infinite weights
+    that should be quantised.
     """
     weights = _joinable(weight)
     first = weights[0]
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
-    size = packed_size(n, k, first.dtype)
+    size = packed_size(n, k, quant or first.dtype)
+    if quant is not None:
+        return _pack_quantised(weights, n, k, quant, size, out)
     if first.is_cuda:
         plain = torch.cat(weights) if len(weights) > 1 else first
         data = give("pack", plain.reshape(n * k), out)
@@ -121,17 +135,43 @@ def pack(weight: Tensor | Sequence[Tensor], *, out: Tensor | None = None) -> Pac
     return PackedWeight(out, n, k, _FORMATS[first.dtype])
 
 
-def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
-    """Elements of a packed weight [n, k]: n is padded to 32, and k too in bfloat16."""
-    if dtype not in _FORMATS:
-        raise ValueError(f"pack: weight is {dtype}, expected torch.float32 or torch.bfloat16")
-    return _C.packed_size(n, k, _FORMATS[dtype])
+def _pack_quantised(
+    weights: Sequence[Tensor], n: int, k: int, quant: str, size: int, out: Tensor | None
+) -> PackedWeight:
+    for w in weights:
+        if w.is_cuda or not w.is_floating_point():
+            raise ValueError(
+                f"pack: weight is {w.dtype} on {w.device}, expected floats on the CPU for {quant}"
+            )
+    if out is None:
+        out = torch.empty(size, dtype=torch.uint8)
+    if out.shape != (size,) or out.dtype != torch.uint8:
+        raise ValueError(
+            f"pack: out is {out.dtype} {list(out.shape)}, expected torch.uint8 {[size]}"
+        )
+    quantise.pack_quantised(torch.cat(list(weights)) if weights[1:] else weights[0], quant, out)
+    return PackedWeight(out, n, k, quantise.FORMATS[quant])
+
+
+def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:
+    """Elements of a packed weight [n, k] of a dtype, or bytes of a quantised one.
+
+    n is padded to 32, and k to 32 in bfloat16, to 64 where it is quantised.
+    """
+    if isinstance(kind, str):
+        return _C.packed_size(n, k, quantise.FORMATS[quantise.check_quant(kind)])
+    if kind not in _FORMATS:
+        raise ValueError(f"pack: weight is {kind}, expected torch.float32 or torch.bfloat16")
+    return _C.packed_size(n, k, _FORMATS[kind])
 
 
 def unpack(weight: PackedWeight | WeightRows) -> Tensor:
-    """The weight [n, k] again."""
+    """The weight [n, k] again; a quantised one as code * scale in float32."""
     if isinstance(weight, WeightRows):
         return torch.cat(weight.parts)
+    if weight.quantised:
+        parts = quantise.unpack_quantised(weight.data, weight.n, weight.k, weight.format)
+        return quantise.dequantise(*parts)[:, : weight.k]
     if weight.data.is_cuda:
         return weight.data.view(weight.n, weight.k)
     columns = -(-weight.n // PANEL) * PANEL
@@ -159,7 +199,8 @@ def linear(
     x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others;
         on CUDA that holds within a phase.
     weight: [N, K] of x's dtype, from `hold` or `pack`; a plain tensor is held anew in every call,
-        which costs more than the product itself where M is small.
+        which costs more than the product itself where M is small. Quantised by `pack`, its codes
+        times scales take part, rounded to bfloat16 where the instruction set multiplies bfloat16.
     bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
     activation: "none", "gelu" (exact), "silu"; "swiglu" is not implemented.
     residual: [M, N], dtype of the result.
@@ -253,19 +294,24 @@ def cost(
     (M, K), N = x.shape, weight.shape[0]
     size = x.element_size()
     out_size = (out_dtype or x.dtype).itemsize
-    moved = (M * K + N * K) * size + M * N * out_size * (1 if residual is None else 2)
+    read = N * K * size
+    if isinstance(weight, PackedWeight) and weight.quantised:
+        read = weight.data.numel()
+    moved = M * K * size + read + M * N * out_size * (1 if residual is None else 2)
     return Cost(moved, 2 * M * N * K)
 
 
 def _case(name: str, M: int, N: int, K: int, **options: Any) -> Case:
     flags = {k: options.pop(k) for k in ("bench", "slow", "dtypes") if k in options}
+    quant = options.get("quant")
+    flags["cpu_only"] = quant is not None
 
     def build(make: Inputs) -> dict[str, Any]:
         std = K**-0.5 if K else 1.0
         weight = make.normal(N, K, std=std)
         arguments: dict[str, Any] = {
             "x": make.normal(M, K),
-            "weight": pack(weight) if options.get("packed") else weight,
+            "weight": pack(weight, quant=quant) if options.get("packed") or quant else weight,
         }
         for option in ("activation", "out_dtype"):
             if option in options:
@@ -322,6 +368,16 @@ _op = register(
             _case("all", 37, 64, 64, bias=True, activation="gelu", scale=True, residual=True),
             Case("strided", _strided),
             _case("logits", 4, 100, 64, out_dtype=torch.float32, residual=True),
+            _case("empty_int8", 0, 64, 32, quant="int8"),
+            _case("empty_columns_int4", 3, 0, 32, quant="int4"),
+            _case("empty_depth_int8", 3, 5, 0, bias=True, quant="int8"),
+            _case("odd_int8", 5, 31, 33, bias=True, quant="int8"),
+            _case("odd_int4", 2, 33, 65, quant="int4"),
+            _case("tail_stream_int8", 1, 4 * 32 * 5 + 5, 323, bias=True, quant="int8"),
+            _case("tail_3_int4", 3, 4 * 32 + 9, 450, activation="silu", quant="int4"),
+            _case("tail_13_int8", 13, 97, 129, bias=True, activation="gelu", quant="int8"),
+            _case("tail_50_int4", 50, 65, 450, scale=True, residual=True, quant="int4"),
+            _case("logits_int8", 4, 100, 64, out_dtype=torch.float32, quant="int8"),
             _real(
                 "internvit_300m_fc1", 1025, 4096, 1024, bias=True, activation="gelu", dtypes=_BF16
             ),
@@ -330,6 +386,10 @@ _op = register(
             _real("qwen2_0.5b_down", 320, 896, 4864, residual=True),
             _real("qwen2_0.5b_up_decode", 1, 9728, 896),
             _real("qwen2_0.5b_up_decode_8", 8, 9728, 896),
+            *(
+                _real(f"qwen2_0.5b_up_decode_{quant}", 1, 9728, 896, quant=quant)
+                for quant in quantise.FORMATS
+            ),
             # An eighth of the vocabulary: more than a cache holds, less than a test should build.
             _real("qwen2_0.5b_logits", 1, 18960, 896, out_dtype=torch.float32, dtypes=_BF16),
         ),

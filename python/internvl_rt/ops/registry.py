@@ -60,6 +60,7 @@ class Case:
     dtypes: Sequence[torch.dtype] = FLOATS
     bench: bool = False  # a real-model shape that deserves a benchmark row
     slow: bool = False  # too large for interpreters and emulators
+    cpu_only: bool = False  # what no CUDA kernel takes
 
     def arguments(self, op: str, dtype: torch.dtype) -> dict[str, Any]:
         return self.build(Inputs(f"{op}/{self.name}", dtype))

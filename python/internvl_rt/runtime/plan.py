@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from internvl_rt.config import ModelConfig
+from internvl_rt.models.decoder import require_quantisable, weight_format
 from internvl_rt.models.vision import VisionTower
+from internvl_rt.ops.linear import packed_size
 from internvl_rt.runtime.kv_cache import PAGE_SIZE
 from internvl_rt.weights import tensor_shapes
 
@@ -69,14 +71,24 @@ def table(plans: Mapping[str, MemoryPlan]) -> str:
     return "\n".join(f"{name:<33}" + "".join(f"{c:>16}" for c in line) for name, *line in cells)
 
 
-def make_plan(config: ModelConfig, dtype: torch.dtype, *, prefill_chunk: int) -> MemoryPlan:
-    """The plan for a model in dtype on this machine."""
+def make_plan(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    prefill_chunk: int,
+    quant: str | None = None,
+) -> MemoryPlan:
+    """The plan for a model in dtype on this machine.
+
+    quant: "int8" or "int4" for the language model's weights. Raises ValueError where it has none.
+    """
+    require_quantisable(config.text, quant)
     size = dtype.itemsize
     shapes = dict(tensor_shapes(config))
     embed = math.prod(shapes.pop("llm.embed.weight")) * size
-    # Memory of its own even where it shares the embedding's tensor in the file.
+    # Packed, the head is memory of its own, also where the file has one tensor for both.
     shapes["llm.head.weight"] = (config.text.vocab_size, config.text.hidden_size)
-    weights = sum(math.prod(s) for s in shapes.values()) * size
+    weights = sum(_weight_bytes(name, shape, dtype, quant) for name, shape in shapes.items())
     text = config.text
     kv_per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size
     activations = max(_vision_peak(config), _text_peak(config, prefill_chunk)) * size
@@ -92,6 +104,12 @@ def make_plan(config: ModelConfig, dtype: torch.dtype, *, prefill_chunk: int) ->
         activations=activations,
         available=available,
     )
+
+
+def _weight_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quant: str | None) -> int:
+    layer, kind = name.rsplit(".", 1)
+    packed = weight_format(layer, quant) if layer.startswith("llm.") and kind == "weight" else None
+    return math.prod(shape) * dtype.itemsize if packed is None else packed_size(*shape, packed)
 
 
 def _vision_peak(config: ModelConfig) -> int:

@@ -1,0 +1,269 @@
+"""Weight-only quantisation: the definition, the packed form, the product's laws, whole models."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import internvl_rt as ivr
+from internvl_rt import _C, num_threads, set_num_threads
+from internvl_rt.config import load_config
+from internvl_rt.models.decoder import weight_format
+from internvl_rt.ops import linear, pack, unpack
+from internvl_rt.ops.linear import packed_size
+from internvl_rt.ops.quantise import dequantise, quantise
+from internvl_rt.runtime.plan import make_plan
+from isas import ISAS, stand_in
+
+FORMATS = ("int8", "int4")
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = [(0, 5), (5, 0), (1, 1), (33, 65), (64, 64), (2100, 70)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _C.force_isa(request.param)
+    yield request.param
+    _C.force_isa("")
+
+
+@pytest.fixture
+def make():
+    generator = torch.Generator().manual_seed(7)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def bits(x):
+    return x.contiguous().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+
+
+# ---- the definition ------------------------------------------------------------------------------
+
+
+def test_int8_by_hand():
+    w = torch.zeros(2, 66)
+    w[0, :4] = torch.tensor([127.0, -127.0, 0.5, 1.5])  # halves go to the even code
+    w[0, 64] = 1e-30
+    codes, scales = quantise(w, "int8")
+    assert codes.shape == (2, 128)
+    assert codes[0, :4].tolist() == [127, -127, 0, 2]
+    assert scales[0, 0] == 1
+    assert codes[0, 64] in (126, 127)  # the scale is rounded to bfloat16
+    assert not bool(codes[0, 65:].any())
+    assert not bool(codes[1].any())
+    assert not bool(scales[1].any())
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_int4_gives_the_largest_magnitude_the_lowest_code(sign):
+    w = sign * torch.tensor([[-8.0, 7.0, 7.4, 7.9, 0.5, -2.5, 0.0]])
+    codes, scales = quantise(w, "int4")
+    assert codes[0, :7].tolist() == [-8, 7, 7, 7, 0, -2, 0]
+    assert scales[0, 0] == sign
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_error_is_half_a_step(make, fmt):
+    w = make(40, 200)
+    codes, scales = quantise(w, fmt)
+    error = (dequantise(codes, scales)[:, :200] - w).abs()
+    step = scales.float().abs().repeat_interleave(64, dim=1)[:, :200]
+    # int4 has no +8: a value beyond 7.5 steps opposite to the largest is off by up to one.
+    assert bool((error <= step * (0.502 if fmt == "int8" else 1.03)).all())
+    assert float(((error / step) ** 2).mean()) < 1.1 / 12
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(fmt, bad):
+    w = torch.ones(3, 70)
+    w[1, 66] = bad
+    with pytest.raises(ValueError, match=f"^quantise: a weight is NaN or infinite, {fmt} needs"):
+        pack(w, quant=fmt)
+
+
+def test_the_smallest_weights_are_zero():
+    codes, scales = quantise(torch.full((1, 64), 1e-38), "int8")
+    assert not bool(codes.any())
+    assert not bool(scales.any())
+
+
+# ---- the packed form -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+def test_unpack_gives_codes_times_scales(make, fmt, N, K):
+    w = make(N, K)
+    packed = pack(w, quant=fmt)
+    assert packed.shape == (N, K)
+    assert packed.data.numel() == packed_size(N, K, fmt)
+    assert torch.equal(unpack(packed), dequantise(*quantise(w, fmt))[:, :K])
+    half = pack(w.bfloat16(), quant=fmt)
+    assert torch.equal(unpack(half), dequantise(*quantise(w.bfloat16().float(), fmt))[:, :K])
+
+
+def test_the_packed_layout():
+    w = torch.zeros(33, 64)
+    w[32, :4] = torch.tensor([-8.0, 7.0, 3.0, -2.0])  # scale 1
+    for fmt, expected in (("int8", None), ("int4", [(15 << 4) | 0, (6 << 4) | 11])):
+        panel = pack(w, quant=fmt).data.view(2, -1)[1]
+        codes = panel[64:]
+        if fmt == "int4":
+            assert panel[:2].view(torch.bfloat16).item() == 1
+            assert [int(codes[0]), int(codes[32])] == expected
+        else:
+            q = quantise(w, fmt)[0][32, :4].int() + 128
+            assert [int(codes[i]) for i in (0, 1, 64, 65)] == q.tolist()
+
+
+def test_packing_joins_weights_and_refuses_the_rest(make):
+    parts = [make(n, 70) for n in (33, 7, 64)]
+    assert torch.equal(pack(parts, quant="int4").data, pack(torch.cat(parts), quant="int4").data)
+    with pytest.raises(ValueError, match=r"^quant is 'int3', allowed: int8, int4$"):
+        pack(parts, quant="int3")
+    with pytest.raises(ValueError, match=r"^pack: weight is torch\.int32 on cpu"):
+        pack(torch.zeros(2, 2, dtype=torch.int32), quant="int8")
+    out = torch.empty(packed_size(104, 70, "int8") + 1, dtype=torch.uint8)
+    with pytest.raises(
+        ValueError, match=r"^pack: out is torch\.uint8 \[\d+\], expected torch\.uint8"
+    ):
+        pack(parts, quant="int8", out=out)
+
+
+# ---- the product ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_product_is_that_of_the_dequantised_weight(isa, make, dtype, N, K, fmt):
+    """Bit for bit: rounded to bfloat16 where bfloat16 is multiplied, exact elsewhere."""
+    quantised = pack(make(N, K), quant=fmt)
+    bias, residual = make(N).to(dtype), make(70, N).to(dtype)
+    rounded = dtype == torch.bfloat16 and stand_in(isa) != isa
+    kind = torch.bfloat16 if rounded else torch.float32
+    plain = pack(unpack(quantised).to(kind))
+    for M in (1, 2, 3, 5, 13, 40, 70):
+        x = make(M, K).to(dtype)
+        options = {"bias": bias, "residual": residual[:M], "activation": "silu"}
+        ours = linear(x, quantised, **options)
+        options = {k: v.to(kind) if torch.is_tensor(v) else v for k, v in options.items()}
+        assert torch.equal(bits(ours), bits(linear(x.to(kind), plain, **options).to(dtype))), M
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_others_nor_on_threads(isa, make, dtype, fmt):
+    x, w = make(80, 453).to(dtype), pack(make(300, 453), quant=fmt)
+    alone = torch.cat([linear(row, w) for row in x.split(1)])
+    before = num_threads()
+    try:
+        for threads in (1, 3):
+            set_num_threads(threads)
+            for M in (2, 3, 4, 12, 13, 17, 36, 50, 80):
+                assert torch.equal(bits(linear(x[80 - M :], w)), bits(alone[80 - M :])), M
+    finally:
+        set_num_threads(before)
+
+
+def test_the_forced_instruction_set_runs(isa, make):
+    x, w = make(20, 64), pack(make(32, 64), quant="int4")
+    _C.kernel_counts(reset=True)
+    linear(x.bfloat16(), w)
+    assert _C.kernel_counts(reset=True) == {f"linear_bf16/{isa}": 1}
+    linear(x, w)
+    assert _C.kernel_counts(reset=True) == {f"linear_f32/{stand_in(isa)}": 1}
+
+
+def test_refusals(make):
+    w = pack(make(4, 8), quant="int8")
+    with pytest.raises(ValueError, match=r"^linear: x has shape \[2, 9\], expected \[M, K=8\]"):
+        linear(torch.zeros(2, 9), w)
+    short = dataclasses.replace(w, data=w.data[:-1])
+    with pytest.raises(ValueError, match=r"^linear: weight has shape"):
+        linear(torch.zeros(2, 8), short)
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+PROMPT = torch.arange(3, 40)[None]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quant", FORMATS)
+def test_a_model_equals_its_reference(chat_folder, quant, dtype):
+    native = ivr.load(chat_folder, dtype=dtype, quant=quant)
+    logits = native.forward(PROMPT)
+    truth = ivr.load(chat_folder, dtype="float32", backend="reference", quant=quant).forward(PROMPT)
+    plain = ivr.load(chat_folder, dtype="float32").forward(PROMPT)
+    own = ivr.load(chat_folder, dtype=dtype, backend="reference", quant=quant).forward(PROMPT)
+    error = (logits - truth).abs().max()
+    assert error <= 2 * (own - truth).abs().max() + 1e-4 * truth.std()
+    assert (truth - plain).abs().max() > 1e-3 * plain.std(), "nothing was quantised"
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+def test_tokens_depend_on_neither_batch_nor_chunk_nor_threads(chat_folder, quant):
+    questions = ["Hello world", "a", "What is in it? " * 6]
+    model = ivr.load(chat_folder, dtype="bfloat16", quant=quant)
+    alone = [model.chat(q, max_new_tokens=8) for q in questions]
+    assert model.batch_chat(questions, max_new_tokens=8) == alone
+    before = num_threads()
+    try:
+        chunked = ivr.load(chat_folder, dtype="bfloat16", quant=quant, prefill_chunk=5, threads=1)
+        assert chunked.batch_chat(questions, max_new_tokens=8) == alone
+        assert torch.equal(chunked.forward(PROMPT), model.forward(PROMPT))
+    finally:
+        set_num_threads(before)
+
+
+def test_pictures_are_seen_in_full(chat_folder):
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    size = load_config(chat_folder).image_size
+    pixels = torch.nn.functional.interpolate(pixels, (size, size))
+    features = [
+        ivr.load(chat_folder, quant=quant).encode_images(pixels) for quant in (None, "int4")
+    ]
+    assert torch.equal(*features)
+
+
+def test_what_is_quantised():
+    names = ("llm.0.qkv", "llm.0.o", "llm.0.gate_up", "llm.0.down", "llm.head")
+    assert [weight_format(n, "int4") for n in names] == ["int4"] * 4 + ["int8"]
+    assert [weight_format(n, "int8") for n in names] == ["int8"] * 5
+    assert {weight_format(n, None) for n in names} == {None}
+    kept = ("llm.embed", "llm.0.norm1", "llm.0.q_norm", "llm.0.router")
+    assert {weight_format(n, "int8") for n in kept} == {None}
+
+
+def test_the_plan_counts_quantised_bytes(chat_folder):
+    config = load_config(chat_folder)
+
+    def planned(quant):
+        plan = make_plan(config, torch.bfloat16, prefill_chunk=64, quant=quant)
+        return plan.weights
+
+    for quant in FORMATS:
+        decoder = ivr.load(chat_folder, dtype="bfloat16", quant=quant)._core.decoder
+        layers = [decoder.head]
+        for block in decoder.layers:
+            layers += (block.attention.qkv, block.attention.o, block.mlp.gate_up, block.mlp.down)
+        saved = sum(w.n * w.k * 2 - w.data.numel() for w in (x.weight for x in layers))
+        assert planned(None) - planned(quant) == saved
+        assert all(x.weight.data.dtype == torch.uint8 for x in layers)
+
+
+def test_unknown_formats_and_experts_are_refused(chat_folder):
+    with pytest.raises(ValueError, match=r"^quant is 'int3', allowed: int8, int4$"):
+        ivr.load(chat_folder, quant="int3")
+    config = load_config(chat_folder)
+    text = dataclasses.replace(config.text, experts=object())
+    with pytest.raises(ValueError, match=r"^quant is 'int8', but experts cannot be quantised"):
+        make_plan(
+            dataclasses.replace(config, text=text),
+            torch.bfloat16,
+            prefill_chunk=64,
+            quant="int8",
+        )
