@@ -24,6 +24,7 @@ C_TYPES = {
     "DType": ctypes.c_int32,
     "Gate": ctypes.c_int32,
     "Activation": ctypes.c_int32,
+    "WeightFormat": ctypes.c_int32,
     "int": ctypes.c_int,
 }
 NESTED = {"AttentionParams": "attention"}  # struct -> header
@@ -317,7 +318,7 @@ def linear(
         *("linear", "LinearParams"),
         **{"x": x, "weight": weight, "bias": bias, "residual": residual, "scale": scale},
         **{"rows": None, "out": out, "M": x.shape[0], "N": N, "K": K},
-        **{"activation": int(activation)},
+        **{"activation": int(activation), "format": int(weight_format)},
         **{"dtype": x.dtype, "out_dtype": out.dtype},
         **_strides(x_m=x, residual_m=residual, out_m=out),
         decode=x.shape[0] <= 16 if decode is None else decode,
