@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from internvl_rt.ops.grouped_linear import PackedExperts
 from internvl_rt.ops.linear import PackedWeight, unpack
@@ -96,7 +97,8 @@ def moe_route(logits: Tensor, top_k: int, normalize: bool) -> Call:
         if normalize:
             weights = weights / weights.sum(1, keepdim=True)
         order = ids.flatten().argsort(stable=True)
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel()))
+        places = torch.empty_like(order)
+        places[order] = torch.arange(order.numel(), device=order.device)
         offsets = F.pad(torch.bincount(ids.flatten(), minlength=E).cumsum(0), (1, 0))
         return ids.int(), weights, (order // top_k).int(), places.view_as(ids).int(), offsets.int()
 
@@ -115,7 +117,7 @@ _MXFP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4
 
 
 def mxfp4_unpack(blocks: Tensor, scales: Tensor) -> Call:
-    table = _MXFP4.bfloat16()
+    table = _MXFP4.to(blocks.device, torch.bfloat16)
 
     def call() -> Tensor:
         values = torch.stack((table[(blocks & 15).int()], table[(blocks >> 4).int()]), -1)
@@ -143,14 +145,19 @@ def flash_attention(
     sinks: Tensor | None = None,
     prefix: Tensor | None = None,
 ) -> Call | None:
-    if len(cu_q) != 2 or (causal and len(q) != len(k)):
+    lengths, keys = (set(cu.diff().tolist()) for cu in (cu_q, cu_kv))
+    if len(lengths) != 1 or len(keys) != 1 or (causal and lengths != keys):
         return None
     if window is not None or sinks is not None or prefix is not None:
         return None
-    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # [1, H, T, D]
-    return lambda: F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, scale=scale, enable_gqa=True
-    )[0].transpose(0, 1)
+    B = len(cu_q) - 1
+    q, k, v = (t.unflatten(0, (B, len(t) // B)).transpose(1, 2) for t in (q, k, v))  # [B, H, n, D]
+
+    def call() -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+        return y.transpose(1, 2).flatten(0, 1)
+
+    return call
 
 
 def _with_sinks(
@@ -190,9 +197,10 @@ def paged_attention(
 
     k, v = gather(k_cache), gather(v_cache)
     q = q.unflatten(0, (B, n)).transpose(1, 2)  # [B, H, n, D]
-    mask = None if n == 1 else torch.ones(n, L, dtype=torch.bool).tril(L - n)
+    seen = torch.ones(n, L, dtype=torch.bool, device=q.device).tril(L - n)
+    mask = None if n == 1 else seen
     if sinks is not None:
-        mask = torch.ones(n, L, dtype=torch.bool).tril(L - n).triu(L - n + 1 - (window or L))
+        mask = seen.triu(L - n + 1 - (window or L))
 
     def call() -> Tensor:
         if sinks is not None:
@@ -314,7 +322,7 @@ def preprocess(
     std: Any = (0.229, 0.224, 0.225),
     dtype: torch.dtype = torch.float32,
 ) -> Call | None:
-    if not columns * rows:
+    if not columns * rows or image.is_cuda:
         return None
     import numpy as np
     from PIL import Image
@@ -358,6 +366,35 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         rope,
         sample,
     )
+}
+
+
+def _sdpa(prepare: Callable[..., Call | None], kernel: SDPBackend) -> Callable[..., Call | None]:
+    """The peer with one implementation of scaled_dot_product_attention; calls raise RuntimeError
+    where it does not take these arguments."""
+
+    def prepared(**arguments: Any) -> Call | None:
+        call = prepare(**arguments)
+        if call is None or arguments.get("sinks") is not None:
+            return None
+
+        def forced() -> Any:
+            with sdpa_kernel(kernel):
+                return call()
+
+        return forced
+
+    return prepared
+
+
+# Op -> further peers on a GPU.
+GPU_PEERS: dict[str, dict[str, Callable[..., Call | None]]] = {
+    f.__name__: {
+        "sdpa-flash": _sdpa(f, SDPBackend.FLASH_ATTENTION),
+        "sdpa-cudnn": _sdpa(f, SDPBackend.CUDNN_ATTENTION),
+        "sdpa-efficient": _sdpa(f, SDPBackend.EFFICIENT_ATTENTION),
+    }
+    for f in (flash_attention, paged_attention)
 }
 
 # Peers that draw other random numbers: their distance from our results says nothing.

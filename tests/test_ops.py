@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from internvl_rt import _C, ops
-from internvl_rt.ops.registry import Op, all_cases, check
+from internvl_rt.ops.registry import Op, all_cases, check, missing, on_device
 from isas import ISAS, stand_in
 
 
@@ -31,6 +31,41 @@ def test_native(op, case, dtype, isa):
     check(op, case, dtype, "native")
     for name in _C.kernel_counts(reset=True):
         assert name.split("/")[1] in (isa, stand_in(isa)), f"{name} ran, not {isa}"
+
+
+def _lacks(backend):
+    return missing(backend) if torch.cuda.is_available() else "there is no CUDA device"
+
+
+ON_GPU = [
+    pytest.param(
+        op,
+        backend,
+        case,
+        dtype,
+        id="-".join((op.name, backend, case.name, str(dtype).removeprefix("torch."))),
+        marks=pytest.mark.skipif(_lacks(backend) is not None, reason=str(_lacks(backend))),
+    )
+    for op, case, dtype in all_cases()
+    for backend in ("cuda", "triton")
+    if backend in op.faces
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "case", "dtype"), ON_GPU)
+def test_on_gpu(op, backend, case, dtype):
+    check(op, case, dtype, backend, "cuda")
+
+
+def test_a_copy_on_a_device_keeps_strides_and_alignment():
+    x = torch.arange(40.0).view(4, 10)[1:, 3:8]
+    y = on_device(x, "cpu")
+    assert torch.equal(x, y)
+    assert (y.stride(), y.storage_offset()) == (x.stride(), x.storage_offset())
+    assert y.data_ptr() != x.data_ptr()
+    assert on_device(x, "meta").stride() == x.stride()
+    assert on_device(torch.empty(0, 3), "cpu").shape == (0, 3)
+    assert on_device(torch.float32, "cpu") is torch.float32
 
 
 @pytest.mark.parametrize("op", ops.catalogue().values(), ids=_id)

@@ -1,11 +1,15 @@
 """Timing of single ops beside each other and beside the machine's limits: `internvl-rt bench`.
 
 What a row means:
-- time: one call of the public function with `out` given, Python included, on warm caches; on a GPU
-  the time between two events on the stream. The backends of a case take turns, call by call.
-- roofline: the time that the op's least bytes take at the rate of a plain copy of as many bytes, or
-  that its operations take at the rate of torch's matrix product, whichever is longer; share is this
-  time over the median. Both rates are measured in the same run with the same number of threads.
+- time: one call of the public function with `out` given. On the CPU Python is included and caches
+  are warm. On a GPU it is the time between two events on the current stream, with a cold L2: a
+  buffer is overwritten before the first event, which takes longer than Python needs to launch the
+  call, so that the stream does not wait for Python between the events. The backends of a case
+  take turns, call by call.
+- roofline: the time that the op's least bytes take at the rate of a plain copy (on the CPU of as
+  many bytes, on a GPU of _GPU_COPY), or that its operations take at the rate of torch's matrix
+  product, whichever is longer; share is this time over the median. Both rates are measured in the
+  same run with the same number of threads.
 - error: the largest distance to the reference in float64, or for ops that are exact to the
   reference itself.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import os
 import platform
@@ -27,7 +32,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import _C
-from internvl_rt.ops.registry import Cost, Inputs, Op, catalogue, outputs_of
+from internvl_rt.ops.registry import Cost, Inputs, Op, catalogue, on_device, outputs_of
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -49,6 +54,9 @@ LIMIT = 5.0  # and at most so long, unless MIN_CALLS take longer
 MIN_CALLS = 7
 MAX_CALLS = 20_000
 _PRODUCT = 1024  # side of the matrix product that gives the compute rate
+_GPU_PRODUCT = 8192
+_GPU_COPY = 1 << 31  # bytes that the copy which gives a GPU's memory rate reads and writes
+_ERASER = 1 << 29  # bytes overwritten before a call on a GPU: several times any L2
 
 
 def run(
@@ -156,10 +164,10 @@ def take_turns(
     """
     clocks = {name: (timer or {}).get(name, on_cpu) for name in calls}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    for name, call in calls.items():
         start = time.perf_counter()
         while time.perf_counter() - start < min(WARM_UP, seconds):
-            call()
+            clocks[name](call)
     start = time.perf_counter()
     for n in range(MAX_CALLS):
         elapsed = time.perf_counter() - start
@@ -178,11 +186,17 @@ def on_cpu(call: Callable[[], Any]) -> float:
 
 def on_gpu(call: Callable[[], Any]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _eraser().zero_()
     begin.record()
     call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) * 1e-3
+
+
+@functools.cache
+def _eraser() -> Tensor:
+    return torch.empty(_ERASER, dtype=torch.uint8, device="cuda")
 
 
 @contextlib.contextmanager
@@ -203,13 +217,15 @@ class Rates:
         self._kept: dict[tuple[Any, ...], float] = {}
 
     def bytes_per_s(self, size: int, device: str) -> float:
-        """Of a copy that reads and writes `size` bytes together, rounded up to a power of four."""
+        """Of a copy that reads and writes `size` bytes together, rounded up to a power of four;
+        on a GPU of one large copy, whatever the size."""
         exponent = max(12, math.ceil(math.log2(max(size, 1)) / 2) * 2)
-        size = 1 << min(exponent, 28)
+        size = _GPU_COPY if device == "cuda" else 1 << min(exponent, 28)
 
         def measure() -> float:
-            source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
-            target = torch.ones_like(source)
+            # Written before it is read: pages of untouched zeros are all the same page.
+            source = torch.ones(size // 2, dtype=torch.uint8, device=device)
+            target = torch.zeros_like(source)
             return size / _best(lambda: target.copy_(source), device)
 
         return self._keep(("copy", size, device), measure)
@@ -218,9 +234,11 @@ class Rates:
         """Of a matrix product in float32, or in the dtype where that is faster."""
 
         def measure(kind: torch.dtype) -> float:
-            a = torch.ones(_PRODUCT, _PRODUCT, dtype=kind, device=device)
+            n = _GPU_PRODUCT if device == "cuda" else _PRODUCT
+            # Random: a GPU's clock holds longer on operands that toggle few bits.
+            a = torch.randn(n, n, device=device).to(kind)
             out = torch.empty_like(a)
-            return 2 * _PRODUCT**3 / _best(lambda: torch.mm(a, a, out=out), device)
+            return 2 * n**3 / _best(lambda: torch.mm(a, a, out=out), device)
 
         kinds = {torch.float32, dtype} & {torch.float32, torch.bfloat16}
         return max(self._keep(("product", k, device), lambda k=k: measure(k)) for k in kinds)
@@ -304,10 +322,11 @@ def time_case(
     backends: Sequence[str],
     rates: Rates,
     peers: Mapping[str, Callable[..., Callable[[], Any]]] | None = None,
+    peer_device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """A row per backend, and per peer: another implementation, peers[name](**arguments)().
 
-    A peer's calls take their turns with ours; it runs on the CPU.
+    A peer's calls take their turns with ours; all peers run on peer_device.
     """
     arguments = build(dtype)
     cost, shape = op.cost(**arguments), _shape(arguments)
@@ -320,7 +339,7 @@ def time_case(
     for name in backends:
         backend, devices[name] = BACKENDS[name]
         # Arguments of its own: an op that updates a cache must not feed the next one.
-        mine = {k: _on(v, devices[name]) for k, v in build(dtype).items()}
+        mine = {k: on_device(v, devices[name]) for k, v in arguments.items()}
         _C.kernel_counts(reset=True)
         out = op.function(**mine, backend=backend)
         ran = sorted(_C.kernel_counts(reset=True))
@@ -331,7 +350,8 @@ def time_case(
         }
         calls[name] = _call(op, mine, out, backend)
     for name, prepare in (peers or {}).items():
-        devices[name], calls[name] = "cpu", prepare(**build(dtype))
+        devices[name] = peer_device
+        calls[name] = prepare(**{k: on_device(v, peer_device) for k, v in arguments.items()})
         error = _error(outputs_of(calls[name]()), truth[: len(same) - len(op.mutates)])
         facts[name] = {"kernel": name, "max_error": error}
 
@@ -382,10 +402,6 @@ def _error(produced: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _on(value: Any, device: str) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _shape(arguments: Mapping[str, Any]) -> str:

@@ -35,6 +35,12 @@ class PackedWeight:
     k: int
     format: WeightFormat
 
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same weight in the layout of another device."""
+        if self.data.device.type == torch.device(device).type:
+            return self
+        return pack(unpack(self).to(device).contiguous())
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.n, self.k

@@ -264,17 +264,31 @@ def _expected(
     return same, _results(op, {k: _to(v, torch.float64) for k, v in arguments.items()})
 
 
-def check(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
-    """Runs one case on a backend and raises AssertionError where a law is broken.
+def on_device(value: Any, device: str) -> Any:
+    """A copy of an argument on a device; a view keeps its strides and its offset, and with them
+    its alignment."""
+    if not isinstance(value, Tensor):
+        return value.to(device) if hasattr(value, "to") else value
+    storage = value.untyped_storage()
+    flat = torch.empty(0, dtype=value.dtype, device=value.device)
+    flat.set_(storage, 0, (storage.nbytes() // value.element_size(),))
+    moved = flat.to(device, copy=True)
+    return moved.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def check(op: Op, case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """Runs one case on a backend and a device; raises AssertionError where a law is broken.
 
     Outputs are pre-filled with NaN inside guard bands, inputs must come back unchanged, and every
     element must lie within the op's tolerance of the float64 truth.
     """
     arguments = case.arguments(op.name, dtype)
     same, truth = _expected(op.name, case, dtype)
+    if device != "cpu":
+        arguments = {k: on_device(v, device) for k, v in arguments.items()}
     kept = {k: v.clone() for k, v in arguments.items() if isinstance(v, Tensor)}
     n_out = len(same) - len(op.mutates)
-    guarded = [_Guarded(t) for t in same[:n_out]]
+    guarded = [_Guarded(t, device) for t in same[:n_out]]
     out = tuple(g.tensor for g in guarded)
     op.function(**arguments, out=out if n_out > 1 else out[0], backend=backend)
     produced = (*out, *(arguments[m] for m in op.mutates))
@@ -285,7 +299,7 @@ def check(op: Op, case: Case, dtype: torch.dtype, backend: str) -> None:
         if name not in op.mutates:
             assert _same_bits(before, arguments[name]), f"{where}: changed its input {name}"
     for i, (y, s, t) in enumerate(zip(produced, same, truth, strict=True)):
-        _compare(f"{where} output {i}", y, s, t, op.tolerance, dtype)
+        _compare(f"{where} output {i}", y.cpu(), s, t, op.tolerance, dtype)
 
 
 def _compare(
@@ -326,14 +340,14 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class _Guarded:
-    """A tensor like `like`, filled with NaN, between two guard bands."""
+    """A tensor like `like` on a device, filled with NaN, between two guard bands."""
 
     BAND = 64
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, device: str) -> None:
         n = like.numel()
         self._fill = float("nan") if like.is_floating_point() else 113
-        self._buffer = torch.full((n + 2 * self.BAND,), self._fill).to(like.dtype)
+        self._buffer = torch.full((n + 2 * self.BAND,), self._fill).to(device, like.dtype)
         self._before = self._buffer.clone()
         self.tensor = self._buffer[self.BAND : self.BAND + n].view(like.shape)
 

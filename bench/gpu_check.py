@@ -1,0 +1,442 @@
+"""The Python part of bench/gpu_check.sh: a subcommand is a step, in a process of its own.
+
+    python bench/gpu_check.py names                   # the ops with a kernel for a GPU
+    python bench/gpu_check.py ready                   # fails where their tests would be skipped
+    python bench/gpu_check.py small                   # few small cases, for compute-sanitizer
+    python bench/gpu_check.py probes --out DIR        # the device and its rates: DIR/probes.json
+    python bench/gpu_check.py ops rms_norm --out DIR  # DIR/ops-rms_norm.json
+    python bench/gpu_check.py report check --parts DIR --out DIR2  # DIR2/check.json and the table
+
+--dry-run takes the CPU instead, with small cases: the same code on the native kernels. The rows are
+those of python/internvl_rt/ops/bench.py with graph_us: one call's share of a CUDA graph of GRAPH
+calls, replayed on a warm L2, null where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internvl_rt.ops import bench, catalogue
+from internvl_rt.ops.flash_attention import offsets
+from internvl_rt.ops.registry import Inputs, Op, check, missing, on_device, outputs_of
+from peers import GPU_PEERS, OTHER_DRAWS, PEERS
+
+BACKENDS = ("cuda", "triton")
+GRAPH = 20  # calls in a graph
+SMALL = 4  # cases of an op under compute-sanitizer
+DRY_OPS = ("flash_attention", "rms_norm")
+SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 150 rows
+END_TO_END = "not measured: whole models do not run on a GPU yet"
+
+# Shapes whose time docs/performance.md predicts and the catalogue leaves out; bfloat16.
+SHAPES = {
+    "layer_norm": ("13325x1024",),
+    "linear": (
+        "1x1152x896",
+        "1x896x4864",
+        "1x9728x896",
+        "1x151674x896",
+        "64x9728x896",
+        "13325x4096x1024",
+    ),
+    "paged_attention": ("64x2048x14x2x64", "64x2048x28x4x128"),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the steps run, and what of the catalogue they take there."""
+
+    device: str
+    backends: tuple[str, ...]  # names of bench.BACKENDS
+    dry: bool
+
+    def backends_of(self, op: Op) -> list[str]:
+        return [b for b in self.backends if bench.BACKENDS[b][0] in op.faces]
+
+
+GPU = Place("cuda", BACKENDS, dry=False)
+DRY = Place("cpu", ("cpu",), dry=True)
+
+
+def on_gpu_ops() -> list[Op]:
+    return [op for op in catalogue().values() if any(b in op.faces for b in BACKENDS)]
+
+
+# ---- check -------------------------------------------------------------------------------------
+
+
+def ready(place: Place) -> None:
+    for backend in () if place.dry else BACKENDS:
+        why = missing(backend)
+        if why is not None:
+            raise RuntimeError(f"{backend}: {why}")
+
+
+def small(place: Place) -> None:
+    """The first cases of every op against the catalogue's law."""
+    for op in on_gpu_ops():
+        for backend in place.backends_of(op):
+            for case in [c for c in op.cases if not c.slow and not c.name.startswith("empty")][
+                :SMALL
+            ]:
+                for dtype in case.dtypes:
+                    print(op.name, backend, case.name, dtype, flush=True)
+                    check(op, case, dtype, bench.BACKENDS[backend][0], place.device)
+
+
+def _device(place: Place) -> dict[str, Any]:
+    if place.dry:
+        return {"name": "cpu"}
+    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "memory_bytes": p.total_memory,
+        "cuda": torch.version.cuda,
+    }
+
+
+def _rms_norm(place: Place) -> tuple[Callable[[], Any], torch.Tensor, torch.Tensor]:
+    """A call of our kernel, what it writes and what it should write."""
+    make = Inputs("gpu_check/rms_norm", torch.bfloat16)
+    x, weight = make.normal(64, 896), make.normal(896)
+    op = catalogue()["rms_norm"]
+    expected = op.reference(x, weight, eps=1e-6)
+    x, weight = (on_device(t, place.device) for t in (x, weight))
+    out = torch.full_like(x, float("nan"))
+    backend = bench.BACKENDS[place.backends[0]][0]
+    return (
+        lambda: op.function(x, weight, eps=1e-6, out=out, backend=backend),
+        out,
+        on_device(expected, place.device),
+    )
+
+
+def _close(out: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def _dlpack(place: Place) -> dict[str, Any]:
+    """Tensors and the current stream through the exchange API: what a call on any other stream
+    wrote would be wiped out at the end of the wait."""
+    if not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        raise RuntimeError(f"torch {torch.__version__} has no __dlpack_c_exchange_api__")
+    call, out, expected = _rms_norm(place)
+    call()
+    if not place.dry:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(50_000_000)
+            out.fill_(float("nan"))
+            call()
+        torch.cuda.synchronize()
+    _close(out, expected)
+    return {"torch": torch.__version__}
+
+
+def _copy(place: Place) -> dict[str, Any]:
+    return {"gb_per_s": bench.Rates().bytes_per_s(1 << 20, place.device) * 1e-9}
+
+
+def _product(place: Place) -> dict[str, Any]:
+    rate = bench.Rates().flops_per_s(torch.bfloat16, place.device)
+    return {"tflop_per_s": rate * 1e-12}
+
+
+def _empty(place: Place) -> dict[str, Any]:
+    """What an event pair measures with nothing, and with a launch that does nothing, in between."""
+    clock = bench.on_cpu if place.dry else bench.on_gpu
+    x = torch.zeros(1, device=place.device)
+    calls = {"nothing_us": lambda: None, "launch_us": lambda: x.zero_()}
+    samples = bench.take_turns(calls, dict.fromkeys(calls, clock), seconds=0.05)
+    return {name: statistics.median(s) * 1e6 for name, s in samples.items()}
+
+
+def _graph(place: Place) -> dict[str, Any]:
+    """Our kernel in a CUDA graph: captured without running, right when replayed."""
+    call, out, expected = _rms_norm(place)
+    if place.dry:
+        call()
+    else:
+        graph = _captured(call, 1)
+        out.fill_(float("nan"))
+        torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+    _close(out, expected)
+    return {"replayed": not place.dry}
+
+
+PROBES = {
+    "device": _device,
+    "dlpack": _dlpack,
+    "copy": _copy,
+    "product_bf16": _product,
+    "empty": _empty,
+    "graph": _graph,
+}
+
+
+def probes(place: Place, out: Path) -> bool:
+    """Writes what every probe found; False where one failed."""
+    found: dict[str, Any] = {}
+    for name, probe in PROBES.items():
+        try:
+            found[name] = probe(place)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            found[name] = {"error": _first_line(error)}
+        print(name, found[name], flush=True)
+        _write(out / "probes.json", found)
+    return not any("error" in value for value in found.values())
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+Build = Callable[[torch.dtype], dict[str, Any]]
+
+
+def work(op: Op, place: Place) -> list[tuple[str, torch.dtype, Build]]:
+    """Cases and shapes of an op, with their arguments."""
+    found: list[tuple[str, torch.dtype, Build]] = [
+        (case.name, dtype, lambda d, c=case: c.arguments(op.name, d))
+        for case in op.cases
+        if (case.name.startswith("odd") if place.dry else case.bench)
+        for dtype in case.dtypes
+    ]
+    for shape in () if place.dry else SHAPES.get(op.name, ()):
+        sizes = tuple(map(int, shape.split("x")))
+        found.append((shape, torch.bfloat16, _shaped(op, shape, sizes)))
+    if op.name == "flash_attention" and not place.dry:
+        found.append(("internvit_300m_13_tiles", torch.bfloat16, _vit_13_tiles))
+    return found
+
+
+def _shaped(op: Op, shape: str, sizes: tuple[int, ...]) -> Build:
+    assert op.shaped is not None
+    shaped = op.shaped
+    return lambda d: shaped(Inputs(f"{op.name}/{shape}", d), sizes)
+
+
+def _vit_13_tiles(dtype: torch.dtype) -> dict[str, Any]:
+    shaped = catalogue()["flash_attention"].shaped
+    assert shaped is not None
+    arguments = shaped(Inputs("flash_attention/13 tiles", dtype), (13 * 1025, 16, 16, 64))
+    return arguments | {"cu_q": offsets([1025] * 13), "cu_kv": offsets([1025] * 13)}
+
+
+def time_op(op: Op, place: Place, out: Path) -> bool:
+    """Times an op's cases and writes them after each; False where one of ours failed."""
+    rates = bench.Rates()
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "refused": [], "failed": []}
+    for case, dtype, build in work(op, place):
+        label = {"op": op.name, "case": case, "dtype": str(dtype).removeprefix("torch.")}
+        print(*label.values(), flush=True)
+        try:
+            arguments = build(dtype)
+            peers = _peers(op, arguments, place, label, found["refused"])
+            # Every backend and peer copies these; to make them again would cost more than to time.
+            rows = bench.time_case(
+                *(op, case, dtype, lambda d, a=arguments: a, place.backends_of(op), rates),
+                *(peers, place.device),
+            )
+            for row in rows:
+                ours = row["backend"] in place.backends
+                if op.name in OTHER_DRAWS and not ours:
+                    row["max_error"] = None
+                row["graph_us"] = (
+                    _graph_us(op, arguments, row["backend"], place)
+                    if ours and not place.dry
+                    else None
+                )
+            found["rows"] += rows
+        except (RuntimeError, ValueError, AssertionError) as error:
+            found["failed"].append(label | {"why": _first_line(error)})
+        _write(out / f"ops-{op.name}.json", found)
+    return not found["failed"]
+
+
+def _peers(
+    op: Op,
+    arguments: dict[str, Any],
+    place: Place,
+    label: dict[str, str],
+    refused: list[dict[str, str]],
+) -> dict[str, Callable[..., Any]]:
+    """The peers that take these arguments; those that refuse a call are listed with the reason."""
+    known = GPU_PEERS.get(op.name, {}) if not place.dry else {}
+    if op.name in PEERS:
+        name, prepare = PEERS[op.name]
+        known = {name: prepare} | known
+    usable = {}
+    for name, prepare in known.items():
+        try:
+            call = prepare(**{k: on_device(v, place.device) for k, v in arguments.items()})
+            if call is None:
+                continue
+            call()
+            usable[name] = prepare
+        except RuntimeError as error:
+            refused.append(label | {"peer": name, "why": _first_line(error)})
+    return usable
+
+
+def _graph_us(op: Op, arguments: dict[str, Any], backend: str, place: Place) -> float:
+    mine = {k: on_device(v, place.device) for k, v in arguments.items()}
+    face = bench.BACKENDS[backend][0]
+    out = op.function(**mine, backend=face)
+    graph = _captured(lambda: op.function(**mine, out=out, backend=face), GRAPH)
+    eager = [t.clone() for t in outputs_of(out)]
+    times = []
+    for _ in range(bench.MIN_CALLS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / GRAPH)
+    for t, e in zip(outputs_of(out), eager, strict=True):
+        assert torch.equal(t, e), f"{backend}: another result in a graph"
+    return statistics.median(times)
+
+
+def _captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            call()
+    return graph
+
+
+# ---- report ------------------------------------------------------------------------------------
+
+
+def report(mode: str, parts: Path, out: Path, place: Place) -> bool:
+    """Joins the parts into one file and prints the table; False where a step failed."""
+    steps = [
+        {"step": name, "code": int(code), "seconds": int(seconds)}
+        for name, code, seconds in (
+            line.split("\t") for line in (parts / "steps.tsv").read_text().splitlines()
+        )
+    ]
+    document: dict[str, Any] = bench.machine() | {"dry_run": place.dry}
+    document = {"mode": mode, "machine": document, "steps": steps, "probes": {}}
+    if (parts / "probes.json").exists():
+        document["probes"] = json.loads((parts / "probes.json").read_text())
+    if mode == "bench":
+        document |= {"end_to_end": END_TO_END, "rows": [], "refused": [], "failed": []}
+        for file in sorted(parts.glob("ops-*.json")):
+            for kind, entries in json.loads(file.read_text()).items():
+                document[kind] += entries
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / f"{mode}.json", document)
+    print(text(document))
+    return all(step["code"] == 0 for step in steps)
+
+
+def text(document: dict[str, Any]) -> str:
+    """The table that a person reads."""
+    lines = []
+    if document["mode"] == "bench":
+        lines += [_rows(document["rows"])]
+        for kind in ("refused", "failed"):
+            lines += [
+                f"{kind}: " + " ".join(str(v) for v in entry.values()) for entry in document[kind]
+            ]
+        lines += [f"end to end: {document['end_to_end']}"]
+    lines += [f"{name}: {_values(value)}" for name, value in document["probes"].items()]
+    head = ("step", "result", "s")
+    results = {0: "ok", 124: "out of time", 137: "killed"}
+    steps = [
+        (s["step"], results.get(s["code"], f"failed ({s['code']})"), str(s["seconds"]))
+        for s in document["steps"]
+    ]
+    return "\n".join((*lines, bench.columns(head, steps, numbers_from=2)))
+
+
+def _rows(rows: Sequence[dict[str, Any]]) -> str:
+    head = ("op", "case", "dtype", "by", "us", "p5", "p95", "graph us", "GB/s", "TFLOP/s")
+    head = (*head, "roofline", "error")
+    lines = [
+        (
+            *(row["op"], row["case"], row["dtype"].replace("float", "f")),
+            row["backend"],
+            *(f"{row[k]:.1f}" for k in ("median_us", "p5_us", "p95_us")),
+            "" if row["graph_us"] is None else f"{row['graph_us']:.1f}",
+            f"{row['gb_per_s']:.0f}",
+            f"{row['gflop_per_s'] * 1e-3:.1f}",
+            f"{row['roofline_share']:.0%}",
+            "" if row["max_error"] is None else f"{row['max_error']:.1g}",
+        )
+        for row in rows
+    ]
+    return bench.columns(head, lines, numbers_from=4)
+
+
+def _values(value: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items()
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("names", "ready", "small", "probes", "ops", "report"):
+        command = commands.add_parser(name)
+        command.add_argument("--dry-run", action="store_true")
+        if name == "ops":
+            command.add_argument("op", choices=sorted(op.name for op in on_gpu_ops()))
+        if name == "report":
+            command.add_argument("mode", choices=("check", "bench"))
+            command.add_argument("--parts", type=Path, required=True)
+        if name in ("probes", "ops", "report"):
+            command.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    place = DRY if options.dry_run else GPU
+    bench.WARM_UP, bench.SECONDS = (0.0, 0.0) if place.dry else (bench.WARM_UP, SECONDS)
+    bench._PRODUCT = 64 if place.dry else bench._PRODUCT
+    good = True
+    if options.command == "names":
+        ops = [op.name for op in on_gpu_ops() if op.name in DRY_OPS or not place.dry]
+        print("\n".join(ops))
+    elif options.command in ("ready", "small"):
+        {"ready": ready, "small": small}[options.command](place)
+    elif options.command == "probes":
+        good = probes(place, options.out)
+    elif options.command == "ops":
+        good = time_op(catalogue()[options.op], place, options.out)
+    else:
+        good = report(options.mode, options.parts, options.out, place)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

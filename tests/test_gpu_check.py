@@ -1,0 +1,157 @@
+"""bench/gpu_check.sh on the CPU: its steps, its files and what it does where a step fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from internvl_rt import ops
+
+BENCH = Path(__file__).parents[1] / "bench"
+SCRIPT = BENCH / "gpu_check.sh"
+NUMBER = (int, float)
+ROW = {
+    "op": str,
+    "case": str,
+    "dtype": str,
+    "backend": str,
+    "kernel": str,
+    "median_us": NUMBER,
+    "p5_us": NUMBER,
+    "p95_us": NUMBER,
+    "calls": int,
+    "bytes": int,
+    "flops": int,
+    "gb_per_s": NUMBER,
+    "gflop_per_s": NUMBER,
+    "copy_gb_per_s": NUMBER,
+    "roofline_share": NUMBER,
+    "graph_us": (*NUMBER, type(None)),
+}
+
+
+@pytest.fixture
+def gpu_check(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_check
+
+    for name in ("WARM_UP", "SECONDS", "_PRODUCT"):
+        monkeypatch.setattr(gpu_check.bench, name, getattr(gpu_check.bench, name))
+    yield gpu_check
+    for name in ("gpu_check", "peers"):
+        sys.modules.pop(name, None)
+
+
+def run(*arguments):
+    paths = os.pathsep.join(p for p in sys.path if p)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": paths}
+    command = ["bash", str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def test_the_script_parses():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("check",), ("test", "x"), ("check", "x", "--dry"), ("bench", "x", "", "y")]
+)
+def test_wrong_arguments(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "usage: " in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_bench(tmp_path, gpu_check):
+    result = run("bench", tmp_path / "out", "--dry-run")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["bench.json", "bench.log"]
+    document = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert document["mode"] == "bench"
+    assert document["machine"]["dry_run"] is True
+    assert document["end_to_end"].startswith("not measured")
+    assert document["end_to_end"] in result.stdout
+    assert [s["step"] for s in document["steps"]] == [
+        "ready",
+        "probes",
+        *(f"bench {name}" for name in gpu_check.DRY_OPS),
+    ]
+    assert all(s["code"] == 0 and s["seconds"] >= 0 for s in document["steps"])
+    assert list(document["probes"]) == list(gpu_check.PROBES)
+    assert document["failed"] == []
+    assert {row["op"] for row in document["rows"]} == set(gpu_check.DRY_OPS)
+    assert {row["backend"] for row in document["rows"]} == {"cpu", "torch"}
+    for row in document["rows"]:
+        for key, kind in ROW.items():
+            assert isinstance(row[key], kind), key
+        assert row["max_error"] is None or 0 <= row["max_error"] < 0.1
+    assert result.stdout.splitlines()[-1].startswith("bench rms_norm")
+
+
+def test_a_failing_step_is_named_and_stops_nothing(tmp_path, gpu_check, capsys):
+    steps = "build\t1\t3\ntest rms_norm\t124\t75\nprobes\t0\t2\n"
+    (tmp_path / "steps.tsv").write_text(steps)
+    assert gpu_check.main(["report", "check", "--parts", str(tmp_path), "--out", str(tmp_path)])
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert [line.split()[-2] for line in last] == ["(1)", "time", "ok"]
+    written = json.loads((tmp_path / "check.json").read_text())
+    assert [s["code"] for s in written["steps"]] == [1, 124, 0]
+    (tmp_path / "steps.tsv").write_text("probes\t0\t2\n")
+    assert not gpu_check.main(["report", "check", "--parts", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_a_failing_probe_leaves_the_others(tmp_path, gpu_check, monkeypatch):
+    def broken(place):
+        raise RuntimeError("no such luck\nat all")
+
+    monkeypatch.setitem(gpu_check.PROBES, "dlpack", broken)
+    assert gpu_check.main(["probes", "--dry-run", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "probes.json").read_text())
+    assert found["dlpack"] == {"error": "RuntimeError: no such luck"}
+    assert found["graph"] == {"replayed": False}
+
+
+def test_a_failing_case_and_a_refusing_peer_are_listed(tmp_path, gpu_check, monkeypatch):
+    def refuse(**arguments):
+        raise RuntimeError("no kernel")
+
+    def broken(*arguments, **named):
+        raise ValueError("broken")
+
+    monkeypatch.setitem(gpu_check.PEERS, "rms_norm", ("torch", refuse))
+    assert gpu_check.main(["ops", "rms_norm", "--dry-run", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "ops-rms_norm.json").read_text())
+    assert {entry["why"] for entry in found["refused"]} == {"RuntimeError: no kernel"}
+    assert len(found["rows"]) == len(found["refused"]) == 2
+    monkeypatch.setattr(gpu_check.bench, "time_case", broken)
+    assert gpu_check.main(["ops", "rms_norm", "--dry-run", "--out", str(tmp_path)]) == 1
+    found = json.loads((tmp_path / "ops-rms_norm.json").read_text())
+    assert [entry["why"] for entry in found["failed"]] == ["ValueError: broken"] * 2
+
+
+def test_the_small_cases(gpu_check, capsys):
+    assert gpu_check.main(["small", "--dry-run"]) == 0
+    ran = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert ran == {op.name for op in gpu_check.on_gpu_ops()}
+
+
+def test_every_op_has_something_to_time(gpu_check):
+    for op in gpu_check.on_gpu_ops():
+        assert gpu_check.work(op, gpu_check.GPU), op.name
+    for name, shapes in gpu_check.SHAPES.items():
+        op = ops.catalogue()[name]
+        assert all(shape.count("x") == op.shape_help.count("x") for shape in shapes)
+
+
+def test_a_machine_without_a_gpu_is_not_ready(gpu_check, monkeypatch):
+    monkeypatch.setattr(gpu_check, "missing", lambda backend: f"no {backend} here")
+    with pytest.raises(RuntimeError, match="cuda: no cuda here"):
+        gpu_check.main(["ready"])
