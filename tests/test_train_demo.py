@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import internvl_rt as ivr
 from internvl_rt.prompt import render
@@ -153,6 +154,21 @@ def test_the_exported_checkpoint_is_the_trained_model(tmp_path):
     assert isinstance(
         loaded.chat(picture.turns[0][1], images=picture.pixels, max_new_tokens=3), str
     )
+
+
+def test_training_goes_on_from_the_committed_weights(tmp_path):
+    from train import Trainer
+
+    trainer = Trainer(tmp_path, "cpu", ivr.model.DEMO_MODEL)
+    stored = load_file(ivr.model.DEMO_MODEL / "model.safetensors")
+    named = dict(trainer.model.named_parameters())
+    assert set(named) - set(stored) == {n for n in named if n.startswith("dense.")}
+    assert all(torch.equal(named[n], t) for n, t in stored.items())
+    pictures = data.exam("emoji", 224, 10, held_out=True, seed=3)
+    right = sum(
+        a == p.turns[0][2] for a, p in zip(trainer.answers(pictures), pictures, strict=True)
+    )
+    assert right >= 8
 
 
 def test_tiles_are_those_of_preprocess():

@@ -9,17 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+EXIT_WRONG = 1  # selftest: it runs, and answers wrongly
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+DEMO_NOTE = (
+    "[demonstration model: numbers, shapes, colours, counting, emoji; it knows nothing else]"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    # argparse settles an optional positional before the options that stand between it and the one
-    # before, as in `chat MODEL -i picture.jpg "question"`.
-    if "question" in options and options.question is None and rest and rest[0][:1] != "-":
-        options.question = rest.pop(0)
+    if "question" in options:
+        rest = _settle(options, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -36,6 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
 
 
+def _settle(options: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Sorts out `chat [MODEL] [QUESTION]`; returns what is left over.
+
+    argparse settles optional positionals before the options that stand between them, as in
+    `chat MODEL -i picture.jpg "question"`, and leaves the later ones in rest.
+    """
+    words = [word for word in (options.model, options.question) if word is not None]
+    while rest and len(words) < 2 and rest[0][:1] != "-":
+        words.append(rest.pop(0))
+    if len(words) == 1 and not _names_model(words[0]):
+        words.insert(0, None)
+    options.model, options.question = (*words, None, None)[:2]
+    return rest
+
+
+def _names_model(word: str) -> bool:
+    """A folder, or what could only be meant as one: org/name, ./name, a/b/c."""
+    return Path(word).exists() or ("/" in word and not any(c.isspace() for c in word))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="internvl-rt", description="Run InternVL vision-language models."
@@ -43,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="chat|info|models|ops|bench")
 
     chat = commands.add_parser("chat", help="ask about pictures or a video")
-    chat.add_argument("model", help="checkpoint folder or Hugging Face repo id")
+    chat.add_argument(
+        "model", nargs="?", help="checkpoint folder or repo id; without it the demonstration model"
+    )
     chat.add_argument("question", nargs="?", help="without it: a conversation, one turn per line")
     chat.add_argument("-i", "--image", action="append", default=[], help="may be repeated")
     chat.add_argument("-v", "--video")
@@ -64,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--show-prompt", action="store_true", help="print the prompt, answer nothing")
     _add_model_options(chat)
     chat.set_defaults(run=_chat)
+
+    selftest = commands.add_parser("selftest", help="is this installation right?")
+    _add_model_options(selftest)
+    selftest.set_defaults(run=_selftest)
 
     info = commands.add_parser("info", help="the machine, a checkpoint, or a memory plan")
     info.add_argument("model", nargs="?", help="checkpoint folder or repo id")
@@ -108,6 +137,8 @@ def _chat(options: argparse.Namespace) -> int:
 
     if options.draw is not None:
         _check_draw(options)
+    if options.model is None:
+        print(DEMO_NOTE, file=sys.stderr)
     model = internvl_rt.load(
         options.model,
         device=options.device,
@@ -208,6 +239,14 @@ def _converse(
             print("\n[interrupted]", file=sys.stderr)
             continue
         history.append((question, answer))
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    from internvl_rt import selftest
+
+    report = selftest.run(options.device, options.dtype, options.backend, options.threads)
+    print(report.text())
+    return 0 if report.ok else EXIT_WRONG
 
 
 def _info(options: argparse.Namespace) -> int:

@@ -48,11 +48,12 @@ from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.weights import Checkpoint
 
 MAX_TILES = 40
+DEMO_MODEL = Path(__file__).parent / "demo_model"
 History = list[tuple[str, str]]
 
 
 def load(
-    path_or_repo_id: str | os.PathLike[str],
+    path_or_repo_id: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
@@ -63,6 +64,8 @@ def load(
 ) -> Model:
     """Loads a chat checkpoint: a folder, or a repo id of the Hugging Face hub (extra `hub`).
 
+    path_or_repo_id: None for the demonstration model that comes with the package, which knows
+        numbers, shapes, colours and emoji and nothing else.
     device: "cpu", "cuda", "cuda:1", or "auto".
     dtype: "float32", "bfloat16", the torch dtypes, or "auto": what the checkpoint is stored in.
     backend: "native" (None) runs our kernels, "reference" plain torch, "triton" Triton's.
@@ -77,7 +80,7 @@ def load(
     if threads is not None:
         set_num_threads(threads)
     opset = OpSet(backend)
-    folder = resolve_path(path_or_repo_id)
+    folder = DEMO_MODEL if path_or_repo_id is None else resolve_path(path_or_repo_id)
     config = load_config(folder)
     kind = dtype_from(dtype, config.torch_dtype)
     checkpoint = Checkpoint(folder)
@@ -90,7 +93,7 @@ def load(
     core = InternVL(config, parameters, opset, kind, quant)
     parameters.finish()
     engine = Engine(core, kv_tokens=plan.kv_tokens, prefill_chunk=chunk)
-    name = Path(path_or_repo_id).name
+    name = folder.name if path_or_repo_id is None else Path(path_or_repo_id).name
     return Model(folder, config, core, engine, image_token_id, name=name)
 
 

@@ -30,12 +30,12 @@ JOINS = {
 }
 # Share of a task in the mixture: more of what is learned more slowly.
 WEIGHTS = {
-    "number": 2.0,
-    "shape and colour": 0.6,
-    "emoji": 0.8,
-    "relation": 2.0,
-    "count": 1.4,
-    "outside": 0.4,
+    "number": 2.4,
+    "shape and colour": 0.5,
+    "emoji": 0.7,
+    "relation": 1.8,
+    "count": 1.6,
+    "outside": 0.3,
 }
 
 

@@ -36,7 +36,7 @@ def main() -> int:
     folder = parser.parse_args().folder
     chosen = [
         (task, picture)
-        for task in world.TASKS
+        for task in world.OFFERED
         for picture in list(filter(small, data.exam(task, SIDE, 6 * EACH, held_out=True, seed=99)))[
             :EACH
         ]

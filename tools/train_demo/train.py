@@ -1,7 +1,8 @@
 """Trains the demonstration model on pictures that it draws itself.
 
     python tools/train_demo/train.py --out /tmp/demo                    # all stages
-    python tools/train_demo/train.py --out /tmp/demo --stages whole --minutes 30   # goes on
+    python tools/train_demo/train.py --out /tmp/demo --stages tiles --minutes 30   # goes on
+    python tools/train_demo/train.py --out /tmp/demo --start python/internvl_rt/demo_model
 
 Stages: `tower` teaches the vision tower what lies in every patch; `answer` the decoder with the
 tower frozen, one task after the other; `whole` all of it, at 112 and at 224 pixels, with the dense
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 import data
@@ -38,13 +40,17 @@ BACKGROUND_WEIGHT = 0.15
 
 @dataclass(frozen=True)
 class Stage:
-    """minutes on two cores; rates: learning rate by the beginning of a parameter's name."""
+    """minutes on two cores; rates: learning rate by the beginning of a parameter's name.
+
+    decay: the last share of the stage, over which the rate falls to a twentieth.
+    """
 
     minutes: float
     rates: dict[str, float]
     plan: data.Plan
     dense: float  # weight of the dense loss
     exam_side: int
+    decay: float = 0.4
 
 
 _PAGES = data.Source("page", 112, 64)
@@ -52,37 +58,33 @@ _SMALL, _LARGE = data.Source("scene", 112, 64), data.Source("scene", 224, 20)
 _THUMBNAILS, _TILES = data.Source("thumbnail", 224, 20), data.Source("tiles", 224, 4)
 _TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
 _TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
-_ALL = {
-    "vision_model.embeddings.position_embedding": 4e-3,  # small at first, and relations need it
-    "vision_model.": 4e-4,
-    "dense.": 2e-3,
-    "mlp1.": 1e-3,
-    "language_model.": 1e-3,
-}
+_ALL = {"vision_model.": 4e-4, "dense.": 1e-3, "mlp1.": 1e-3, "language_model.": 1e-3}
+_FINE = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 8e-4, "language_model.": 8e-4}
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
     "whole": Stage(22, _ALL, data.Plan("whole", (_SMALL, _SMALL, _SMALL, _LARGE)), 0.5, 112),
     "tiles": Stage(
-        33,
-        _ALL,
+        15,
+        _FINE,
         data.Plan(
-            "tiles",
-            (_LARGE, _SMALL, _THUMBNAILS, _PAGES, _SMALL, _THUMBNAILS, _TILES, _SMALL),
+            "tiles", (_LARGE, _SMALL, _THUMBNAILS, _SMALL, _TILES, _SMALL, _THUMBNAILS, _PAGES)
         ),
         0.5,
         224,
+        decay=0.95,
     ),
 }
 
 
-def rate_factor(progress: float) -> float:
-    """Warm-up over 2 % of a stage, flat, linear to a twentieth over its last 40 %."""
-    return min(progress / 0.02, 1.0, max(0.05, (1 - progress) / 0.4))
+def rate_factor(progress: float, decay: float) -> float:
+    """Warm-up over 2 % of a stage, flat, then linear to a twentieth."""
+    return min(progress / 0.02, 1.0, max(0.05, (1 - progress) / decay))
 
 
 class Trainer:
-    def __init__(self, out: Path, device: str) -> None:
+    def __init__(self, out: Path, device: str, start: Path | None = None) -> None:
+        """start: a checkpoint whose weights to begin with where OUT has no state."""
         torch.manual_seed(0)
         self.out, self.device = out, device
         self.sizes = Sizes()
@@ -98,6 +100,9 @@ class Trainer:
         state = out / "state.pt"
         if state.exists():
             self.optimizer.load(torch.load(state, map_location=device))
+        elif start is not None:
+            masters = load_file(start / "model.safetensors", device=device)
+            self.optimizer.load({"masters": masters, "first": {}, "second": {}, "steps": 0})
 
     def run(self, name: str, stage: Stage, minutes: float, workers: int) -> None:
         plan = replace(stage.plan, vocab=self.sizes.vocab)
@@ -111,7 +116,7 @@ class Trainer:
                 if progress >= 1:
                     break
                 loader.progress.value = progress
-                factor = rate_factor(max(progress, 1e-4))
+                factor = rate_factor(max(progress, 1e-4), stage.decay)
                 found = self.losses(name, stage, arrays)
                 sum(found.values()).backward()
                 norm = self.optimizer.step({k: v * factor for k, v in stage.rates.items()})
@@ -147,7 +152,7 @@ class Trainer:
             colour = self.model.dense["colour"](patches[colours >= 0]).float()
             found["kind"] = stage.dense * F.cross_entropy(kind, kinds, self.kind_weight)
             found["colour"] = 0.3 * stage.dense * F.cross_entropy(colour, colours[colours >= 0])
-            found["place"] = 0.3 * stage.dense * self.place_loss(features[:, 1:], corner)
+            found["place"] = 0.1 * stage.dense * self.place_loss(features[:, 1:], corner)
         if "after" in arrays:
             pictures = self.model.project(features)
             if "tiles" in arrays:
@@ -275,6 +280,7 @@ class Trainer:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of state and log")
+    parser.add_argument("--start", type=Path, help="checkpoint to begin with, else from nothing")
     parser.add_argument("--stages", default=",".join(STAGES), help="comma-separated, in order")
     parser.add_argument("--minutes", type=float, help="of every stage, instead of its own")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on a CPU")
@@ -284,7 +290,8 @@ def main() -> int:
     if unknown := [n for n in names if n not in STAGES]:
         parser.error(f"--stages has {unknown[0]!r}, allowed: {', '.join(STAGES)}")
     torch.set_num_threads(given.threads)
-    trainer = Trainer(given.out, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer = Trainer(given.out, device, given.start)
     for name in names:
         stage = STAGES[name]
         trainer.run(name, stage, given.minutes or stage.minutes, given.workers)

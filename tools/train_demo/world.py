@@ -191,6 +191,8 @@ UNKNOWN = "I do not know."
 SYSTEM_MESSAGE = "Answer briefly."
 # The exam: one task each, with the scene it is asked about and the questions that ask it.
 TASKS = ("number", "shape and colour", "count", "relation", "emoji")
+# What the committed model offers: those that it answers right more often than not.
+OFFERED = ("number", "shape and colour", "count", "emoji")
 
 
 def corpus() -> list[str]:
