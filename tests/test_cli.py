@@ -89,7 +89,7 @@ def test_draw(photo, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_draw_is_checked_before_anything_is_loaded(arguments, match, capsys):
-    assert main(["chat", "no-such-folder", *arguments]) == 2
+    assert main(["chat", "./no-such-folder", *arguments]) == 2
     assert match in capsys.readouterr().err
 
 

@@ -202,7 +202,7 @@ def documents():
 
 def named_paths(text):
     """Paths of this repository: from its top, or a file's bare name in backticks."""
-    top = r"(?:python|csrc|kernels|tests|bench|docs|\.ci)/[\w./*<>-]*"
+    top = r"(?:python|csrc|kernels|tests|bench|tools|docs|\.ci)/[\w./*<>-]*"
     for found in re.findall(rf"(?<![\w/.<>-]){top}", text):
         yield found.rstrip("./") if found.rstrip("/").endswith(".") else found.rstrip("/")
     suffixes = r"(?:py|cpp|h|cu|cuh|md|toml|txt|cmake|\*)"
@@ -214,7 +214,9 @@ def exists(name, folder):
     pattern = re.sub(r"<[^>]*>", "*", name)
     places = [ROOT, folder]
     if "/" not in pattern:  # a bare name stands for a file anywhere
-        sources = [ROOT / d for d in ("python", "csrc", "kernels", "tests", "bench", "docs")]
+        sources = [
+            ROOT / d for d in ("python", "csrc", "kernels", "tests", "bench", "tools", "docs")
+        ]
         if any(next(s.rglob(pattern), None) for s in sources if s.exists()):
             return True
     return any(next(place.glob(pattern), None) for place in places)
