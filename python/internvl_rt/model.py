@@ -80,7 +80,8 @@ def load(
     if threads is not None:
         set_num_threads(threads)
     opset = OpSet(backend)
-    folder = DEMO_MODEL if path_or_repo_id is None else resolve_path(path_or_repo_id)
+    source = DEMO_MODEL if path_or_repo_id is None else path_or_repo_id
+    folder = resolve_path(source)
     config = load_config(folder)
     kind = dtype_from(dtype, config.torch_dtype)
     checkpoint = Checkpoint(folder)
@@ -93,8 +94,7 @@ def load(
     core = InternVL(config, parameters, opset, kind, quant)
     parameters.finish()
     engine = Engine(core, kv_tokens=plan.kv_tokens, prefill_chunk=chunk)
-    name = folder.name if path_or_repo_id is None else Path(path_or_repo_id).name
-    return Model(folder, config, core, engine, image_token_id, name=name)
+    return Model(folder, config, core, engine, image_token_id, name=Path(source).name)
 
 
 def load_vision(

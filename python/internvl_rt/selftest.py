@@ -10,15 +10,13 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from internvl_rt import _C
-from internvl_rt.model import load
+from internvl_rt.model import DEMO_MODEL, load
 
-_FOLDER = Path(__file__).parent / "demo_model"
 # bfloat16 may tip an answer that was nearly level; a wrong kernel changes most of them.
 MAX_DIFFERENT = 0.05
 
@@ -48,8 +46,8 @@ class Report:
 
 def questions() -> list[tuple[np.ndarray, dict[str, str]]]:
     """Pictures uint8 [S, S, 3] with task, question, answer (the truth) and recorded."""
-    entries = json.loads((_FOLDER / "selftest.json").read_text(encoding="utf-8"))
-    sheet = np.asarray(Image.open(_FOLDER / "selftest.png").convert("RGB"))
+    entries = json.loads((DEMO_MODEL / "selftest.json").read_text(encoding="utf-8"))
+    sheet = np.asarray(Image.open(DEMO_MODEL / "selftest.png").convert("RGB"))
     side = sheet.shape[1]
     return [(sheet[side * i : side * (i + 1)], entry) for i, entry in enumerate(entries)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,6 @@ from internvl_rt.ops.quantise import check_quant
 from internvl_rt.parameters import Parameters
 from internvl_rt.runtime.batch import Batch
 from internvl_rt.runtime.kv_cache import KvCache
-
-
-def _norm(
-    config: TextConfig, w: Parameters, name: str, opset: OpSet, dtype: torch.dtype
-) -> RmsNorm:
-    return RmsNorm(
-        opset,
-        w[f"{name}.weight"],
-        config.rms_norm_eps,
-        dtype,
-        weight_in_fp32=config.norm_weight_in_fp32,
-    )
 
 
 def weight_format(name: str, quant: str | None) -> str | None:
@@ -48,10 +38,28 @@ def require_quantisable(config: TextConfig, quant: str | None) -> None:
         raise ValueError(f"quant is {quant!r}, but experts cannot be quantised: leave it out")
 
 
-def _linear(
-    w: Parameters, name: str, opset: OpSet, dtype: torch.dtype, quant: str | None
-) -> Linear:
-    return Linear(opset, *w.linear(name), dtype, weight_format(name, quant))
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the decoder's layers from the stored weights. quant: as of weight_format."""
+
+    config: TextConfig
+    w: Parameters
+    opset: OpSet
+    dtype: torch.dtype
+    quant: str | None
+
+    def linear(self, name: str) -> Linear:
+        form = weight_format(name, self.quant)
+        return Linear(self.opset, *self.w.linear(name), self.dtype, form)
+
+    def norm(self, name: str) -> RmsNorm:
+        return RmsNorm(
+            self.opset,
+            self.w[f"{name}.weight"],
+            self.config.rms_norm_eps,
+            self.dtype,
+            weight_in_fp32=self.config.norm_weight_in_fp32,
+        )
 
 
 class Attention:
@@ -60,26 +68,19 @@ class Attention:
     Queries and keys may be normalised per head; sinks take weight from the keys.
     """
 
-    def __init__(
-        self,
-        config: TextConfig,
-        w: Parameters,
-        i: int,
-        opset: OpSet,
-        dtype: torch.dtype,
-        quant: str | None,
-    ) -> None:
-        self.ops = opset
+    def __init__(self, make: _Maker, i: int) -> None:
+        config = make.config
+        self.ops = make.opset
         self.H, self.K, self.D = config.num_heads, config.num_kv_heads, config.head_dim
         name = f"llm.{i}"
-        self.qkv = _linear(w, f"{name}.qkv", opset, dtype, quant)
-        self.o = _linear(w, f"{name}.o", opset, dtype, quant)
+        self.qkv = make.linear(f"{name}.qkv")
+        self.o = make.linear(f"{name}.o")
         self.window = config.windows[i]
-        self.sinks = w[f"{name}.sinks"].to(dtype) if config.sinks else None
+        self.sinks = make.w[f"{name}.sinks"].to(make.dtype) if config.sinks else None
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = _norm(config, w, f"{name}.q_norm", opset, dtype)
-            self.k_norm = _norm(config, w, f"{name}.k_norm", opset, dtype)
+            self.q_norm = make.norm(f"{name}.q_norm")
+            self.k_norm = make.norm(f"{name}.k_norm")
 
     def __call__(
         self,
@@ -116,18 +117,10 @@ class Attention:
 class Mlp:
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(
-        self,
-        config: TextConfig,
-        w: Parameters,
-        i: int,
-        opset: OpSet,
-        dtype: torch.dtype,
-        quant: str | None,
-    ) -> None:
-        self.ops, self.gate = opset, config.gate
-        self.gate_up = _linear(w, f"llm.{i}.gate_up", opset, dtype, quant)
-        self.down = _linear(w, f"llm.{i}.down", opset, dtype, quant)
+    def __init__(self, make: _Maker, i: int) -> None:
+        self.ops, self.gate = make.opset, make.config.gate
+        self.gate_up = make.linear(f"llm.{i}.gate_up")
+        self.down = make.linear(f"llm.{i}.down")
 
     def __call__(self, x: Tensor, residual: Tensor) -> None:
         """Adds mlp(x [T, hidden]) to residual."""
@@ -138,23 +131,16 @@ class Mlp:
 class Experts:
     """The weighted sum of the MLPs that a router chooses for a token."""
 
-    def __init__(
-        self,
-        config: TextConfig,
-        w: Parameters,
-        i: int,
-        opset: OpSet,
-        dtype: torch.dtype,
-        quant: str | None,
-    ) -> None:
+    def __init__(self, make: _Maker, i: int) -> None:
+        config = make.config
         assert config.experts is not None
-        self.ops, self.config, self.gate = opset, config.experts, config.gate
+        self.ops, self.config, self.gate = make.opset, config.experts, config.gate
         name, count = f"llm.{i}", config.experts.count
-        self.router = _linear(w, f"{name}.router", opset, dtype, quant)
+        self.router = make.linear(f"{name}.router")
 
         def grouped(part: str) -> GroupedLinear:
-            each = (w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
-            return GroupedLinear(opset, each, count, dtype)
+            each = (make.w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
+            return GroupedLinear(make.opset, each, count, make.dtype)
 
         self.gate_up, self.down = grouped("gate_up"), grouped("down")
 
@@ -172,20 +158,11 @@ class Experts:
 class DecoderLayer:
     """x += attention(norm1(x)); x += mlp(norm2(x)), where the MLP may be a mixture of experts."""
 
-    def __init__(
-        self,
-        config: TextConfig,
-        w: Parameters,
-        i: int,
-        opset: OpSet,
-        dtype: torch.dtype,
-        quant: str | None,
-    ) -> None:
-        self.norm1 = _norm(config, w, f"llm.{i}.norm1", opset, dtype)
-        self.norm2 = _norm(config, w, f"llm.{i}.norm2", opset, dtype)
-        self.attention = Attention(config, w, i, opset, dtype, quant)
-        kind = Mlp if config.experts is None else Experts
-        self.mlp = kind(config, w, i, opset, dtype, quant)
+    def __init__(self, make: _Maker, i: int) -> None:
+        self.norm1 = make.norm(f"llm.{i}.norm1")
+        self.norm2 = make.norm(f"llm.{i}.norm2")
+        self.attention = Attention(make, i)
+        self.mlp = (Mlp if make.config.experts is None else Experts)(make, i)
 
     def __call__(
         self, x: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor
@@ -211,11 +188,10 @@ class Decoder:
         require_quantisable(config, quant)
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
-        self.head = _linear(w, "llm.head", opset, dtype, quant)
-        self.layers = [
-            DecoderLayer(config, w, i, opset, dtype, quant) for i in range(config.num_layers)
-        ]
-        self.norm = _norm(config, w, "llm.norm", opset, dtype)
+        make = _Maker(config, w, opset, dtype, quant)
+        self.head = make.linear("llm.head")
+        self.layers = [DecoderLayer(make, i) for i in range(config.num_layers)]
+        self.norm = make.norm("llm.norm")
         self.rotary = Rotary(config)
 
     def __call__(self, batch: Batch, cache: KvCache) -> Tensor | None:
