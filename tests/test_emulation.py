@@ -108,7 +108,7 @@ def emulator(objects):
 # ---- ops ---------------------------------------------------------------------------------------
 
 # Ops that take seconds here: one seed, and no slow cases.
-HEAVY = {"flash_attention", "linear", "paged_attention"}
+HEAVY = {"flash_attention", "grouped_linear", "linear", "paged_attention"}
 
 
 @pytest.fixture(autouse=True)
