@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from internvl_rt import ops
+from internvl_rt import ops, selftest
 from internvl_rt.ops.registry import outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("peers", "ops", "make_checkpoint", "models"):
+    for name in ("peers", "ops", "make_checkpoint", "models", "accuracy"):
         sys.modules.pop(name, None)
 
 
@@ -82,3 +82,26 @@ def test_models_refuses_what_it_does_not_know():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "'vit-2', allowed: vit-1" in result.stderr
+
+
+def test_quantised_weights_keep_the_demonstration_models_accuracy(tmp_path, monkeypatch, capsys):
+    """The gate of bench/accuracy.py over the small set of `selftest`."""
+    accuracy = pytest.importorskip("accuracy", reason="not run from the repository")
+    asked = [
+        (entry["task"], image, entry["question"], entry["answer"])
+        for image, entry in selftest.questions()
+    ]
+    monkeypatch.setattr(accuracy, "SETS", {"selftest": lambda count: asked[:count]})
+    # One answer of 32 is three points.
+    monkeypatch.setattr(accuracy, "GATE", {"int8": 3.2, "int4": 3.2})
+    out = tmp_path / "accuracy.json"
+    command = ["--sets", "selftest", "--runs", "bf16:native,int8:native,int4:native"]
+    assert accuracy.main([*command, "--count", "32", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["run"] for row in rows] == command[-1].split(",")
+    assert rows[0]["different"] == 0
+    assert rows[0]["accuracy"]["all"] > 75
+    monkeypatch.setattr(accuracy, "GATE", {"int8": -1.0})
+    capsys.readouterr()
+    assert accuracy.main([*command[:3], "bf16:native,int8:native", "--count", "5"]) == 1
+    assert "selftest int8: 0.0 points lost, allowed: -1.0" in capsys.readouterr().out
