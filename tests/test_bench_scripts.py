@@ -19,7 +19,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("peers", "ops", "make_checkpoint", "models", "accuracy"):
+    for name in ("peers", "ops", "make_checkpoint", "cpu", "accuracy"):
         sys.modules.pop(name, None)
 
 
@@ -63,22 +63,26 @@ def test_models_beside_transformers(tmp_path):
 
     shape = replace(make_checkpoint.SHAPES["tiny"], vocab=600)
     make_checkpoint.make(tmp_path / "model", shape, layout="hf")
-    command = [sys.executable, str(BENCH / "models.py"), "--shape", "tiny", "--seconds", "0"]
-    command += ["--rows", "vit-1,prefill-320,decode-8x320", "--dtype", "f32"]
+    rows = ["vit-1", "prefill-320", "decode-8x320", "decode-320-int4", "preprocess-4k"]
+    command = [sys.executable, str(BENCH / "cpu.py"), "--shape", "tiny", "--seconds", "0"]
+    command += ["--rows", ",".join(rows), "--dtype", "f32"]
     command += ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr + result.stdout
-    written = json.loads((tmp_path / "models-tiny-float32.json").read_text())
-    assert [row["row"] for row in written["rows"]] == ["vit-1", "prefill-320", "decode-8x320"]
+    written = json.loads((tmp_path / "cpu-tiny-float32.json").read_text())
+    assert [row["row"] for row in written["rows"]] == rows
     for row in written["rows"]:
-        assert row["ratio"] == row["transformers"]["median"] / row["ours"]["median"]
+        assert row["ratio"] == row["peer"]["median"] / row["ours"]["median"]
         assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
+        assert ("share" in row) == (row["row"] != "preprocess-4k")
+        if "share" in row:
+            assert row["floor"] > 0
     assert 0 < written["agreement"]["logits"] < 1e-3
     assert "sdpa attention" in written["peer"]
 
 
-def test_models_refuses_what_it_does_not_know():
-    command = [sys.executable, str(BENCH / "models.py"), "--rows", "vit-2"]
+def test_cpu_refuses_what_it_does_not_know():
+    command = [sys.executable, str(BENCH / "cpu.py"), "--rows", "vit-2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "'vit-2', allowed: vit-1" in result.stderr
