@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from batches import TABLE, check_batches
 from internvl_rt import ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 from sass import LOAD, MATRIX, NARROW, STORE, read_kernels
@@ -114,6 +115,18 @@ CATALOGUE = [(o, c, d) for o, c, d in all_cases() if o in OPS and not c.slow]
 @pytest.mark.parametrize(("op", "case", "dtype"), CATALOGUE, ids=_id)
 def test_catalogue(op, case, dtype, interpreter):
     interpreter(_interpret, op.name, case.name, dtype)
+
+
+def _check_batches(op: str, phase: str | None, dtype: torch.dtype) -> None:
+    check_batches(ops.catalogue()[op], phase, dtype, "triton")
+
+
+BATCHES = [(o, p, d) for o, p, d in TABLE if ops.catalogue()[o] in OPS]
+
+
+@pytest.mark.parametrize(("op", "phase", "dtype"), BATCHES, ids=_id)
+def test_bits_do_not_depend_on_the_batch(op, phase, dtype, interpreter):
+    interpreter(_check_batches, op, phase, dtype)
 
 
 def test_every_triton_source_is_an_op():
