@@ -13,12 +13,16 @@ from PIL import Image
 from torch import Tensor
 
 import draw
+import world
 from internvl_rt.image import tile_grid
-from tokens import Writer, make_tokenizer, pad
+from model import Sizes
+from tokens import Conversation, Writer, make_tokenizer, pad, together
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-MAX_TILES = 6  # of a training picture; `load(...).chat` takes up to 12 by default
+# Tokens after a picture: of so many conversations about it as they hold, the exam's task first.
+ROOM = 140
+SECOND_TURN = 0.2  # how often a turn follows another instead of standing alone
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
 JOINS = {
     "number": 0.0,
@@ -30,10 +34,10 @@ JOINS = {
 }
 # Share of a task in the mixture: more of what is learned more slowly.
 WEIGHTS = {
-    "number": 2.4,
+    "number": 2.0,
     "shape and colour": 0.5,
-    "emoji": 0.7,
-    "relation": 1.8,
+    "emoji": 0.5,
+    "relation": 3.0,
     "count": 1.6,
     "outside": 0.3,
 }
@@ -64,7 +68,7 @@ class Plan:
 
 
 def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, Any]:
-    """Arrays of one batch: pixels, kinds, colours and, for scenes, before, after and answers.
+    """Arrays of one batch: pixels, `Picture.labels`, and for scenes the fields of Conversation.
 
     pixels uint8 [B, S, S, 3]; where there is more than one tile also tiles [B, t, S, S, 3], the
     thumbnail not among them.
@@ -77,10 +81,8 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     weights = np.array([WEIGHTS[t] for t in tasks])
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
-    talks = []
-    for picture in drawn:
-        turns = [picture.turns[i] for i in rng.permutation(len(picture.turns))]
-        talks.append(writer.conversation([t[1:] for t in turns[: int(rng.integers(1, 3))]]))
+    located = source.side == Sizes.image_size  # a smaller one does not know what part it sees
+    talks = [_talks(rng, [t for t in p.turns if located or t[0] != "box"], writer) for p in drawn]
     arrays = _arrays(
         [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
     )
@@ -90,8 +92,23 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
             arrays["tiles"] = tiles
     arrays["before"] = np.array([t.before for t in talks])
     arrays["after"] = pad([t.after for t in talks], 0)
-    arrays["answers"] = pad([t.answers for t in talks], False)
+    arrays["weights"] = pad([t.weights for t in talks], 0.0)
+    arrays["branch"] = pad([t.branch for t in talks], -1)
+    arrays["position"] = pad([t.position for t in talks], 0)
     return arrays
+
+
+def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer) -> Conversation:
+    """Conversations of one or two turns about a picture, the first turn surely among them."""
+    groups: list[list[tuple[str, str]]] = []
+    for i in [0, *(1 + rng.permutation(len(turns) - 1))]:
+        if groups and len(groups[-1]) == 1 and rng.random() < SECOND_TURN:
+            groups[-1].insert(int(rng.integers(2)), turns[i][1:])
+        else:
+            groups.append([turns[i][1:]])
+    talks = [writer.conversation(group) for group in groups]
+    lengths = np.cumsum([len(t.after) for t in talks])
+    return together(talks[: max(1, int((lengths <= ROOM).sum()))])
 
 
 def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[draw.Picture]:
@@ -112,7 +129,7 @@ def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[dr
 def tiles_of(pixels: np.ndarray, side: int) -> np.ndarray:
     """The tiles of InternVL's dynamic tiling without the thumbnail, uint8 [t, side, side, 3]."""
     height, width = pixels.shape[:2]
-    columns, rows = tile_grid(width, height, MAX_TILES, side)
+    columns, rows = tile_grid(width, height, world.MAX_TILES, side)
     if columns * rows == 1:
         return np.empty((0, side, side, 3), np.uint8)
     image = Image.fromarray(pixels).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
@@ -121,9 +138,9 @@ def tiles_of(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _arrays(pictures: list[draw.Picture]) -> dict[str, np.ndarray]:
-    kinds, colours = zip(*(p.labels() for p in pictures), strict=True)
-    pixels = np.stack([p.pixels for p in pictures])
-    return {"pixels": pixels, "kinds": np.stack(kinds), "colours": np.stack(colours)}
+    labels = [p.labels() for p in pictures]
+    arrays = {key: np.stack([x[key] for x in labels]) for key in labels[0]}
+    return arrays | {"pixels": np.stack([p.pixels for p in pictures])}
 
 
 def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list[draw.Picture]:
