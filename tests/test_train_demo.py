@@ -169,6 +169,30 @@ def test_boxes_are_those_of_the_things(task):
             assert np.allclose(region.box, np.clip(item.box, 0, [300, 200] * 2), atol=0.4)
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("<ref>red star</ref><box>[[100, 100, 300, 300]]</box>", True),
+        ("<ref>red star</ref><box>[[100, 100, 301, 199]]</box>", False),
+        ("<ref>red star</ref><box>[[100, 099, 300, 201]]</box>", True),
+        ("<ref>red star</ref><box>[[400, 400, 600, 600]]</box>", False),
+        ("<ref>star</ref><box>[[100, 100, 300, 300]]</box>", False),
+        ("<ref>red star</ref>", False),
+        ("red star", False),
+    ],
+)
+def test_a_box_is_right_from_half_on(answer, right):
+    assert data.right(answer, "<ref>red star</ref><box>[[100, 100, 300, 300]]</box>") == right
+
+
+def test_the_exam_of_boxes_asks_for_one():
+    for picture in data.exam("box", 112, 5, held_out=True, seed=4):
+        task, question, answer = picture.turns[0]
+        assert task == "box"
+        assert data.right(answer, answer)
+        assert question.rstrip("?.").endswith(ivr.grounding.parse(answer, 1, 1)[0].label)
+
+
 def test_relations_are_asked_both_ways():
     opposite = {"left": "right", "above": "below"}
     opposite |= {b: a for a, b in opposite.items()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 import draw
 import world
+from internvl_rt.grounding import parse
 from internvl_rt.image import tile_grid
 from model import Sizes
 from tokens import Conversation, Writer, make_tokenizer, pad, together
@@ -58,11 +59,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage is fed: its sources take turns; tasks join one after the other if `staged`."""
+    """What a stage is fed: its sources take turns; tasks join one after the other if `staged`.
+
+    weights: share of a task in the mixture.
+    """
 
     name: str
     sources: tuple[Source, ...]
     staged: bool = False
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
     vocab: int = 0
     seed: int = 0
 
@@ -78,7 +83,7 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     if source.kind == "page":
         return _arrays([draw.page(rng, source.side) for _ in range(source.count)])
     tasks = [t for t, start in JOINS.items() if progress >= start or not plan.staged]
-    weights = np.array([WEIGHTS[t] for t in tasks])
+    weights = np.array([plan.weights[t] for t in tasks])
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
     located = source.side == Sizes.image_size  # a smaller one does not know what part it sees
@@ -148,10 +153,24 @@ def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list
     rng = np.random.default_rng([seed, *f"exam {task} {side}".encode()])
     pictures = []
     while len(pictures) < count:
-        picture = draw.scene(rng, task, side, side, held_out)
+        picture = draw.scene(rng, "relation" if task == "box" else task, side, side, held_out)
+        if task == "box":
+            picture.turns = [turn for turn in picture.turns if turn[0] == task]
         if picture.turns[0][0] == task:  # "count" has another task for six to nine
             pictures.append(picture)
     return pictures
+
+
+def right(answer: str, truth: str) -> bool:
+    """Is it the same; a box may differ: intersection over union of at least one half."""
+    if "<box>" not in truth:
+        return answer == truth
+    found, wanted = (parse(text, 1000, 1000) for text in (answer, truth))
+    if len(found) != 1 or found[0].label != wanted[0].label:
+        return False
+    a, b = (np.array(r[0].box).reshape(2, 2) for r in (found, wanted))
+    shared = np.clip(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0, None).prod()
+    return bool(2 * shared >= (a[1] - a[0]).prod() + (b[1] - b[0]).prod() - shared)
 
 
 def normalise(pixels: np.ndarray | Tensor, device: str, dtype: torch.dtype) -> Tensor:

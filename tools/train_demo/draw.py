@@ -267,7 +267,7 @@ def page(rng: np.random.Generator, size: int, held_out: bool = False) -> Picture
 def scene(
     rng: np.random.Generator, task: str, width: int, height: int, held_out: bool = False
 ) -> Picture:
-    """A picture for one of world.TASKS, or "outside", with all its turns."""
+    """A picture for one of _SCENES with all its turns; turns[0] is the one that names it."""
     while True:
         canvas = Canvas(rng, width, height)
         turns = _SCENES[task](canvas, rng, held_out)
@@ -402,7 +402,7 @@ def _outside(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list |
         group = str(rng.choice(["any", "number", "shape and colour", "emoji"]))
         question = question if rng.random() < 0.3 else _ask(rng, group)
     else:
-        task = str(rng.choice(world.TASKS[1:]))
+        task = str(rng.choice(["shape and colour", "count", "relation", "emoji"]))
         if _SCENES[task](canvas, rng, held_out) is None:
             return None
     return [("outside", question, world.UNKNOWN)]

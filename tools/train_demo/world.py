@@ -193,7 +193,7 @@ UNKNOWN = "I do not know."
 SYSTEM_MESSAGE = "Answer briefly."
 MAX_TILES = 4  # of a picture; the thumbnail is one more
 # The exam: one task each, with the scene it is asked about and the questions that ask it.
-TASKS = ("number", "shape and colour", "count", "relation", "emoji")
+TASKS = ("number", "shape and colour", "count", "relation", "emoji", "box")
 # What the committed model offers: those that it answers right more often than not.
 OFFERED = ("number", "shape and colour", "count", "emoji")
 
