@@ -138,6 +138,13 @@ def _foreign(rng: np.random.Generator, task: str) -> Question:
         words = (("left", "right"), ("above", "below"))[along]
         question = f"Is the {noun} {' or '.join(words)} {('of ', '')[along]}the {other}?"
         answer = words[int(gap[along] < 0)]
+    elif task == "box":
+        other = str(rng.choice([n for n in nouns if n != noun]))
+        boxes = _places(rng, size, [int(least * rng.uniform(0.16, 0.4)) for _ in range(2)])
+        for name, box in zip((noun, other), boxes, strict=True):
+            _plain_shape(draw, name, box, _PLAIN[str(rng.choice(list(_PLAIN)))])
+        corners = [round(999 * v / n) for v, n in zip(boxes[0], 2 * size, strict=True)]
+        question, answer = f"Where is the {noun}?", f"<ref>{noun}</ref><box>[{corners}]</box>"
     else:
         names, sprites = world.emoji()
         index, side = int(rng.integers(len(names))), int(least * rng.uniform(0.3, 0.8))
@@ -163,7 +170,7 @@ def run(model: ivr.Model, questions: list[Question], batch: int) -> list[str]:
     answers: list[str] = []
     for i in range(0, len(questions), batch):
         part = [{"question": q, "images": pixels} for _, pixels, q, _ in questions[i : i + batch]]
-        answers += model.batch_chat(part, max_new_tokens=16)
+        answers += model.batch_chat(part, max_new_tokens=40)
     return answers
 
 
@@ -171,8 +178,9 @@ def score(questions: list[Question], answers: list[str]) -> dict[str, float]:
     """Per cent right per task, and over all questions."""
     right: dict[str, list[bool]] = {task: [] for task in (*world.TASKS, "all")}
     for (task, _, _, truth), answer in zip(questions, answers, strict=True):
-        right[task].append(answer == truth)
-        right["all"].append(answer == truth)
+        hit = data.right(answer, truth)
+        right[task].append(hit)
+        right["all"].append(hit)
     return {task: round(100 * float(np.mean(found)), 1) for task, found in right.items() if found}
 
 
