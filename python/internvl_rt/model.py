@@ -45,7 +45,7 @@ from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
 from internvl_rt.runtime.plan import make_plan
 from internvl_rt.runtime.request import Request, SamplingParams
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import Checkpoint
+from internvl_rt.weights import Checkpoint, open_checkpoint
 
 MAX_TILES = 40
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -84,7 +84,7 @@ def load(
     folder = resolve_path(source)
     config = load_config(folder)
     kind = dtype_from(dtype, config.torch_dtype)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder, config)
     parameters = Parameters.of_model(checkpoint, config)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
@@ -103,7 +103,10 @@ def load_vision(
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
 ) -> VisionModel:
-    """Loads the vision tower alone, of a standalone InternViT or of a chat checkpoint."""
+    """Loads the vision tower alone.
+
+    Of a standalone InternViT, of a chat checkpoint, or of the contrastive InternVL-14B-224px.
+    """
     _check_device(device)
     opset = OpSet(backend)
     folder = resolve_path(path_or_repo_id)
@@ -406,6 +409,8 @@ class Model:
         for kind, source in media:
             most = max_tiles if kind == "image" and config.dynamic_image_size else 1
             picture = pictures.load_image(source)
+            if config.pad_to_square:
+                picture = pictures.pad_to_square(picture)
             height, width = picture.shape[:2]
             columns, rows = pictures.tile_grid(width, height, most, config.image_size)
             count = columns * rows
