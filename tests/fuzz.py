@@ -49,6 +49,11 @@ BASES = [functools.partial(original, f) for f in FAMILIES]
 BASES += [functools.partial(native, f) for f in NATIVE_FAMILIES]
 BASES += [llava]
 
+
+def name_of(base) -> str:
+    return "-".join((getattr(base, "func", base).__name__, *getattr(base, "args", ())))
+
+
 # What breaks parsers, as bytes.
 ODD_BYTES = [b"-", b"0", b"99", b"1e999", b"null", b"true", b"[", b"{", b'"', b"\\ud800", b"."]
 ODD = [None, True, False, -1, 0, 1, 2, 3, 7, 10**40, 0.5, 1.5, -0.0, 1e308, 1e-300, "", "x", "8"]
@@ -658,7 +663,7 @@ def main() -> None:
     print("headers", dict(fuzz_headers(options.headers, options.seed)), flush=True)
     each = -(-options.configs // len(BASES))
     for base in BASES:
-        name = "-".join((getattr(base, "func", base).__name__, *getattr(base, "args", ())))
+        name = name_of(base)
         print(name, dict(fuzz_configs(base, each, f"{options.seed}.{name}")), flush=True)
 
 

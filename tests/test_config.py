@@ -1,12 +1,13 @@
 """config.json: what is read, what is defaulted, what is refused and in which words."""
 
-import functools
 import json
 import os
-import random
 
 import pytest
 
+import fuzz
+from internvl_rt import config as reader
+from internvl_rt import image
 from internvl_rt.config import (
     ExpertsConfig,
     RopeScaling,
@@ -343,6 +344,8 @@ REFUSED_FAMILY = [
     ("qwen3_moe", "mlp_only_layers", 1, "mlp_only_layers is 1, expected layers"),
     ("qwen3_moe", "num_experts_per_tok", 4, "num_experts_per_tok is 4, expected .* 1 to 3"),
     ("qwen3_moe", "num_experts", None, "num_experts is None"),
+    ("qwen3_moe", "num_local_experts", 4, "num_local_experts is 4, expected num_experts=3"),
+    ("qwen3_moe", "num_local_experts", "3", "num_local_experts is '3', expected an integer"),
     ("qwen3_moe", "norm_topk_prob", 1, "norm_topk_prob is 1"),
     ("gpt_oss", "layer_types", ["full_attention"], "2 entries, as num_hidden_layers"),
     ("gpt_oss", "layer_types", ["chunked", "full_attention"], "layer_types is"),
@@ -632,69 +635,38 @@ def test_a_pipe_does_not_hang(tmp_path):
         load_config(tmp_path)
 
 
-def _mutate(rng, data):
-    """A few bytes changed, cut, doubled or replaced by what breaks parsers."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(4)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at : at + rng.randint(1, 8)]
-        elif kind == 2:
-            data[at:at] = data[at : at + rng.randint(1, 40)]
-        else:
-            odd = [
-                b"-",
-                b"0",
-                b"99",
-                b"1e999",
-                b"null",
-                b"true",
-                b"[",
-                b"{",
-                b'"',
-                b"\\ud800",
-                b".",
-            ]
-            data[at : at + rng.randint(0, 4)] = rng.choice(odd)
-    return bytes(data)
+@pytest.mark.parametrize("base", fuzz.BASES, ids=fuzz.name_of)
+def test_fuzz(base):
+    found = fuzz.fuzz_configs(base, 600, f"test_config.{fuzz.name_of(base)}", run_every=20)
+    assert found["accepted"] > 100
+    assert found["refused"] > 100
+    assert found["run"] > 2
 
 
-def _mutate_value(rng, config):
-    """One value somewhere replaced by another kind of value."""
-    parents = [config, *(v for v in config.values() if isinstance(v, dict))]
-    scaling = [p["rope_scaling"] for p in parents if isinstance(p.get("rope_scaling"), dict)]
-    parent = rng.choice([*parents, *scaling])
-    key = rng.choice(sorted(parent))
-    odd = [None, True, -1, 0, 1, 3, 10**40, 1.5, -0.0, 1e308, "", "x", "\ud800", [], [1], {}, [[]]]
-    if rng.random() < 0.2:
-        del parent[key]
-    else:
-        parent[key] = rng.choice(odd)
-    return config
+def _any_number(section, key, low, high, default=0):
+    value = section.value(key, default)
+    if type(value) in (bool, int, float) and low <= value <= high:
+        return int(value)
+    section.wrong(key, "a number")
 
 
-FUZZED = [(original, f) for f in FAMILIES] + [(native, f) for f in NATIVE_FAMILIES]
+PLANTED = {
+    "true is 1": ("integer", _any_number),
+    "text is a number": (
+        "number",
+        lambda s, key, low, high, default=0: float(s.value(key, default)),
+    ),
+    "1 is true": ("boolean", lambda s, key, default=False: bool(s.value(key, default))),
+}
 
 
-@pytest.mark.parametrize(("make", "family"), FUZZED)
-def test_fuzz(tmp_path, make, family, monkeypatch):
-    rng = random.Random(f"test_config.fuzz.{make.__name__}.{family}")
-    make = functools.partial(make, family)
-    good = json.dumps(make()).encode()
-    data = b""
-    monkeypatch.setattr("internvl_rt.json_file.read_bytes", lambda path, limit: data)
-    accepted = 0
-    for i in range(1_000):
-        changed = _mutate_value(rng, make())
-        data = _mutate(rng, good) if i % 2 else json.dumps(changed).encode()
-        for load in (load_config, load_vision_config):
-            try:
-                load(tmp_path)
-                accepted += 1
-            except (ValueError, OSError) as error:
-                assert "\n" not in str(error)  # noqa: PT017 (success is allowed too)
-                str(error).encode("utf-8")
-    assert accepted > 100
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_fuzz_finds_readers_that_accept_too_much(name, monkeypatch):
+    method, lenient = PLANTED[name]
+    monkeypatch.setattr(reader._Section, method, lenient)
+    with pytest.raises(AssertionError, match="accepted, but"):
+        fuzz.fuzz_configs(fuzz.BASES[0], 2000, "planted")
+
+
+def test_a_tile_is_at_most_what_pictures_are_resized_to():
+    assert reader._MAX_IMAGE_SIZE == image.MAX_TILE_SIZE

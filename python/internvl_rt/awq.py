@@ -17,14 +17,16 @@ def awq_unpack(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     float16 [G, N]. Each group is of K / G columns.
     """
     K, N = codes.shape[0], scales.shape[1]
-    q = _nibbles(codes).view(len(scales), -1, N).float()
-    q -= _nibbles(zeros).view(len(scales), 1, N)
+    G = len(scales)
+    q = _nibbles(codes).view(G, K // G, N).float()
+    q -= _nibbles(zeros).view(G, 1, N)
     q *= scales.unsqueeze(1)
     return q.view(K, N).T.contiguous()
 
 
 def _nibbles(packed: Tensor) -> Tensor:
     """uint8 [n, 8 * m], in the order of the weight's rows, from int32 [n, m]."""
-    pairs = packed.contiguous().view(torch.uint8).view(len(packed), -1, 4)  # little-endian
+    n, m = packed.shape
+    pairs = packed.contiguous().view(torch.uint8).view(n, m, 4)  # little-endian
     nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(2)  # [n, m, 8]
     return nibbles[:, :, list(_NIBBLE)].flatten(1)

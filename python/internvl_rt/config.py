@@ -578,7 +578,13 @@ def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig:
     for key, supported in {"swiglu_limit": 7, "swiglu_alpha": 1.702}.items():
         if section.number(key, 0, 1e6, supported) != supported:
             section.wrong(key, f"{supported}")
-    count = size(keys.count, _MAX_EXPERTS)
+    newer = "num_local_experts"
+    if keys.count != newer and newer in section:
+        count = section.integer(newer, 1, _MAX_EXPERTS)
+        if section.value(keys.count, count) != count:
+            section.wrong(newer, f"{keys.count}={show(section.data[keys.count])}")
+    else:
+        count = size(keys.count, _MAX_EXPERTS)
     normalize = keys.normalize is None or section.boolean(keys.normalize, default=False)
     return ExpertsConfig(
         count=count,

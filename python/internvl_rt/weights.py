@@ -538,7 +538,13 @@ class _Awq:
         columns: int,
         rows: tuple[tuple[int, int], ...],
     ) -> _Row:
-        groups = -(-columns // self.group)  # a rest would be misshaped
+        uneven = [part for part, n in stored if n % 8 or columns % self.group]
+        if uneven:
+            raise ValueError(
+                f"{uneven[0]}: AWQ stores multiples of 8 rows and of {self.group} columns, "
+                f"the config has {columns} columns"
+            )
+        groups = columns // self.group
         names: list[str] = []
         shapes: list[tuple[int, ...]] = []
         for part, n in stored:
@@ -659,7 +665,7 @@ def _text_rows(config: TextConfig, names: _Names, present: Container[str]) -> It
         if config.experts is None or not config.mixtures[i]:
             yield from _mlp_rows(config, name, at, awq)
         else:
-            yield from _expert_rows(config, config.experts, name, at, present)
+            yield from _expert_rows(config, config.experts, name, at, present, awq)
     yield from _norm("llm.norm", root + stored.norm, width, bias=False)
 
 
@@ -691,7 +697,12 @@ def _mlp_rows(config: TextConfig, name: str, at: str, awq: _Awq | None) -> list[
 
 
 def _expert_rows(
-    config: TextConfig, experts: ExpertsConfig, name: str, at: str, present: Container[str]
+    config: TextConfig,
+    experts: ExpertsConfig,
+    name: str,
+    at: str,
+    present: Container[str],
+    awq: _Awq | None,
 ) -> Iterator[_Row]:
     stored, width, bias = FAMILIES[config.backbone].names, config.hidden_size, config.mlp_bias
     yield from _linear(f"{name}.router", [(at + stored.router, experts.count)], width, bias=bias)
@@ -700,19 +711,24 @@ def _expert_rows(
         return at + way.gate_up[0].format(e=0) + way.suffixes[0]
 
     way = next((way for way in stored.experts if first(way) in present), stored.experts[0])
+    way_down = replace(way, alternating=False)
     for e in range(experts.count):
-        each = f"{name}.experts.{e}"
-        gate_up = [at + part.format(e=e) for part in way.gate_up]
-        shape = (2 * experts.width, width)
-        yield from _expert(f"{each}.gate_up", gate_up, shape, e, experts.count, way, bias=bias)
-        down, shape = [at + way.down.format(e=e)], (width, experts.width)
-        way_down = replace(way, alternating=False)
-        yield from _expert(f"{each}.down", down, shape, e, experts.count, way_down, bias=bias)
+        each, inner, count = f"{name}.experts.{e}", experts.width, experts.count
+        if way.suffixes == (".weight",):
+            gate_up = [(at + part.format(e=e), inner) for part in way.gate_up]
+            down = [(at + way.down.format(e=e), width)]
+            yield from _linear(f"{each}.gate_up", gate_up, width, bias=bias, awq=awq)
+            yield from _linear(f"{each}.down", down, inner, bias=bias, awq=awq)
+            continue
+        whole, shape = at + way.gate_up[0], (2 * inner, width)
+        yield from _stacked(f"{each}.gate_up", whole, shape, e, count, way, bias=bias)
+        whole, shape = at + way.down, (width, inner)
+        yield from _stacked(f"{each}.down", whole, shape, e, count, way_down, bias=bias)
 
 
-def _expert(
+def _stacked(
     name: str,
-    stored: Sequence[str],
+    stored: str,
     shape: tuple[int, int],
     e: int,
     count: int,
@@ -720,23 +736,21 @@ def _expert(
     *,
     bias: bool,
 ) -> list[_Row]:
-    """One layer [N, K] of expert e."""
+    """One layer [N, K] of expert e, where a tensor holds those of all of them."""
     N, K = shape
-    if way.suffixes == (".weight",):
-        return _linear(name, [(part, N // len(stored)) for part in stored], K, bias=bias)
     if way.form == "mxfp4" and K % 32:
-        raise ValueError(f"{stored[0]}: {K} columns, mxfp4 stores multiples of 32")
+        raise ValueError(f"{stored}: {K} columns, mxfp4 stores multiples of 32")
     shapes = {
         "plain": [(count, N, K)],
         "columns": [(count, K, N)],
         "mxfp4": [(count, N, K // 32, 16), (count, N, K // 32)],
     }[way.form]
-    names = [stored[0] + suffix for suffix in way.suffixes]
+    names = [stored + suffix for suffix in way.suffixes]
     dtypes = ((torch.uint8,),) * 2 if way.form == "mxfp4" else ()
     source = Source(tuple(names), shape, (), e, way.form, way.alternating)
     rows = [_Row(f"{name}.weight", source, tuple(shapes), dtypes=dtypes)]
     if bias:
-        source = Source((f"{stored[0]}_bias",), (N,), (), e, "plain", way.alternating)
+        source = Source((f"{stored}_bias",), (N,), (), e, "plain", way.alternating)
         rows.append(_Row(f"{name}.bias", source, ((count, N),)))
     return rows
 

@@ -104,6 +104,7 @@ ALWAYS, NEVER = Bias(None, True), Bias(None, False)
 class ExpertKeys:
     """Keys of the config that describe a mixture of experts; normalize None: always.
 
+    count: newer versions of Transformers write num_local_experts for every family.
     dense_layers: decoder_sparse_step and mlp_only_layers name layers that have none.
     """
 
