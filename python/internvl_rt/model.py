@@ -47,7 +47,7 @@ from internvl_rt.runtime.plan import make_plan
 from internvl_rt.runtime.platform import CPU, Platform, platform_for
 from internvl_rt.runtime.request import Request, SamplingParams
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import Checkpoint
+from internvl_rt.weights import Checkpoint, open_checkpoint
 
 MAX_TILES = 40
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -89,7 +89,7 @@ def load(
     folder = resolve_path(source)
     config = load_config(folder)
     kind = dtype_from(dtype, config.torch_dtype)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder, config)
     parameters = Parameters.of_model(checkpoint, config, platform)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
@@ -114,7 +114,10 @@ def load_vision(
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
 ) -> VisionModel:
-    """Loads the vision tower alone, of a standalone InternViT or of a chat checkpoint."""
+    """Loads the vision tower alone.
+
+    Of a standalone InternViT, of a chat checkpoint, or of the contrastive InternVL-14B-224px.
+    """
     platform = platform_for(device)
     opset = _opset(backend, platform)
     opset.require(*VISION_OPS)
@@ -425,6 +428,8 @@ class Model:
         for kind, source in media:
             most = max_tiles if kind == "image" and config.dynamic_image_size else 1
             picture = pictures.load_image(source)
+            if config.pad_to_square:
+                picture = pictures.pad_to_square(picture)
             height, width = picture.shape[:2]
             columns, rows = pictures.tile_grid(width, height, most, config.image_size)
             count = columns * rows
