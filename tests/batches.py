@@ -158,9 +158,9 @@ def _flash_attention(make: Inputs) -> Arguments:
     queries = make.integers(1, 4, ROWS)
     keys = queries + make.integers(0, 40, ROWS)
     return {
-        "q": make.normal(int(queries.sum()), 4, 64),
-        "k": make.normal(int(keys.sum()), 2, 64),
-        "v": make.normal(int(keys.sum()), 2, 64),
+        "q": make.normal(int(queries.sum()), 2, 64),
+        "k": make.normal(int(keys.sum()), 1, 64),
+        "v": make.normal(int(keys.sum()), 1, 64),
         "cu_q": _ends(queries),
         "cu_kv": _ends(keys),
         "scale": 0.125,
@@ -179,12 +179,12 @@ def _flash_sequences(arguments: Arguments, rows: slice) -> Arguments:
 
 def _paged_attention(make: Inputs) -> Arguments:
     lengths = make.integers(1, 60, ROWS, dtype=torch.int32)
-    lengths[[0, -1]] = torch.tensor([300, 530], dtype=torch.int32)
-    table = make.integers(0, 40, ROWS, 34, dtype=torch.int32)
+    lengths[[0, -1]] = torch.tensor([257, 270], dtype=torch.int32)  # two splits
+    table = make.integers(0, 40, ROWS, 17, dtype=torch.int32)
     return {
-        "q": make.normal(ROWS, 4, 64),
-        "k_cache": make.normal(40, 2, 16, 64),
-        "v_cache": make.normal(40, 2, 16, 64),
+        "q": make.normal(ROWS, 2, 64),
+        "k_cache": make.normal(40, 1, 16, 64),
+        "v_cache": make.normal(40, 1, 16, 64),
         "page_table": table,
         "cu_q": torch.arange(ROWS + 1, dtype=torch.int32),
         "kv_lens": lengths,
