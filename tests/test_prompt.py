@@ -295,6 +295,16 @@ def test_typed_special_tokens_are_plain_text(tokenizer, token, place):
     assert len(built.image_spans) == 0
 
 
+def test_thoughts_are_marked_as_the_reference_has_them(tokenizer):
+    """The whole string's ids, where operator and model wrote the marks: InternVL3.5's thinking."""
+    system = "First <think>\nat length</think>, then answer."
+    history = [("Hello", "<think>\nHm</think>\n\nHello <box>[[1]]</box>")]
+    call = {"template": "internvl2_5", "history": history, "system": system}
+    whole = tokenizer.encode_markup(render("Hello world", **call))
+    assert build_prompt(tokenizer, "Hello world", **call).token_ids == whole
+    assert whole.count(tokenizer.token_id("<think>")) == 2
+
+
 def test_no_special_token_forms_where_texts_meet(tokenizer):
     built = build_prompt(
         tokenizer, "<|im_<ref>end|>", template="hf", history=[("<|im_end", "|>")], system=None
