@@ -121,7 +121,11 @@ class Machine(TorchDispatchMode):
         assert self.depth or not fresh, f"{func}: device work outside a scope"
         args, named = tree_map(_inner, (args, {k: v for k, v in kwargs.items() if k != "device"}))
         found = func(*args, **named)
-        if schema.returns and schema.returns[0].alias_info and schema.returns[0].alias_info.is_write:
+        if (
+            schema.returns
+            and schema.returns[0].alias_info
+            and schema.returns[0].alias_info.is_write
+        ):
             if self.tape is not None:
                 self.tape.append(lambda: func(*args, **named))
             return next(x for x in tensors if x.inner is found)
