@@ -14,7 +14,8 @@ constexpr int64_t kRowMultiple = 96;
 constexpr int64_t kSerialFlops = 1 << 17;
 constexpr int64_t kPrepareElements = 16384;
 
-// The steps of a product of this dtype on the current instruction set.
-LinearSteps linear_steps(DType dtype);
+// The steps of a product of x in this dtype and weights of this format, on the current instruction
+// set.
+LinearSteps linear_steps(DType dtype, WeightFormat format);
 
 }  // namespace ivr
