@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
