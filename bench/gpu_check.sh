@@ -80,7 +80,7 @@ run_check() {
   for op in $ops; do
     ((${#dry[@]})) && break
     step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
-      -k "test_on_gpu[$op-"
+      -k "on_gpu[$op-"
   done
   if ((${#dry[@]})); then
     step_py small 60 small
