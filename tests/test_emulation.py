@@ -9,12 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import itertools
 import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,87 +17,11 @@ import torch
 from torch import Tensor
 
 import emulated
+from emulator import SOURCES, Emulator, Finding, compile_units, link
 from internvl_rt import _C, ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "kernels" / "cuda"
-# Punning through pointers is how kernels are written; unknown pragmas are nvcc's.
-FLAGS = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-FLAGS += ["-fno-strict-aliasing", "-ffp-contract=off", f"-I{ROOT}"]
 SEEDS = (0, 1, 2)
-
-
-# ---- the library -------------------------------------------------------------------------------
-
-
-class Finding(Exception):  # noqa: N818
-    """What the emulator reports."""
-
-
-class Emulator:
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-        self._library.ivr_emu_op.restype = ctypes.c_char_p
-        self._library.ivr_emu_op.argtypes = [ctypes.c_size_t]
-        self._library.ivr_emu_params_size.restype = ctypes.c_size_t
-        self._run = self._library.ivr_emu_run
-        self._run.argtypes = [
-            ctypes.c_char_p,
-            ctypes.c_void_p,
-            ctypes.c_uint64,
-            ctypes.c_char_p,
-            ctypes.c_size_t,
-        ]
-
-    def ops(self) -> list[str]:
-        names = (self._library.ivr_emu_op(i) for i in itertools.count())
-        return [name.decode() for name in itertools.takewhile(bool, names)]
-
-    def run(self, op: str, params: ctypes.Structure, seed: int = 0) -> str:
-        """Runs an op and returns its launch configuration; Finding if something is wrong."""
-        size = self._library.ivr_emu_params_size(op.encode())
-        assert size == ctypes.sizeof(params), f"{op}: params differ from kernels/{op}.h"
-        report = ctypes.create_string_buffer(1024)
-        status = self._run(op.encode(), ctypes.byref(params), seed, report, len(report))
-        assert status in (0, 1), f"no emulated op {op}"
-        if status == 1:
-            raise Finding(f"{op}: {report.value.decode()}")
-        return report.value.decode()
-
-
-UNITS = sorted((SOURCES / "emu").glob("*.cpp"))
-
-
-def _compile(units: list[Path], folder: Path, *flags: str) -> list[Path]:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++ to compile the emulator with")
-    objects = [folder / f"{unit.stem}.o" for unit in units]
-
-    def compile_unit(unit: Path, target: Path) -> subprocess.CompletedProcess[str]:
-        command = [compiler, *FLAGS, *flags, "-c", str(unit), "-o", str(target)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
-    with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(compile_unit, units, objects):
-            assert done.returncode == 0, done.stderr
-    return objects
-
-
-def _link(objects: list[Path], library: Path) -> Emulator:
-    subprocess.run(["g++", "-shared", "-o", str(library), *map(str, objects)], check=True)
-    return Emulator(library)
-
-
-@pytest.fixture(scope="session")
-def objects(tmp_path_factory):
-    return _compile(UNITS, tmp_path_factory.mktemp("emulator"))
-
-
-@pytest.fixture(scope="session")
-def emulator(objects):
-    return _link(objects, objects[0].parent / "emulator.so")
 
 
 # ---- ops ---------------------------------------------------------------------------------------
@@ -715,9 +634,9 @@ def test_tensor_core_tiles(emulator, seed):
 
 def test_portable_switch(objects, tmp_path):
     # What machines other than x86-64 use to change stacks.
-    runtime = _compile([SOURCES / "emu" / "simt.cpp"], tmp_path, "-DIVR_EMU_UCONTEXT")
+    runtime = compile_units([SOURCES / "emu" / "simt.cpp"], tmp_path, "-DIVR_EMU_UCONTEXT")
     rest = [o for o in objects if o.stem != "simt"]
-    emulator = _link(runtime + rest, tmp_path / "portable.so")
+    emulator = link(runtime + rest, tmp_path / "portable.so")
     x = torch.arange(600.0).view(2, 300)
     assert torch.equal(_planted(emulator, "row_sum", x), x.sum(1, keepdim=True).expand(2, 300))
     with pytest.raises(Finding, match="deadlock"):
