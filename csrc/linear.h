@@ -1,4 +1,4 @@
-// What linear and grouped_linear share: the product's steps and how a call's memory is bounded.
+// What the ops with a product share: its steps and how a call's memory is bounded.
 #pragma once
 
 #include "kernels/linear.h"
@@ -13,6 +13,9 @@ constexpr int64_t kRowMultiple = 96;
 // Below this much work per product a second thread does not pay.
 constexpr int64_t kSerialFlops = 1 << 17;
 constexpr int64_t kPrepareElements = 16384;
+
+// CUDA, where the caller does not say: up to so many rows are a decode step.
+constexpr int64_t kDecodeRows = 16;
 
 // The steps of a product of this dtype on the current instruction set.
 LinearSteps linear_steps(DType dtype);

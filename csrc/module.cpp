@@ -1,6 +1,7 @@
 #include <map>
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -8,6 +9,20 @@ namespace {
 std::vector<Binding::Fn>& bindings() {
   static std::vector<Binding::Fn> list;
   return list;
+}
+
+// The matrix products of Hopper that ran, by name.
+void count_gemms([[maybe_unused]] std::map<std::string, uint64_t>& counts,
+                 [[maybe_unused]] bool reset) {
+#if defined(IVR_CUDA)
+  for (const cuda::GemmConfig& config : cuda::kGemms) {
+    char name[64];
+    cuda::format(config, name, sizeof(name));
+    std::atomic<uint64_t>& launches = cuda::gemm_launches[cuda::gemm_index(config)];
+    if (launches) counts[std::string("linear/") + name] = launches;
+    if (reset) launches = 0;
+  }
+#endif
 }
 
 }  // namespace
@@ -23,12 +38,17 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+#if defined(IVR_CUTLASS)
+  m.attr("has_gemm") = true;  // the matrix products of Hopper
+#else
+  m.attr("has_gemm") = false;
+#endif
   m.def("isa", [] { return std::string(name_of(current_isa())); });
   m.def("supported_isas", &supported_isas);
   m.def("force_isa", &force_isa);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
-  // {"rms_norm/avx512": calls since the last reset}
+  // {"rms_norm/avx512": calls since the last reset}, and {"linear/gemm_gelu_128x128": launches}
   m.def(
       "kernel_counts",
       [](bool reset) {
@@ -40,6 +60,7 @@ PYBIND11_MODULE(_C, m) {
           }
           if (reset) k->reset();
         }
+        count_gemms(counts, reset);
         return counts;
       },
       py::arg("reset"));
