@@ -124,7 +124,8 @@ class Mlp:
 
     def __call__(self, x: Tensor, residual: Tensor) -> None:
         """Adds mlp(x [T, hidden]) to residual."""
-        f = self.ops.gated_activation(self.gate_up(x), kind=self.gate)
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        f = self.ops.gated_linear(x, weight, bias=bias, kind=self.gate)
         self.down(f, residual=residual, out=residual)
 
 
