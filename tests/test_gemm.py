@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from internvl_rt import _C
+from internvl_rt import _C, ops
+from internvl_rt.ops.registry import on_device
 from sass import LOAD, STORE, Kernel, output, read_kernels, tool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,6 +212,38 @@ def test_launches(launches, M, N, K, x_m, multiprocessors):
         assert launch.workspace == 0
         assert launch.shared <= SHARED_LIMIT
         assert launch.stages >= 4
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+ON_GPU = [
+    ("linear/aligned_bias", "bias_128"),
+    ("linear/aligned_bias_wide", "bias_256"),
+    ("linear/aligned_gelu", "gelu_128"),
+    ("linear/aligned_residual", "residual_128"),
+    ("linear/aligned_residual_wide", "residual_256"),
+    ("gated_linear/aligned", "swiglu_256"),
+]
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not _is_hopper(), reason="there is no GPU of compute capability 9.0")
+@pytest.mark.parametrize(("name", "unit"), ON_GPU)
+def test_they_run_on_hopper_and_rows_keep_their_bits(name, unit):
+    op = ops.catalogue()[name.partition("/")[0]]
+    (case,) = [c for c in op.cases if c.name == name.partition("/")[2]]
+    arguments = case.arguments(op.name, torch.bfloat16)
+    whole = {k: on_device(v, "cuda") for k, v in arguments.items()}
+    _C.kernel_counts(reset=True)
+    together = op.function(**whole, phase="prefill", backend="cuda")
+    assert _C.kernel_counts(reset=True) == {f"linear/gemm_{unit.replace('_', '_128x')}": 1}
+    names = [n for n in ("x", "residual") if n in whole]
+    for part in (slice(0, 1), slice(3, 5), slice(2, 19)):
+        rows = whole | {n: whole[n][part] for n in names}
+        assert torch.equal(op.function(**rows, phase="prefill", backend="cuda"), together[part])
 
 
 # ---- headers -----------------------------------------------------------------------------------
