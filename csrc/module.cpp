@@ -3,6 +3,10 @@
 #include "csrc/bind.h"
 #include "csrc/cuda.h"
 
+#if defined(IVR_CUDA)
+#include "kernels/cuda/gemm_launchers.h"
+#endif
+
 namespace ivr {
 namespace {
 
@@ -35,12 +39,9 @@ PYBIND11_MODULE(_C, m) {
 
 #if defined(IVR_CUDA)
   m.attr("has_cuda") = true;
+  m.attr("has_gemm") = cuda::has_gemms();  // the matrix products of Hopper
 #else
   m.attr("has_cuda") = false;
-#endif
-#if defined(IVR_CUTLASS)
-  m.attr("has_gemm") = true;  // the matrix products of Hopper
-#else
   m.attr("has_gemm") = false;
 #endif
   m.def("isa", [] { return std::string(name_of(current_isa())); });

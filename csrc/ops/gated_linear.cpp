@@ -3,6 +3,10 @@
 #include "csrc/linear.h"
 #include "kernels/gated_activation.h"
 
+#if defined(IVR_CUDA)
+#include "kernels/cuda/gemm_launchers.h"
+#endif
+
 namespace ivr {
 namespace {
 

@@ -5,9 +5,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
-
-#include "kernels/cuda/gemm.h"
 #include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
 #include "kernels/gated_activation.h"
@@ -33,17 +30,6 @@ cudaError_t preprocess(const PreprocessParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t rope(const RopeParams& params, cudaStream_t stream);
 cudaError_t sample(const SampleParams& params, cudaStream_t stream);
-
-// The matrix product of Hopper that `linear` takes for a call on the current device; none where it
-// has others, or this build has none. A SwiGLU runs on these alone.
-std::optional<GemmConfig> gemm_on_device(const LinearParams& params);
-
-// One of them, whose unit defines it; on `multiprocessors` multiprocessors.
-template <GemmEpilogue kEpilogue, int kN>
-cudaError_t launch_gemm(const LinearParams& params, int multiprocessors, cudaStream_t stream);
-
-// How often each was launched, in the order of kGemms.
-extern std::atomic<uint64_t> gemm_launches[std::size(kGemms)];
 
 // Floats of workspace for a decode step of this shape; 0: decode steps take none.
 int64_t paged_attention_workspace(const PagedAttentionParams& params);

@@ -1,6 +1,7 @@
 #include <array>
 #include <utility>
 
+#include "kernels/cuda/gemm_launchers.h"
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/linear.cuh"
 
@@ -15,6 +16,7 @@ __global__ void __launch_bounds__(256, 2)
 
 #if defined(IVR_CUTLASS)
 
+constexpr bool kHasGemms = true;
 using GemmLauncher = cudaError_t (*)(const LinearParams&, int, cudaStream_t);
 
 template <size_t... kIndex>
@@ -35,17 +37,9 @@ cudaError_t run_gemm(const GemmConfig& config, const LinearParams& params, cudaS
   return kLaunchers[i](params, multiprocessors, stream);
 }
 
-bool on_hopper() {
-  int device = 0, major = 0, minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
-}
-
 #else
 
-bool on_hopper() { return false; }
+constexpr bool kHasGemms = false;
 cudaError_t run_gemm(const GemmConfig&, const LinearParams&, cudaStream_t) {
   return cudaErrorNoKernelImageForDevice;
 }
@@ -56,9 +50,11 @@ cudaError_t run_gemm(const GemmConfig&, const LinearParams&, cudaStream_t) {
 
 std::atomic<uint64_t> gemm_launches[std::size(kGemms)];
 
+bool has_gemms() { return kHasGemms; }
+
 std::optional<GemmConfig> gemm_on_device(const LinearParams& params) {
   const std::optional<GemmConfig> config = gemm_config(params);
-  return config && on_hopper() ? config : std::nullopt;
+  return kHasGemms && config && capability() == 90 ? config : std::nullopt;
 }
 
 cudaError_t linear(const LinearParams& params, cudaStream_t stream) {

@@ -17,6 +17,7 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "kernels/cuda/gemm_launchers.h"
 #include "kernels/cuda/gemm_store.cuh"
 #include "kernels/cuda/launchers.h"
 
