@@ -1,28 +1,195 @@
-"""The matrix products of Hopper: what nvcc made of them, what their launches ask for, and the
-headers that they are built from.
+"""The matrix products of Hopper: which of them takes a call, their epilogue under emulation, what
+nvcc made of them, what their launches ask for, and the headers that they are built from.
 
-Their epilogue and the choice among them are in test_emulation.py. Nothing here needs a GPU.
+One test at the end of these needs a GPU.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import emulated
 from internvl_rt import _C, ops
-from internvl_rt.ops.registry import on_device
+from internvl_rt.ops.registry import check, on_device
 from sass import LOAD, STORE, Kernel, output, read_kernels, tool
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "kernels" / "cuda" / "cutlass"
 UNITS = sorted(path.stem for path in FOLDER.glob("*.cu"))
+
+
+def name_of(unit: str) -> str:
+    return f"gemm_{unit.replace('_', '_128x')}"
+
+
+def _id(value: object) -> str:
+    return getattr(value, "name", str(value))
+
+
+# ---- the choice and the epilogue, emulated -----------------------------------------------------
+
+# The catalogue's cases that they take, in bfloat16, and by which kernel.
+GEMMS = {
+    "linear/aligned_bias": "gemm_bias_128x128",
+    "linear/aligned_bias_wide": "gemm_bias_128x256",
+    "linear/aligned_gelu": "gemm_gelu_128x128",
+    "linear/aligned_residual": "gemm_residual_128x128",
+    "linear/aligned_residual_wide": "gemm_residual_128x256",
+    "gated_linear/aligned": "gemm_swiglu_128x256",
+    "gated_linear/aligned_bias": "gemm_swiglu_128x256",
+}
+PRODUCTS = {"linear": emulated.linear, "gated_linear": emulated.gated_linear}
+
+
+@pytest.fixture
+def products(emulator, monkeypatch):
+    """Runs linear and gated_linear as Hopper would, but natively what it has no product for;
+    returns the names of what ran."""
+    ran: list[str] = []
+
+    def face(op: str, *arguments: Any) -> bool:
+        ran.append(emulator.run("gemm", PRODUCTS[op](*arguments)))
+        if ran[-1] == "none" and op == "linear":
+            _C.linear(*arguments)
+        return ran[-1] != "none"
+
+    for op in PRODUCTS:
+        faces = ops.catalogue()[op].faces
+        monkeypatch.setitem(faces, "emulated", functools.partial(face, op))
+    monkeypatch.setattr(_C, "reads_rows", lambda _: False)  # weights get here packed
+    monkeypatch.setitem(ops.catalogue()["gated_activation"].faces, "emulated", _C.gated_activation)
+    return ran
+
+
+PRODUCT_CASES = [
+    (op, case)
+    for op in map(ops.catalogue().get, PRODUCTS)
+    for case in op.cases
+    if not (case.slow or case.cpu_only) and "gpt_oss" not in case.name
+]
+
+
+@pytest.mark.parametrize(("op", "case"), PRODUCT_CASES, ids=_id)
+def test_matrix_products_of_hopper(op, case, products):
+    check(op, case, torch.bfloat16, "emulated")
+    assert products[0] == GEMMS.get(f"{op.name}/{case.name}", "none")
+
+
+def _rows_keep_their_bits(name: str, backend: str, device: str) -> int:
+    """Runs a case, then some of its rows; returns the number of calls."""
+    op = ops.catalogue()[name.partition("/")[0]]
+    (case,) = [c for c in op.cases if c.name == name.partition("/")[2]]
+    arguments = case.arguments(op.name, torch.bfloat16)
+    whole = {k: on_device(v, device) for k, v in arguments.items()}
+    together = op.function(**whole, phase="prefill", backend=backend)
+    parts = (slice(0, 1), slice(3, 5), slice(2, 19))
+    for part in parts:
+        rows = whole | {n: whole[n][part] for n in ("x", "residual") if n in whole}
+        assert torch.equal(op.function(**rows, phase="prefill", backend=backend), together[part])
+    return 1 + len(parts)
+
+
+@pytest.mark.parametrize("name", GEMMS)
+def test_rows_of_a_matrix_product_do_not_depend_on_the_others(name, products):
+    calls = _rows_keep_their_bits(name, "emulated", "cpu")
+    assert products == [GEMMS[name]] * calls
+
+
+def test_every_unit_is_a_matrix_product_that_a_case_reaches():
+    assert set(map(name_of, UNITS)) == set(GEMMS.values())
+
+
+BASE = 1 << 20  # an address
+BASES = dict.fromkeys(("x", "weight", "out"), BASE)
+NONE = {"bias": 0, "scale": 0, "residual": 0}
+BIAS, SCALED = NONE | {"bias": BASE}, {"bias": BASE, "scale": BASE, "residual": BASE}
+KINDS = {name: int(value) for name, value in _C.Activation.__members__.items()}
+# (N, K, epilogue, change, kernel) for any number of rows; the shapes of InternVL first.
+CHOICES = [
+    (3072, 1024, BIAS, {}, "gemm_bias_128x256"),  # ViT qkv
+    (1024, 1024, SCALED, {}, "gemm_residual_128x128"),  # ViT proj
+    (4096, 1024, BIAS, {"activation": "gelu"}, "gemm_gelu_128x128"),  # ViT fc1
+    (1024, 4096, SCALED, {}, "gemm_residual_128x128"),  # ViT fc2
+    (9600, 3200, NONE, {}, "gemm_bias_128x256"),  # ViT-6B qkv
+    (896, 4096, BIAS, {"activation": "gelu"}, "gemm_gelu_128x128"),  # projector, 1B
+    (1152, 896, BIAS, {}, "gemm_bias_128x128"),  # 1B qkv
+    (896, 4864, NONE | {"residual": BASE}, {}, "gemm_residual_128x128"),  # 1B down
+    (9728, 896, NONE, {"activation": "swiglu"}, "gemm_swiglu_128x256"),  # 1B gate and up
+    (4608, 3584, BIAS, {}, "gemm_bias_128x256"),  # 8B qkv
+    (3584, 18944, NONE | {"residual": BASE}, {}, "gemm_residual_128x256"),  # 8B down
+    (37888, 3584, NONE, {"activation": "swiglu"}, "gemm_swiglu_128x256"),  # 8B gate and up
+    (64, 64, BIAS | {"bias": BASE + 4}, {}, "gemm_bias_128x128"),
+    (3064, 64, NONE, {}, "gemm_bias_128x128"),
+    (16, 8, BIAS, {"activation": "swiglu"}, "gemm_swiglu_128x256"),
+    # What stays with mma.sync.
+    (1024, 588, BIAS, {}, "none"),  # ViT patches: a row of the weight is 1176 bytes
+    (151674, 896, NONE, {"out_dtype": torch.float32}, "none"),  # logits
+    (128, 896, NONE, {"out_dtype": torch.float32}, "none"),  # router
+    (1152, 896, BIAS, {"decode": True}, "none"),
+    (1152, 896, BIAS, {"dtype": torch.float32, "out_dtype": torch.float32}, "none"),
+    (64, 64, NONE, {"activation": "silu"}, "none"),
+    (64, 64, NONE | {"scale": BASE}, {}, "none"),
+    (64, 64, SCALED, {"activation": "gelu"}, "none"),
+    (64, 64, NONE | {"residual": BASE}, {"activation": "swiglu"}, "none"),
+    (60, 64, NONE, {}, "none"),
+    (24, 64, NONE, {"activation": "swiglu"}, "none"),  # 12 columns of out
+    (64, 0, NONE, {}, "none"),
+    (64, 64, NONE, {"x": BASE + 8}, "none"),
+    (64, 64, NONE, {"weight": BASE + 8}, "none"),
+    (64, 64, NONE, {"out": BASE + 8}, "none"),
+    (64, 64, SCALED, {"residual": BASE + 8}, "none"),
+    (64, 64, SCALED, {"scale": BASE + 2}, "none"),
+    (64, 64, BIAS | {"bias": BASE + 2}, {}, "none"),
+]
+
+
+def _description(N: int, K: int, **fields: Any) -> ctypes.Structure:
+    """LinearParams of a call on rows without gaps, unless fields say otherwise."""
+    fields = {"dtype": torch.bfloat16, "out_dtype": torch.bfloat16, "activation": "none"} | fields
+    width = N // 2 if fields["activation"] == "swiglu" else N
+    fields = BASES | {"x_m": K, "out_m": width, "residual_m": width} | fields
+    fields |= {k: emulated.DTYPES[fields[k]] for k in ("dtype", "out_dtype")}
+    fields |= {"format": fields["dtype"], "activation": KINDS[fields["activation"]]}
+    return emulated.struct("linear", "LinearParams")(N=N, K=K, **fields)
+
+
+@pytest.mark.parametrize(("N", "K", "epilogue", "change", "kernel"), CHOICES, ids=str)
+def test_the_choice_of_a_matrix_product(emulator, N, K, epilogue, change, kernel):
+    for M in (1, 2, 16, 17, 128, 1025, 13325):
+        found = emulator.gemm_config(_description(N, K, M=M, **epilogue | change))
+        assert found == kernel, f"{M} rows"
+
+
+@pytest.mark.parametrize(
+    ("strides", "taken"),
+    [
+        ({"x_m": 72, "out_m": 80, "residual_m": 1 << 20}, True),
+        ({"x_m": 68}, False),
+        ({"x_m": 0}, False),
+        ({"x_m": -64}, False),
+        ({"out_m": 68}, False),
+        ({"residual_m": 60}, False),
+        ({"residual_m": 1 << 30}, False),
+    ],
+    ids=str,
+)
+def test_strides_of_a_matrix_product(emulator, strides, taken):
+    rows = {M: emulator.gemm_config(_description(64, 64, M=M, **SCALED | strides)) for M in (1, 2)}
+    # torch gives a single row any stride.
+    assert rows[1] == "gemm_residual_128x128"
+    assert rows[2] == (rows[1] if taken else "none")
+
 
 # ---- machine code, as it stands in the extension -----------------------------------------------
 
@@ -216,34 +383,17 @@ def test_launches(launches, M, N, K, x_m, multiprocessors):
 
 # ---- on a GPU ----------------------------------------------------------------------------------
 
-ON_GPU = [
-    ("linear/aligned_bias", "bias_128"),
-    ("linear/aligned_bias_wide", "bias_256"),
-    ("linear/aligned_gelu", "gelu_128"),
-    ("linear/aligned_residual", "residual_128"),
-    ("linear/aligned_residual_wide", "residual_256"),
-    ("gated_linear/aligned", "swiglu_256"),
-]
-
 
 def _is_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 @pytest.mark.skipif(not _is_hopper(), reason="there is no GPU of compute capability 9.0")
-@pytest.mark.parametrize(("name", "unit"), ON_GPU)
-def test_they_run_on_hopper_and_rows_keep_their_bits(name, unit):
-    op = ops.catalogue()[name.partition("/")[0]]
-    (case,) = [c for c in op.cases if c.name == name.partition("/")[2]]
-    arguments = case.arguments(op.name, torch.bfloat16)
-    whole = {k: on_device(v, "cuda") for k, v in arguments.items()}
+@pytest.mark.parametrize("name", GEMMS)
+def test_they_run_on_hopper_and_rows_keep_their_bits(name):
     _C.kernel_counts(reset=True)
-    together = op.function(**whole, phase="prefill", backend="cuda")
-    assert _C.kernel_counts(reset=True) == {f"linear/gemm_{unit.replace('_', '_128x')}": 1}
-    names = [n for n in ("x", "residual") if n in whole]
-    for part in (slice(0, 1), slice(3, 5), slice(2, 19)):
-        rows = whole | {n: whole[n][part] for n in names}
-        assert torch.equal(op.function(**rows, phase="prefill", backend="cuda"), together[part])
+    calls = _rows_keep_their_bits(name, "cuda", "cuda")
+    assert _C.kernel_counts(reset=True) == {f"linear/{GEMMS[name]}": calls}
 
 
 # ---- headers -----------------------------------------------------------------------------------

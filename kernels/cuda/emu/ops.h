@@ -32,8 +32,12 @@ bool run_embed_scatter(Machine& machine, const void* params, std::string& config
 bool run_flash_attention(Machine& machine, const void* params, std::string& config);
 bool run_gated_activation(Machine& machine, const void* params, std::string& config);
 bool run_gemm(Machine& machine, const void* params, std::string& config);
+bool run_grouped_linear(Machine& machine, const void* params, std::string& config);
 bool run_layer_norm(Machine& machine, const void* params, std::string& config);
 bool run_linear(Machine& machine, const void* params, std::string& config);
+bool run_moe_combine(Machine& machine, const void* params, std::string& config);
+bool run_moe_route(Machine& machine, const void* params, std::string& config);
+bool run_mxfp4_unpack(Machine& machine, const void* params, std::string& config);
 bool run_paged_attention(Machine& machine, const void* params, std::string& config);
 bool run_pixel_unshuffle_norm(Machine& machine, const void* params, std::string& config);
 bool run_preprocess(Machine& machine, const void* params, std::string& config);
