@@ -15,16 +15,22 @@ std::vector<Binding::Fn>& bindings() {
   return list;
 }
 
-// The matrix products of Hopper that ran, by name.
-void count_gemms([[maybe_unused]] std::map<std::string, uint64_t>& counts,
-                 [[maybe_unused]] bool reset) {
+// What kernels with several variants on CUDA have launched.
+void count_launches([[maybe_unused]] std::map<std::string, uint64_t>& counts,
+                    [[maybe_unused]] bool reset) {
 #if defined(IVR_CUDA)
+  const auto take = [&](const std::string& name, std::atomic<uint64_t>& launches) {
+    if (launches) counts[name] = launches;
+    if (reset) launches = 0;
+  };
+  for (int i = 0; i < kAttentionVariants; ++i) {
+    take(std::string("flash_attention/") + name_of(static_cast<AttentionVariant>(i)),
+         cuda::flash_attention_launches[i]);
+  }
   for (const cuda::GemmConfig& config : cuda::kGemms) {
     char name[64];
     cuda::format(config, name, sizeof(name));
-    std::atomic<uint64_t>& launches = cuda::gemm_launches[cuda::gemm_index(config)];
-    if (launches) counts[std::string("linear/") + name] = launches;
-    if (reset) launches = 0;
+    take(std::string("linear/") + name, cuda::gemm_launches[cuda::gemm_index(config)]);
   }
 #endif
 }
@@ -49,7 +55,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force_isa);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
-  // {"rms_norm/avx512": calls since the last reset}, and {"linear/gemm_gelu_128x128": launches}
+#if defined(IVR_CUDA)
+  // While on, Hopper runs the kernels of other devices.
+  m.def("force_mma", &cuda::force_mma, py::arg("on"));
+#endif
+  // {"rms_norm/avx512": calls since the last reset, "flash_attention/wgmma": launches}
   m.def(
       "kernel_counts",
       [](bool reset) {
@@ -61,7 +71,7 @@ PYBIND11_MODULE(_C, m) {
           }
           if (reset) k->reset();
         }
-        count_gemms(counts, reset);
+        count_launches(counts, reset);
         return counts;
       },
       py::arg("reset"));

@@ -32,6 +32,7 @@ class Emulator:
         self._run.argtypes = [
             ctypes.c_char_p,
             ctypes.c_void_p,
+            ctypes.c_int,
             ctypes.c_uint64,
             ctypes.c_char_p,
             ctypes.c_size_t,
@@ -47,12 +48,13 @@ class Emulator:
         self._library.ivr_emu_gemm_config(ctypes.byref(params), name, ctypes.c_size_t(len(name)))
         return name.value.decode()
 
-    def run(self, op: str, params: ctypes.Structure, seed: int = 0) -> str:
+    def run(self, op: str, params: ctypes.Structure, seed: int = 0, *, capability: int = 80) -> str:
         """Runs an op and returns its launch configuration; Finding if something is wrong."""
         size = self._library.ivr_emu_params_size(op.encode())
         assert size == ctypes.sizeof(params), f"{op}: params differ from kernels/{op}.h"
         report = ctypes.create_string_buffer(1024)
-        status = self._run(op.encode(), ctypes.byref(params), seed, report, len(report))
+        arguments = (ctypes.byref(params), capability, seed, report, len(report))
+        status = self._run(op.encode(), *arguments)
         assert status in (0, 1), f"no emulated op {op}"
         if status == 1:
             raise Finding(f"{op}: {report.value.decode()}")

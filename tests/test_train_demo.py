@@ -282,3 +282,31 @@ def test_a_batch_of_every_source(kind, monkeypatch):
     assert ("tiles" in arrays) == (kind == "tiles")
     again = data.batch(plan, writer, 0, 0.1)
     assert all(np.array_equal(arrays[k], again[k]) for k in arrays)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_place_in_a_window_is_that_in_the_whole(step):
+    grid, corner, n = Sizes().grid, (3, 5), 8 // step
+    rows, columns = (
+        torch.nn.functional.one_hot(torch.arange(c, c + 8, step), grid) * 100.0 for c in corner
+    )
+    said = {"row": rows.repeat_interleave(n, 0)[None], "column": columns.repeat(n, 1)[None]}
+    heads = {name: lambda _, logits=logits: logits for name, logits in said.items()}
+    trainer = SimpleNamespace(model=SimpleNamespace(dense=heads))
+
+    def loss(where):
+        zeros = torch.zeros(1, n * n, 4)
+        return train.Trainer.place_loss(trainer, ("row", "column"), zeros, where, step)
+
+    assert loss(corner) < 1e-6
+    assert loss((4, 5)) > 10
+
+
+def test_a_step_of_the_joint_stage_teaches_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "JOINS", {"emoji": 0.0})
+    trainer = train.Trainer(tmp_path, "cpu")
+    plan = data.Plan("test", (data.Source("tiles", 112, 2),), staged=True)
+    arrays = data.batch(plan, trainer.writer, 0, 0.0)
+    losses = trainer.losses("joint", train.STAGES["joint"], arrays)
+    assert set(losses) == {*train.DENSE_WEIGHTS, *train.TOKEN_WEIGHTS, "answer"}
+    assert all(0 <= v.detach() < 100 for v in losses.values())  # also without a colour to name

@@ -22,7 +22,8 @@ from tokens import Conversation, Writer, make_tokenizer, pad, together
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 # Tokens after a picture: of so many conversations about it as they hold, the exam's task first.
-ROOM = 140
+ROOM = 90
+BOXES = 0.3  # how often places are asked for at all: their answers are long
 SECOND_TURN = 0.2  # how often a turn follows another instead of standing alone
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
 JOINS = {
@@ -35,10 +36,10 @@ JOINS = {
 }
 # Share of a task in the mixture: more of what is learned more slowly.
 WEIGHTS = {
-    "number": 2.0,
+    "number": 2.2,
     "shape and colour": 0.5,
     "emoji": 0.5,
-    "relation": 3.0,
+    "relation": 2.4,
     "count": 1.6,
     "outside": 0.3,
 }
@@ -86,8 +87,12 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     weights = np.array([plan.weights[t] for t in tasks])
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
-    located = source.side == Sizes.image_size  # a smaller one does not know what part it sees
-    talks = [_talks(rng, [t for t in p.turns if located or t[0] != "box"], writer) for p in drawn]
+    whole = source.side == Sizes.image_size  # a smaller one does not know what part it sees
+    located = [whole and rng.random() < BOXES for _ in drawn]
+    talks = [
+        _talks(rng, [t for t in p.turns if yes or t[0] != "box"], writer)
+        for p, yes in zip(drawn, located, strict=True)
+    ]
     arrays = _arrays(
         [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
     )

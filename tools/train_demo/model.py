@@ -203,8 +203,9 @@ class Demo(nn.Module):
     """The whole model; embeddings and head are tied.
 
     `dense` says what lies in every patch, how far it reaches, whether its centre is there, and
-    where the patch is: it teaches the vision tower and is not part of the checkpoint. kinds,
-    colours: how many of them there are.
+    where the patch is; the last two also of the four patches that make a token. It teaches the
+    vision tower and the projector and is not part of the checkpoint. kinds, colours: how many of
+    them there are.
     """
 
     def __init__(self, s: Sizes, kinds: int, colours: int) -> None:
@@ -213,6 +214,8 @@ class Demo(nn.Module):
         heads = {"kind": kinds, "colour": colours, "row": s.grid, "column": s.grid}
         heads |= {"box": 4, "centre": 1}
         self.dense = nn.ModuleDict({k: nn.Linear(s.vision_width, n) for k, n in heads.items()})
+        heads = {"token_row": s.grid, "token_column": s.grid, "token_centre": 1}
+        self.dense.update({k: nn.Linear(s.width, n) for k, n in heads.items()})
         self.vision_model = Vision(s)
         C, W = 4 * s.vision_width, s.width
         self.mlp1 = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, W), nn.GELU(), nn.Linear(W, W))

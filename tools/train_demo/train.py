@@ -39,6 +39,7 @@ BACKGROUND_WEIGHT = 0.15
 LONGEST = 32  # tokens of an answer in an exam
 REPORT_SECONDS = 480
 DENSE_WEIGHTS = {"kind": 1.0, "colour": 0.3, "box": 1.5, "centre": 0.3, "place": 0.1}
+TOKEN_WEIGHTS = {"token_place": 0.1, "token_centre": 0.3}
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ _ALL = {"vision_model.": 4e-4, "dense.": 1e-3, "mlp1.": 1e-3, "language_model.":
 _FINE = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 8e-4, "language_model.": 8e-4}
 _PLACED = {"vision_model.": 1e-3, "dense.": 1.5e-3}
 _DECODER = {"mlp1.": 1.2e-3, "language_model.": 1.2e-3}
-_JOINT = {"vision_model.": 4e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_model.": 1.2e-3}
+_JOINT = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_model.": 1.2e-3}
 _SCENES, _SHAPED = data.Source("scene", 224, 16), data.Source("thumbnail", 224, 16)
-_FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 8)
+_FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 6)
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
@@ -85,15 +86,15 @@ STAGES = {
         decay=0.2,
     ),
     "joint": Stage(
-        30,
+        45,
         _JOINT,
         data.Plan(
             "joint",
-            (_SCENES, _FEW_TILES, _FEW_SMALL, _SHAPED, _SCENES, _PLACES, _FEW_TILES, _FEW_SMALL),
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _PLACES),
         ),
         0.5,
         224,
-        decay=0.8,
+        decay=0.9,
     ),
     "tiles": Stage(
         15,
@@ -179,6 +180,8 @@ class Trainer:
             found |= {k: stage.dense * DENSE_WEIGHTS[k] * v for k, v in dense.items()}
         if "after" in arrays:
             pictures = self.model.project(features)
+            known = self.token_losses(pictures, corner, arrays)
+            found |= {k: TOKEN_WEIGHTS[k] * v for k, v in known.items()}
             if "tiles" in arrays:
                 pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
             found["answer"] = self.answer_loss(pictures, arrays)
@@ -197,30 +200,49 @@ class Trainer:
         shift = torch.tensor([corner[1], corner[0]] * 2, device=self.device)
         boxes = (boxes[things] + shift) / self.sizes.grid
         tints = heads["colour"](patches[coloured]).float()
+        tint = F.cross_entropy(tints, colours[coloured], reduction="sum")
+        reach = F.l1_loss(heads["box"](patches[things]).float(), boxes, reduction="sum")
         return {
             "kind": F.cross_entropy(heads["kind"](patches).float(), kinds, self.kind_weight),
-            "colour": F.cross_entropy(tints, colours[coloured]),
-            "box": F.l1_loss(heads["box"](patches[things]).float(), boxes),
+            "colour": tint / max(len(tints), 1),
+            "box": reach / max(boxes.numel(), 1),
             "centre": F.binary_cross_entropy_with_logits(
                 heads["centre"](patches)[:, 0].float(), centres, pos_weight=self.centre_weight
             ),
-            "place": self.place_loss(features, corner),
+            "place": self.place_loss(("row", "column"), features, corner),
         }
 
-    def place_loss(self, patches: Tensor, corner: tuple[int, int]) -> Tensor:
-        """Every patch knows its row and column: what the relations between things are made of."""
-        B, n, _ = patches.shape
+    def place_loss(
+        self, heads: tuple[str, str], features: Tensor, corner: tuple[int, int], step: int = 1
+    ) -> Tensor:
+        """Everything knows its row and column: what the relations between things are made of.
+
+        features: [B, n, C] of a square, each of step x step patches.
+        """
+        B, n, _ = features.shape
         g = math.isqrt(n)
         rows, columns = torch.meshgrid(
-            torch.arange(g) + int(corner[0]), torch.arange(g) + int(corner[1]), indexing="ij"
+            *(step * torch.arange(g) + int(c) for c in corner), indexing="ij"
         )
         found = 0.0
-        for name, place in (("row", rows), ("column", columns)):
-            labels = place.flatten().repeat(B).to(patches.device)
-            found = found + F.cross_entropy(
-                self.model.dense[name](patches).float().flatten(0, 1), labels
-            )
+        for head, place in zip(heads, (rows, columns), strict=True):
+            labels = place.flatten().repeat(B).to(features.device)
+            logits = self.model.dense[head](features).float().flatten(0, 1)
+            found = found + F.cross_entropy(logits, labels)
         return found
+
+    def token_losses(
+        self, tokens: Tensor, corner: tuple[int, int], arrays: dict[str, np.ndarray]
+    ) -> dict[str, Tensor]:
+        """Of what every token should know: its place, and whether a thing has its centre there."""
+        B, g = len(tokens), 2 * math.isqrt(tokens.shape[1])
+        centres = torch.as_tensor(arrays["centres"]).to(self.device)
+        centres = centres.view(B, g // 2, 2, g // 2, 2).amax((2, 4)).flatten()
+        given = self.model.dense["token_centre"](tokens).float().flatten()
+        return {
+            "token_place": self.place_loss(("token_row", "token_column"), tokens, corner, 2),
+            "token_centre": F.binary_cross_entropy_with_logits(given, centres),
+        }
 
     def tiles(self, tiles: np.ndarray) -> Tensor:
         """uint8 [B, t, S, S, 3] -> embeddings [B, t * n, W], without gradient: they come first."""
