@@ -195,6 +195,7 @@ def test_strides_of_a_matrix_product(emulator, strides, taken):
 
 WGMMA, COPY, MULTICAST = r"\bHGMMA\b", r"\bUTMALDG\.\dD\b", r"\bUTMALDG\.\dD\.MULTICAST\b"
 REGISTERS = r"\bUSETMAXREG\b"
+EPILOGUES = ("bias", "gelu", "residual", "swiglu")  # in the order of GemmEpilogue
 # 384 threads: a block has the register file of a multiprocessor for itself.
 LIMIT = 168
 
@@ -204,19 +205,24 @@ def kernels(tmp_path_factory) -> dict[str, Kernel]:
     """The kernels of the built extension by unit, from its code for sm_90a."""
     if not _C.has_gemm:
         pytest.skip("this build has no matrix products of Hopper: CUDA is off, or not for sm_90a")
-    folder = tmp_path_factory.mktemp("sass")
-    cuobjdump = tool("cuobjdump")
-    listed = output(cuobjdump, "--list-elf", _C.__file__)
+    return _read(Path(_C.__file__), tmp_path_factory.mktemp("sass"))
+
+
+def _read(binary: Path, folder: Path) -> dict[str, Kernel]:
+    command = [tool("cuobjdump"), "--extract-elf", "all", str(binary.resolve())]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     found = {}
-    for unit in UNITS:
-        (name,) = re.findall(rf"\S*\b{unit}\S*sm_90a\.cubin", listed)
-        done = subprocess.run(
-            [cuobjdump, "--extract-elf", name, _C.__file__], cwd=folder, capture_output=True
-        )
-        assert done.returncode == 0, done.stderr
-        (kernel,) = read_kernels(folder / name).values()
-        found[unit] = kernel
+    for cubin in folder.glob("*.sm_90a.cubin"):
+        if b"GemmStore" in cubin.read_bytes():
+            for name, kernel in read_kernels(cubin).items():
+                epilogue = re.search(r"GemmStoreILNS\w*?12GemmEpilogueE(\d)E", name)[1]
+                columns = 128 if "Pingpong" in name else 256
+                found[f"{EPILOGUES[int(epilogue)]}_{columns}"] = kernel
     return found
+
+
+def test_the_extension_has_every_unit(kernels):
+    assert sorted(kernels) == UNITS
 
 
 @pytest.mark.parametrize("unit", UNITS)
