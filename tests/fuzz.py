@@ -29,8 +29,9 @@ from internvl_rt.models.internvl import InternVL
 from internvl_rt.models.rotary import Rotary
 from internvl_rt.ops import OpSet
 from internvl_rt.runtime.batch import Chunk, make_batch
-from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
+from internvl_rt.runtime.kv_cache import KvCache
 from internvl_rt.runtime.plan import make_plan
+from internvl_rt.runtime.platform import CPU
 from internvl_rt.weights import parse_header, tensor_shapes
 from tiny_model import (
     FAMILIES,
@@ -450,6 +451,8 @@ def _shrunk(config: ModelConfig, layers: int = 2) -> ModelConfig:
 class RandomParameters:
     """In place of a checkpoint's: small noise of the shapes that the config asks for."""
 
+    platform = CPU
+
     def __init__(self, config: ModelConfig) -> None:
         self._shapes = tensor_shapes(config)
         self._shapes.setdefault("llm.head.weight", self._shapes["llm.embed.weight"])
@@ -488,10 +491,10 @@ def assert_runs(config: ModelConfig) -> None:
     assert features.shape == (1, config.tokens_per_tile, text.hidden_size)
     assert bool(torch.isfinite(features).all())
     T = min(8, text.context)
-    cache = KvCache(text.num_layers, 1, text.num_kv_heads, text.head_dim, torch.float32)
+    cache = KvCache(text, 1, torch.float32)
     ids = torch.arange(T) % text.vocab_size
     chunk = Chunk(ids, 0, cache.allocator.take(1), "all", None, None)
-    logits = model.decoder(make_batch([chunk], PAGE_SIZE), cache)
+    logits = model.decoder(make_batch([chunk], model.decoder.rotary), cache)
     assert logits.shape == (T, text.vocab_size)
     assert bool(torch.isfinite(logits).all())
 
