@@ -150,6 +150,20 @@ def gated_activation(x: Tensor, kind: str = "silu") -> Call | None:
     return lambda: F.silu(gate) * up
 
 
+def gated_linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, kind: str = "silu"
+) -> Call | None:
+    if kind != "silu":
+        return None
+    w = _plain(weight).to(x.dtype)
+
+    def call() -> Tensor:
+        gate, up = F.linear(x, w, bias).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return call
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -370,6 +384,7 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         embed_scatter,
         flash_attention,
         gated_activation,
+        gated_linear,
         grouped_linear,
         layer_norm,
         linear,
