@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from internvl_rt import _C, ops
 from internvl_rt.ops.grouped_linear import PackedExperts
 from internvl_rt.ops.linear import PackedWeight, unpack
 
@@ -387,6 +388,20 @@ def _sdpa(prepare: Callable[..., Call | None], kernel: SDPBackend) -> Callable[.
     return prepared
 
 
+def _without_wgmma(**arguments: Any) -> Call:
+    """Our own kernel for devices before Hopper."""
+    out = torch.empty_like(arguments["q"], memory_format=torch.contiguous_format)
+
+    def call() -> Tensor:
+        _C.force_mma(True)
+        try:
+            return ops.flash_attention(**arguments, out=out, backend="cuda")
+        finally:
+            _C.force_mma(False)
+
+    return call
+
+
 # Op -> further peers on a GPU.
 GPU_PEERS: dict[str, dict[str, Callable[..., Call | None]]] = {
     f.__name__: {
@@ -396,6 +411,7 @@ GPU_PEERS: dict[str, dict[str, Callable[..., Call | None]]] = {
     }
     for f in (flash_attention, paged_attention)
 }
+GPU_PEERS["flash_attention"]["ours-mma"] = _without_wgmma
 
 # Peers that draw other random numbers: their distance from our results says nothing.
 OTHER_DRAWS = ("sample",)
