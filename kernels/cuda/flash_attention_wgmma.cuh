@@ -1,14 +1,14 @@
 // flash_attention on sm_90a: warpgroups, wgmma, bulk tensor copies (rows, keys, softmax and bits as
 // attention_core.cuh has them; pipeline after Shah et al., FlashAttention-3, 2024).
 //
-// Mapping    a block takes a kv head and 128 rows. One warp asks for tiles of 128 keys and values,
-//            two warpgroups of 64 rows work on them. A warpgroup without rows leaves at once and
-//            the last tile is taken in groups of 16 keys, so that 1025 tokens are 1088 rows and
-//            1040 keys, not 1152 squared.
+// Mapping    a block takes a kv head and 192 rows (head dim 64) or 128 (128). One warp asks for
+//            tiles of 128 keys and values, three or two warpgroups of 64 rows work on them. A
+//            warpgroup without rows leaves at once, and a last tile of up to 16 or 64 keys is
+//            multiplied as such: 1025 tokens are 1088 rows and 1040 keys, not 1152 squared.
 // Overlap    the scores of a tile are multiplied beside the weighted values of the tile before, and
-//            the warpgroups take turns at asking for both: one's softmax runs beside the other's
+//            the warpgroups take turns at asking for both: one's softmax runs beside the others'
 //            products.
-// Operands   Q and the weights stay in registers; K and V come from shared memory.
+// Operands   the weights stay in registers; Q, K and V come from shared memory.
 // Bytes      as flash_attention.cuh.
 #pragma once
 
@@ -26,7 +26,7 @@ constexpr int kWgmmaWorkers = kD == 64 ? 3 : 2;
 template <int kD>
 constexpr int kWgmmaBlockRows = kWgmmaWorkers<kD> * kWgmmaRows;
 template <int kD>
-constexpr int kWgmmaThreads = (1 + kWgmmaWorkers<kD>)*kWarpgroup;
+constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaWorkers<kD>);
 // Registers of a thread that copies, and of one that multiplies.
 template <int kD>
 constexpr int kCopyRegisters = kD == 64 ? 32 : 24;
@@ -42,7 +42,7 @@ template <int kD>
 constexpr int kWgmmaSlots = kD == 64 ? 8 : 6;
 template <int kD>
 constexpr size_t kWgmmaSharedBytes =
-    sizeof(bf16) * (kWgmmaSlots<kD> * kWgmmaKeys + kWgmmaBlockRows<kD>)*kD;
+    sizeof(bf16) * kD * (kWgmmaSlots<kD> * kWgmmaKeys + kWgmmaBlockRows<kD>);
 
 template <typename Map>
 struct KeyMaps {
@@ -262,7 +262,7 @@ IVR_DEVICE void flash_attention_wgmma_block(const FlashAttentionParams& p,
   const KeyRing<kD> ring{tiles, tiles + kSlots * KeyRing<kD>::kTile, barriers, barriers + kSlots};
   const Shared<Barrier> cleared = barriers + 2 * kSlots;
 
-  // Heads first: row blocks of few rows, which come last, fill what full ones leave.
+  // Heads first: a sequence's last block, which may have few rows, starts when the others run.
   const auto heads = static_cast<unsigned>(p.a.K);
   const int kv_head = static_cast<int>(blockIdx.x % heads);
   const unsigned block = blockIdx.x / heads;
