@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from internvl_rt import _C, ops
 from internvl_rt.ops.grouped_linear import PackedExperts
 from internvl_rt.ops.linear import PackedWeight, unpack
 
@@ -419,6 +420,20 @@ def _sdpa(prepare: Callable[..., Call | None], kernel: SDPBackend) -> Callable[.
     return prepared
 
 
+def _without_wgmma(**arguments: Any) -> Call:
+    """Our own kernel for devices before Hopper."""
+    out = torch.empty_like(arguments["q"], memory_format=torch.contiguous_format)
+
+    def call() -> Tensor:
+        _C.force_mma(True)
+        try:
+            return ops.flash_attention(**arguments, out=out, backend="cuda")
+        finally:
+            _C.force_mma(False)
+
+    return call
+
+
 # Op -> further peers on a GPU.
 GPU_PEERS: dict[str, dict[str, Callable[..., Call | None]]] = {
     f.__name__: {
@@ -528,6 +543,7 @@ PACKAGES: dict[str, dict[str, Callable[..., Call | None]]] = {
         "rms_norm": _liger_rms_norm,
     },
 }
+GPU_PEERS["flash_attention"]["ours-mma"] = _without_wgmma
 
 
 def slow_peers(op: str, *, compiler: str) -> dict[str, Callable[..., Call | None]]:
