@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 import emulated
+from batches import ALONE, BATCHES, TABLE, check_batches
 from emulator import SOURCES, Emulator, Finding, compile_units, link
 from internvl_rt import _C, ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
@@ -27,7 +30,7 @@ SEEDS = (0, 1, 2)
 # ---- ops ---------------------------------------------------------------------------------------
 
 # Ops that take seconds here: one seed, and no slow cases.
-HEAVY = {"flash_attention", "linear", "paged_attention"}
+HEAVY = {"flash_attention", "grouped_linear", "linear", "paged_attention"}
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +43,12 @@ def packed_weights(monkeypatch):
 def emulate(emulator, monkeypatch):
     """check(op, case, dtype) on the emulator under one seed; returns the launch configuration."""
 
-    def run(op: Any, case: Case, dtype: torch.dtype, seed: int) -> str:
+    def run(op: Any, case: Case, dtype: torch.dtype, seed: int, capability: int = 80) -> str:
         configs: list[str] = []
 
         def face(*arguments: Any, **named: Any) -> None:
             params = emulated.PARAMS[op.name](*arguments, **named)
-            configs.append(emulator.run(op.name, params, seed))
+            configs.append(emulator.run(op.name, params, seed, capability=capability))
 
         monkeypatch.setitem(op.faces, "emulated", face)
         check(op, case, dtype, "emulated")
@@ -79,6 +82,43 @@ def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
     assert sources == set(emulator.ops()) == set(emulated.PARAMS)
     assert sources <= set(ops.catalogue())
+
+
+# ---- bits depend on the row alone ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("op", "phase", "dtype"), TABLE, ids=_id)
+def test_bits_do_not_depend_on_the_batch(op, phase, dtype, emulator, monkeypatch):
+    op = ops.catalogue()[op]
+    params = emulated.PARAMS[op.name]
+    if (op.name, phase) == ("paged_attention", "decode"):
+        params = _decode_params
+
+    def face(*arguments: Any, **named: Any) -> None:
+        emulator.run(op.name, params(*arguments, **named), seed=2)
+
+    monkeypatch.setitem(op.faces, "emulated", face)
+    check_batches(op, phase, dtype, "emulated")
+
+
+def test_every_op_on_a_gpu_has_batches():
+    on_gpu = {op.name for op in ops.catalogue().values() if {"cuda", "triton"} & set(op.faces)}
+    assert on_gpu == set(BATCHES) | ALONE
+
+
+# ---- attention on sm_90a: warpgroups and bulk tensor copies ------------------------------------
+
+FLASH = ops.catalogue()["flash_attention"]
+
+
+@pytest.mark.parametrize(
+    "case", [c for o, c, d in CATALOGUE if o is FLASH and d == torch.bfloat16], ids=_id
+)
+def test_flash_attention_on_sm_90a(case, emulate):
+    q = case.build(Inputs(case.name, torch.bfloat16))["q"]
+    config = emulate(FLASH, case, torch.bfloat16, seed=2, capability=90)
+    expected = "wgmma" if q.shape[2] in (64, 128) else "plain"
+    assert config.split()[0] == (expected if len(q) else "empty")
 
 
 # ---- attention: decode, broken page tables, who shares the batch --------------------------------
@@ -259,6 +299,165 @@ def test_linear_bits_depend_on_the_row_alone(emulator, N, K, decode):
     shifted = make.normal(80, K + 9)
     shifted[:, 1 : K + 1] = x
     assert torch.equal(_linear(emulator, shifted[:, 1 : K + 1], weight, decode=decode), y)
+
+
+# ---- mixture of experts: every kernel, linear's bits, what nobody has checked -------------------
+
+GROUPED = ops.catalogue()["grouped_linear"]
+
+
+def _grouped_case(counts: tuple[int, ...], N: int, K: int, offset: int = 0) -> Case:
+    """x starts `offset` elements behind an aligned address."""
+
+    def build(make: Inputs) -> dict[str, Any]:
+        return {
+            "x": make.normal(9, K + 8)[:, offset : offset + K],
+            "weight": make.normal(len(counts), N, K, std=K**-0.5),
+            "offsets": torch.tensor((0, *counts)).cumsum(0, dtype=torch.int32),
+            "rows": make.integers(0, 9, sum(counts), dtype=torch.int32),
+            "bias": make.normal(len(counts), N),
+        }
+
+    return Case(f"{counts}x{N}x{K}+{offset}", build)
+
+
+FEW, MANY, FULL = (1, 0, 3, 0, 1), (0, 40, 0, 17, 1, 64), (128, 100, 200)
+# (case, phase, expected configuration) in bfloat16.
+GROUPS = [
+    (_grouped_case(FEW, 40, 264), "decode", "rows 16x8 aligned=1 grid=5x5"),
+    (_grouped_case(FEW, 1024, 40), "decode", "rows 16x32 aligned=1 grid=32x5"),
+    (_grouped_case(MANY, 40, 520), "decode", "rows 64x8 aligned=1 grid=5x7"),
+    (_grouped_case(MANY, 1024, 40), "decode", "rows 64x32 aligned=1 grid=32x7"),
+    (_grouped_case(MANY, 41, 264), "decode", "rows 16x8 aligned=0 grid=6x13"),
+    (_grouped_case(MANY, 40, 264, 1), "decode", "rows 16x8 aligned=0 grid=5x13"),
+    (_grouped_case(MANY, 130, 136), "prefill", "tiles 64x64 aligned=1 grid=3x7"),
+    (_grouped_case(MANY, 130, 137), "prefill", "tiles 64x64 aligned=0 grid=3x7"),
+    (_grouped_case(FULL, 2816, 72), "prefill", "tiles 128x128 aligned=1 grid=22x6"),
+]
+
+
+@pytest.mark.parametrize(("case", "phase", "config"), GROUPS, ids=_id)
+def test_grouped_linear_configurations(case, phase, config, emulator, monkeypatch):
+    def face(*arguments: Any) -> None:
+        assert emulator.run("grouped_linear", emulated.grouped_linear(*arguments), 3) == config
+
+    monkeypatch.setitem(GROUPED.faces, "emulated", face)
+    phased = functools.partial(GROUPED.function, phase=phase)
+    check(dataclasses.replace(GROUPED, function=phased), case, torch.bfloat16, "emulated")
+
+
+def _grouped(
+    emulator: Emulator,
+    x: Tensor,
+    experts: ops.PackedExperts,
+    offsets: Tensor,
+    rows: Tensor | None,
+    *,
+    decode: bool,
+) -> Tensor:
+    M = len(x) if rows is None else len(rows)
+    out = torch.full((M, experts.n), 7.0, dtype=x.dtype)
+    arguments = (x, experts.data, *experts.shape, experts.format, offsets, rows, None, decode, out)
+    _emulate(emulator, "grouped_linear", *arguments)
+    return out
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize(("N", "K"), [(72, 328), (33, 77)])
+def test_grouped_linear_has_the_bits_of_linear(emulator, N, K, dtype, decode):
+    make = Inputs(f"experts/{N}", dtype)
+    x, experts = make.normal(90, K), ops.pack_experts(make.normal(4, N, K))
+    bounds = (0, 70, 70, 73, 90)
+    offsets = torch.tensor(bounds, dtype=torch.int32)
+    y = _grouped(emulator, x, experts, offsets, None, decode=decode)
+    for e, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        alone = _linear(emulator, x[begin:end], experts[e], decode=decode) if begin < end else None
+        assert alone is None or torch.equal(alone, y[begin:end])
+    order = make.permutation(90)
+    sources = order.argsort().int()
+    assert torch.equal(_grouped(emulator, x[order], experts, offsets, sources, decode=decode), y)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_grouped_linear_marks_rows_out_of_range(emulator, dtype, decode):
+    make = Inputs("experts/range", dtype)
+    x, experts = make.normal(5, 40), ops.pack_experts(make.normal(3, 24, 40))
+    offsets = torch.tensor([0, 20, 20, 24], dtype=torch.int32)
+    rows = make.integers(0, 5, 24, dtype=torch.int32)
+    good = _grouped(emulator, x, experts, offsets, rows, decode=decode)
+    rows[[0, 17, 23]] = torch.tensor([-1, 5, 2**31 - 1], dtype=torch.int32)
+    broken = _grouped(emulator, x, experts, offsets, rows, decode=decode)
+    marked = torch.zeros(24, dtype=torch.bool)
+    marked[[0, 17, 23]] = True
+    assert bool(broken[marked].isnan().all())
+    assert torch.equal(broken[~marked], good[~marked])
+    # Offsets that do not fit: the expert in question has no rows.
+    for change, spared in (((-1, 20, 20, 24), range(20)), ((0, 20, 20, 25), range(20, 24))):
+        offsets = torch.tensor(change, dtype=torch.int32)
+        y = _grouped(emulator, x, experts, offsets, rows.clamp(0, 4), decode=decode)
+        assert (y == 7.0).all(1).nonzero().flatten().tolist() == [*spared]
+
+
+def test_moe_combine_marks_places_out_of_range(emulator):
+    x, residual = torch.randn(4, 40), torch.randn(3, 40)
+    weights = torch.rand(3, 2)
+    places = torch.tensor([[0, 3], [4, 1], [-1, 2]], dtype=torch.int32)
+    out = torch.zeros(3, 40)
+    _emulate(emulator, "moe_combine", x, weights, places, residual, out)
+    assert out.isnan().all(1).tolist() == [False, True, True]
+    expected = residual[0] + weights[0, 0] * x[0] + weights[0, 1] * x[3]
+    torch.testing.assert_close(out[0], expected)
+    alone = torch.zeros(1, 40)
+    good = (weights[:1], places[:1], residual[:1])
+    _emulate(emulator, "moe_combine", x, *good, alone)
+    _emulate(emulator, "moe_combine", x, *good, residual[:1])
+    assert torch.equal(alone, out[:1])
+    assert torch.equal(residual[:1], out[:1])
+
+
+def _route(emulator: Emulator, logits: Tensor, k: int, *, normalize: bool) -> ops.Routing:
+    T, E = logits.shape
+    shapes = ((T, k), (T, k), (T * k,), (T, k), (E + 1,))
+    out = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
+    out[1] = torch.full((T, k), float("nan"))
+    _emulate(emulator, "moe_route", logits, k, normalize, *out)
+    return ops.Routing(*out)
+
+
+@pytest.mark.parametrize("T", [7, 40])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_moe_route_breaks_broken_rows_alone(emulator, dtype, normalize, T):
+    # One launch, or two.
+    logits = Inputs("route/broken", dtype).normal(T, 37)
+    clean = _route(emulator, logits, 5, normalize=normalize)
+    logits[1, [30, 36]] = torch.tensor([float("nan"), -float("nan")], dtype=dtype)
+    logits[3, 2] = float("inf")
+    logits[5] = -float("inf")
+    r = _route(emulator, logits, 5, normalize=normalize)
+    expected = ops.moe_route(logits, top_k=5, normalize=normalize, backend="reference")
+    for name in ("ids", "tokens", "places", "offsets"):
+        assert torch.equal(getattr(r, name), getattr(expected, name)), name
+    assert bool(r.weights[[1, 5]].isnan().all())
+    keep = [t for t in range(T) if t not in (1, 3, 5)]
+    assert torch.equal(r.weights[keep], clean.weights[keep])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_mxfp4_unpack_at_its_ends(emulator, offset):
+    # -6 and -0 in turn, wherever the bytes lie.
+    blocks = torch.full((4 * 16 + 4,), 0x8F, dtype=torch.uint8)[offset : offset + 64].view(4, 16)
+    scales = torch.tensor([0, 252, 254, 255], dtype=torch.uint8)
+    out = torch.zeros(4, 32, dtype=torch.bfloat16)
+    config = _emulate(emulator, "mxfp4_unpack", blocks, scales, out)
+    assert config == f"aligned={1 - offset} grid=1"
+    values = out.double()
+    assert values[:3, 0].tolist() == [-6 * 2.0**-127, -6 * 2.0**125, -float("inf")]
+    assert values[:3, 1].tolist() == [0.0, 0.0, 0.0]
+    assert bool(values[:3, 1].signbit().all())
+    assert bool(values[3].isnan().all())
 
 
 # ---- rms_norm: what the catalogue's shapes leave out -------------------------------------------
@@ -563,15 +762,59 @@ FINDINGS = {
     "tile_misaligned": r"ldmatrix: row of lane \d+ is misaligned",
     "tile_divergent": r"lane \d+ calls mma.sync with mask|mma.sync: mask ffffffff names lane \d+",
     "tile_mixed_transposition": r"ldmatrix: lanes differ in .trans",
+    "box_no_wait": r"read of shared memory that (an asynchronous copy|no thread)",
+    "box_more_bytes": r"deadlock in block .* 128 at an mbarrier",
+    "box_fewer_bytes": r"deadlock in block .* 128 at an mbarrier",
+    "box_row_too_many": r"out-of-bounds write of 16 bytes of shared memory: offset 2048 of an",
+    "box_misplaced_tile": r"tensor copy to offset \d+, no multiple of 1024",
+    "box_wrong_stride": r"out-of-bounds read of \d+ bytes at 0x",
+    "box_narrow_stride": r"tensor copy: the map has a wrong stride",
+    "wgmma_wrong_wait": r"wgmma_wait: accumulators are used that are still in flight",
+    "wgmma_no_proxy_fence": r"memory that thread \d+ has stored, without fence_async_reads",
+    "wgmma_no_barrier": r"race: thread \d+ reads shared|read of shared memory that no thread",
+    "wgmma_no_fence": r"wgmma: the last wgmma_fence has not seen these accumulators",
+    "wgmma_late_write": r"wgmma: the last wgmma_fence has not seen these accumulators",
+    "wgmma_missing_warp": r"warp 2 issues 3 wgmma, warp 0 of its warpgroup 4",
+    "wgmma_other_operand": r"wgmma 3 of warp \d differs from that of another warp",
+    "wgmma_uncommitted": r"wgmma_wait: accumulators are used that are still in flight",
+    "wgmma_early_use": r"wgmma: accumulators were changed before the wait",
+    "wgmma_early_reuse": r"write of shared memory that a wgmma in flight reads"
+    r"|race: thread 5 writes shared memory that another thread reads",
+    "wgmma_no_wait": r"ends with a wgmma in flight",
+    "wgmma_off_by_one": r"wgmma: a matrix starts at offset \d+, inside of its swizzle's pattern",
+    "wgmma_a_not_fenced": r"wgmma: the last wgmma_fence has not seen these registers of a",
+    "wgmma_a_changed": r"wgmma: registers of a were changed before the wait",
+    "tensor_no_wait": r"read of shared memory that (an asynchronous copy|no thread)",
+    "tensor_wrong_bytes": r"deadlock in block .* at an mbarrier|more than 1 arrivals"
+    r"|read of shared memory that an asynchronous copy of thread 0 has not reached",
+    "tensor_early_reuse": r"race: thread 0 writes shared memory that another thread reads"
+    r"|write of shared memory that an asynchronous copy of thread 0|more than 1 arrivals",
+    "tensor_early_release": r"write of shared memory that a wgmma in flight reads",
+    "tensor_row_too_many": r"deadlock|race: thread 0 writes|write of shared memory that an asynch",
+    "named_missing": r"race: thread \d+ reads|read of shared memory that no thread has written",
+    "named_wrong_id": r"deadlock in block .* 128 at a named barrier",
+    "named_wrong_count": r"named barrier 1 is for \d+ threads, and for \d+ to others",
+    "named_unawaited": r"ends with 128 threads at named barrier 3",
+    "registers_too_many": r"setmaxnreg asks for 66560 registers, there are 65536",
+    "registers_one_warp": r"the threads of a warpgroup differ in setmaxnreg",
+}
+# Shapes of x by the kernels' families; else 3 x 100.
+SHAPES = {
+    "async": (3, 1024),
+    "bulk": (3, 2048),
+    "tile": (32, 16),
+    "box": (20, 40),
+    "wgmma": (192, 128),
+    "tensor": (128, 128),
+    "named": (1, 128),
+    "registers": (1, 128),
 }
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FINDINGS)
 def test_planted_bug_is_found(emulator, name, seed):
-    x = torch.ones(
-        {"async": (3, 1024), "bulk": (3, 2048), "tile": (32, 16)}.get(name.split("_")[0], (3, 100))
-    )
+    x = torch.ones(SHAPES.get(name.split("_")[0], (3, 100)))
     with pytest.raises(Finding) as finding:
         _planted(emulator, name, x, seed)
     assert re.search(FINDINGS[name], str(finding.value)), finding.value
@@ -630,6 +873,66 @@ def test_tensor_core_tiles(emulator, seed):
         y = _planted(emulator, name, x, seed)[:16]
         assert not torch.equal(y, product)
         assert wrong is None or torch.equal(y, wrong)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_of_tensors(emulator, seed):
+    x = Inputs("box", torch.float32).normal(20, 40)
+    moved = torch.nn.functional.pad(x, (3, 0, 2, 0))[:20, :40]
+    assert torch.equal(_planted(emulator, "box_copy", x, seed), moved)
+    assert not torch.equal(_planted(emulator, "box_wrong_swizzle", x, seed), moved)
+    x = Inputs("planes", torch.float32).normal(12, 32)
+    planes = x.unflatten(0, (2, 6)).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(_planted(emulator, "box_planes", x, seed), planes)
+    cubes = x.unflatten(0, (2, 2, 3)).transpose(1, 2).flatten(0, 2)
+    assert torch.equal(_planted(emulator, "box_cubes", x, seed), cubes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_products_of_a_warpgroup(emulator, seed):
+    x = Inputs("wgmma", torch.bfloat16).integers(-9, 9, 192, 128).float()
+    a, b = x[:64, :64], x[64:, :64]
+    for n in (16, 64, 128):
+        y = _planted(emulator, f"wgmma_{n}", x, seed)
+        assert torch.equal(y[:64, :n], a @ b[:n].T)
+        assert y[:64, n:].isnan().all()
+    y = _planted(emulator, "wgmma_groups", x, seed)
+    assert torch.equal(y[:64, :64], a @ b[:64].T)
+    assert torch.equal(y[64:128, :64], a @ b[64:].T)
+    product = a @ x[64:128]
+    assert torch.equal(_planted(emulator, "wgmma_registers", x, seed)[:64], product)
+    # Matrices of the wrong place give numbers, and wrong ones.
+    for name in ("wgmma_wrong_stride", "wgmma_wrong_swizzle", "wgmma_wrong_major"):
+        assert not torch.equal(_planted(emulator, name, x, seed)[:64, :64], a @ b[:64].T)
+    y = _planted(emulator, "wgmma_wrong_leading", x, seed)[:64]
+    assert torch.equal(y[:, :64], product[:, :64])
+    assert not torch.equal(y[:, 64:], product[:, 64:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_products_of_boxes(emulator, seed):
+    rows = Inputs("tensor", torch.bfloat16).integers(-9, 9, 128, 256).bfloat16()
+    x = rows.view(torch.float32)
+    product = rows[:64].float() @ rows[64:].float().T
+    assert torch.equal(_planted(emulator, "tensor_product", x, seed)[:64, :64], product)
+    assert not torch.equal(_planted(emulator, "tensor_wrong_swizzle", x, seed)[:64, :64], product)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_named_barriers_and_registers(emulator, seed):
+    x = Inputs("named", torch.float32).normal(1, 128)
+    assert torch.equal(_planted(emulator, "named_barrier", x, seed), x.flip(1))
+    _planted(emulator, "registers_set", x, seed)
+
+
+def test_every_planted_kernel_is_tested():
+    # Those without a finding are compared with what they should, or should not, have computed.
+    header = (SOURCES / "emu" / "planted.h").read_text()
+    body = re.search(r"enum class Planted \{(.*?)\};", header, re.DOTALL)[1]
+    names = set(re.findall(r"^ +(\w+),", body, re.MULTILINE))
+    here = Path(__file__).read_text() + "wgmma_16 wgmma_64 wgmma_128"
+    assert names >= set(FINDINGS)
+    assert not [n for n in names if not re.search(rf"\b{n}\b", here)]
 
 
 def test_portable_switch(objects, tmp_path):

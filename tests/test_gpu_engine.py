@@ -1,13 +1,11 @@
 """The engine on a GPU, without one: tests/fake_cuda.py, whose kernels are the emulated ones."""
 
 import pytest
-import torch
 
 import fake_cuda
 import internvl_rt as ivr
 from fake_cuda import FakeCuda
-from test_engine import padded, prompt, with_picture
-from test_golden import bf16, fp32, golden, assert_close, assert_logits_close
+from test_golden import assert_logits_close, fp32, golden
 
 CASE = "internvl3-qwen2_5"
 IMAGE = 595

@@ -232,7 +232,7 @@ class Model:
         system: str | None = None,
         stream: bool = False,
         return_history: bool = False,
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         *,
         num_frames: int = 8,
         video_bound: tuple[float, float] | None = None,
@@ -256,7 +256,7 @@ class Model:
         video: path, bytes, or a list of frames; num_frames of it are taken, evenly spaced within
             video_bound (seconds). A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
-        max_tiles: tiles per picture, thumbnail not counted, 1 to 40.
+        max_tiles: tiles per picture, thumbnail not counted, 1 to 40; None for the checkpoint's.
         temperature 0 is greedy. seed: None draws one; the same seed repeats an answer.
         stop: strings that end the answer and are not part of it.
         Returns the answer; with stream an iterator of its pieces (closing it cancels); with
@@ -337,7 +337,8 @@ class Model:
         )
 
     def _turn(self, asked: _Question) -> _Turn:
-        _check_integer("max_tiles", asked.max_tiles, 1, MAX_TILES)
+        most = self.config.max_dynamic_patch if asked.max_tiles is None else asked.max_tiles
+        _check_integer("max_tiles", most, 1, MAX_TILES)
         _check_integer("num_beams", asked.num_beams, 1, 1, "beam search is not implemented")
         stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
         sampling = asked.sampling(self._stop_ids())
@@ -345,7 +346,7 @@ class Model:
 
         asked, media = self._media(asked)
         system = self.system_message if asked.system is None else asked.system
-        tiles = self._tiles(media, asked.max_tiles)
+        tiles = self._tiles(media, most)
         prompt = build_prompt(
             self.tokenizer,
             asked.question,
@@ -647,7 +648,7 @@ class _Question:
     video: Any = None
     history: Sequence[tuple[str, str]] | None = None
     system: str | None = None
-    max_tiles: int = 12
+    max_tiles: int | None = None
     num_frames: int = 8
     video_bound: tuple[float, float] | None = None
     stop: str | Sequence[str] | None = None
