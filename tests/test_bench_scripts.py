@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from internvl_rt import ops
-from internvl_rt.ops.registry import outputs_of
+from internvl_rt import ops, selftest
+from internvl_rt.ops.registry import Inputs, outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -19,7 +21,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("peers", "ops", "make_checkpoint", "models"):
+    for name in ("peers", "ops", "make_checkpoint", "cpu", "accuracy"):
         sys.modules.pop(name, None)
 
 
@@ -57,28 +59,124 @@ def test_peers_do_the_same_work(op, case):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
 
 
+def test_a_product_of_groups_is_a_peer():
+    import peers
+
+    op = ops.catalogue()["grouped_linear"]
+    prepare = peers.GPU_PEERS[op.name]["grouped_mm"]
+    assert all(
+        prepare(**c.arguments(op.name, torch.float32)) is None for c in op.cases if not c.slow
+    )
+    arguments = op.shaped(Inputs("groups", torch.bfloat16), (5, 4, 2, 48, 64))
+    expected = op.reference(**arguments)
+    torch.testing.assert_close(prepare(**arguments)(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("package", ["flashinfer", "liger_kernel"])
+def test_packages_that_are_here_are_peers(package, monkeypatch):
+    """Stand-ins with the packages' signatures: no package is needed to keep the calls right."""
+    import peers
+
+    stand_ins = {
+        "flashinfer": {"single_prefill_with_kv_cache": _prefill},
+        "flashinfer.norm": {"rmsnorm": lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)},
+        "flashinfer.activation": {"silu_and_mul": lambda x: _silu_and_mul(*x.chunk(2, -1))},
+        "liger_kernel": {},
+        "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": _Applied(_liger_rms_norm)},
+        "liger_kernel.ops.layer_norm": {
+            "LigerLayerNormFunction": _Applied(lambda x, w, b, e: F.layer_norm(x, w.shape, w, b, e))
+        },
+        "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _Applied(_silu_and_mul)},
+    }
+    for name, members in stand_ins.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name == package or None)
+    for name in peers.PACKAGES[package]:
+        op, ran = ops.catalogue()[name], 0
+        prepare = peers.slow_peers(name, compiler="eager")[package]
+        for case in (c for c in op.cases if not c.slow and torch.float32 in c.dtypes):
+            arguments = case.arguments(name, torch.float32)
+            call = prepare(**arguments)
+            if call is None or not all(t.numel() for t in outputs_of(op.reference(**arguments))):
+                continue
+            expected, *_ = outputs_of(op.reference(**arguments))
+            torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
+            ran += 1
+        assert ran > 0, f"{package} takes no case of {name}"
+
+
+class _Applied:
+    def __init__(self, function):
+        self.apply = function
+
+
+def _silu_and_mul(gate, up):
+    return F.silu(gate) * up
+
+
+def _liger_rms_norm(x, weight, eps, offset, casting_mode, in_place):
+    assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _prefill(q, k, v, *, causal, sm_scale):
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    mask = torch.ones(q.shape[1], k.shape[1]).tril(k.shape[1] - q.shape[1]).bool()
+    options = {"attn_mask": mask if causal else None, "scale": sm_scale, "enable_gqa": True}
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(0, 1)
+
+
 def test_models_beside_transformers(tmp_path):
     """Both sides on one tiny checkpoint; they agree before they are timed."""
     import make_checkpoint
 
     shape = replace(make_checkpoint.SHAPES["tiny"], vocab=600)
     make_checkpoint.make(tmp_path / "model", shape, layout="hf")
-    command = [sys.executable, str(BENCH / "models.py"), "--shape", "tiny", "--seconds", "0"]
-    command += ["--rows", "vit-1,prefill-320,decode-8x320", "--dtype", "f32"]
+    rows = ["vit-1", "prefill-320", "decode-8x320", "decode-320-int4", "preprocess-4k"]
+    command = [sys.executable, str(BENCH / "cpu.py"), "--shape", "tiny", "--seconds", "0"]
+    command += ["--rows", ",".join(rows), "--dtype", "f32"]
     command += ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr + result.stdout
-    written = json.loads((tmp_path / "models-tiny-float32.json").read_text())
-    assert [row["row"] for row in written["rows"]] == ["vit-1", "prefill-320", "decode-8x320"]
+    written = json.loads((tmp_path / "cpu-tiny-float32.json").read_text())
+    assert [row["row"] for row in written["rows"]] == rows
     for row in written["rows"]:
-        assert row["ratio"] == row["transformers"]["median"] / row["ours"]["median"]
+        assert row["ratio"] == row["peer"]["median"] / row["ours"]["median"]
         assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
+        assert ("share" in row) == (row["row"] != "preprocess-4k")
+        if "share" in row:
+            assert row["floor"] > 0
     assert 0 < written["agreement"]["logits"] < 1e-3
     assert "sdpa attention" in written["peer"]
 
 
-def test_models_refuses_what_it_does_not_know():
-    command = [sys.executable, str(BENCH / "models.py"), "--rows", "vit-2"]
+def test_cpu_refuses_what_it_does_not_know():
+    command = [sys.executable, str(BENCH / "cpu.py"), "--rows", "vit-2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "'vit-2', allowed: vit-1" in result.stderr
+
+
+def test_quantised_weights_keep_the_demonstration_models_accuracy(tmp_path, monkeypatch, capsys):
+    """The gate of bench/accuracy.py over the small set of `selftest`."""
+    accuracy = pytest.importorskip("accuracy", reason="not run from the repository")
+    asked = [
+        (entry["task"], image, entry["question"], entry["answer"])
+        for image, entry in selftest.questions()
+    ]
+    monkeypatch.setattr(accuracy, "SETS", {"selftest": lambda count: asked[:count]})
+    # One answer of 32 is three points.
+    monkeypatch.setattr(accuracy, "GATE", {"int8": 3.2, "int4": 3.2})
+    out = tmp_path / "accuracy.json"
+    command = ["--sets", "selftest", "--runs", "bf16:native,int8:native,int4:native"]
+    assert accuracy.main([*command, "--count", "32", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["run"] for row in rows] == command[-1].split(",")
+    assert rows[0]["different"] == 0
+    assert rows[0]["accuracy"]["all"] > 75
+    monkeypatch.setattr(accuracy, "GATE", {"int8": -1.0})
+    capsys.readouterr()
+    assert accuracy.main([*command[:3], "bf16:native,int8:native", "--count", "5"]) == 1
+    assert "selftest int8: 0.0 points lost, allowed: -1.0" in capsys.readouterr().out

@@ -88,14 +88,14 @@ def assert_chunks_agree(model, ids, chunk):
     whole = model.forward(ids[None])[0]
     decoder, text = model._core.decoder, model.config.text
     pages = KvCache.pages_for(len(ids))
-    cache = KvCache(text.num_layers, pages + 3, text.num_kv_heads, text.head_dim, model.dtype)
+    cache = KvCache(text, pages + 3, model.dtype)
     for tensor in (*cache.k, *cache.v):
         tensor.fill_(float("nan"))  # what is not written must not be read
     table = cache.allocator.take(pages + 3)[torch.randperm(pages + 3)[:pages]]
     parts = []
     for start in range(0, len(ids), chunk):
         step = Chunk(ids[start : start + chunk], start, table, "all", rope_len=len(ids))
-        parts.append(decoder(make_batch([step], PAGE_SIZE), cache))
+        parts.append(decoder(make_batch([step], decoder.rotary), cache))
     assert torch.equal(torch.cat(parts), whole)
 
 
@@ -150,11 +150,11 @@ def test_cached_keys_keep_the_rotation_they_were_written_with(case):
     new = model.generate(ids[None], max_new_tokens=12, eos_token_id=-1)[0]
     both = torch.cat((ids, torch.tensor(new[:-1])))
     text, pages = model.config.text, KvCache.pages_for(len(both))
-    cache = KvCache(text.num_layers, pages, text.num_kv_heads, text.head_dim, model.dtype)
+    cache = KvCache(text, pages, model.dtype)
     table = cache.allocator.take(pages)
     cuts = [0, *range(len(ids), len(both) + 1)]
     steps = [Chunk(both[a:b], a, table, "last") for a, b in itertools.pairwise(cuts)]
-    stepped = [model._core.decoder(make_batch([s], PAGE_SIZE), cache)[0] for s in steps]
+    stepped = [model._core.run([s], cache)[0] for s in steps]
     assert [int(row.argmax()) for row in stepped] == new
     whole = model.forward(both[None])[0]
     assert torch.equal(stepped[0], model.forward(ids[None])[0, -1])

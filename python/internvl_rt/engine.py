@@ -13,17 +13,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
 from internvl_rt.models.internvl import InternVL
-from internvl_rt.runtime.batch import Chunk, make_batch
 from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
 from internvl_rt.runtime.request import Request
+from internvl_rt.runtime.runner import MAX_BATCH, Part, Runner
 
 logger = logging.getLogger("internvl_rt")
 
 DEFAULT_PREFILL_CHUNK = 512
-MAX_BATCH = 64
 
 
 class Engine:
@@ -37,16 +35,12 @@ class Engine:
     def __init__(
         self, model: InternVL, *, kv_tokens: int, prefill_chunk: int = DEFAULT_PREFILL_CHUNK
     ) -> None:
-        text = model.config.text
+        text, pages = model.config.text, KvCache.pages_for(kv_tokens)
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self.cache = KvCache(
-            text.num_layers,
-            KvCache.pages_for(kv_tokens),
-            text.num_kv_heads,
-            text.head_dim,
-            model.dtype,
-        )
+        with model.platform.scope():
+            self.cache = KvCache(text, pages, model.dtype, model.platform.device)
+            self._runner = Runner(model, self.cache)
         # Longest prompt and answer together.
         self.context = min(text.context, self.cache.allocator.capacity * PAGE_SIZE)
         self._waiting: deque[Request] = deque()
@@ -128,25 +122,24 @@ class Engine:
             self._admit()
         for request in [r for r in self._running if r.pixels is not None]:
             self._encode(request)
-        batch = self._schedule()
-        if not batch:
+        parts = self._schedule()
+        if not parts:
             return
-        chunks = [c for _, c in batch]
         try:
-            logits = self.model.decoder(make_batch(chunks, PAGE_SIZE), self.cache)
-            sampling = [r for r, c in batch if c.logits == "last"]
-            ids = self._sample(sampling, logits) if logits is not None else []
+            with self.model.platform.scope():
+                found = self._runner(parts)
         except Exception as error:
             logger.exception("a step failed")
-            for request, _ in batch:
-                self._fail(request, error)
+            for part in parts:
+                self._fail(part.request, error)
             return
         # From here on nothing can fail: the step is committed as a whole.
-        for request, chunk in batch:
-            request.done += len(chunk.ids)
+        for part in parts:
+            request = part.request
+            request.done += part.count
             if request.done == len(request.prompt):
                 request.image = None
-        for request, token in zip(sampling, ids, strict=True):
+        for request, token in found:
             self._accept(request, token)
 
     def _drop_cancelled(self) -> None:
@@ -166,57 +159,26 @@ class Engine:
 
     def _encode(self, request: Request) -> None:
         try:
-            image = self.model.encode_images(request.pixels).flatten(0, 1)  # [N, hidden]
-            if not bool(torch.isfinite(image).all()):
+            with self.model.platform.scope():
+                image = self.model.encode_images(request.pixels).flatten(0, 1)  # [N, hidden]
+                finite = bool(self.model.platform.fetch(torch.isfinite(image).all()))
+            if not finite:
                 raise ValueError("the pictures gave NaN or infinite features")
             request.image, request.pixels = image, None
         except Exception as error:
             self._fail(request, error)
 
-    def _schedule(self) -> list[tuple[Request, Chunk]]:
-        batch = []
+    def _schedule(self) -> list[Part]:
+        parts = []
         budget = self.prefill_chunk
         for request in self._running:
-            start, prompt = request.done, request.prompt
-            if start >= len(prompt):
-                ids = torch.tensor(request.tokens[-1:])
-                batch.append((request, Chunk(ids, start, request.pages, "last")))
+            left = len(request.prompt) - request.done
+            if left <= 0:
+                parts.append(Part(request, request.done, 1))
             elif budget > 0:
-                n = min(budget, len(prompt) - start)
-                budget -= n
-                row = None if request.image_row is None else request.image_row[start : start + n]
-                last = "last" if start + n == len(prompt) else "none"
-                ids = prompt[start : start + n]
-                chunk = Chunk(ids, start, request.pages, last, request.image, row, len(prompt))
-                batch.append((request, chunk))
-        return batch
-
-    def _sample(self, requests: Sequence[Request], logits: Tensor) -> list[int]:
-        params = [r.params for r in requests]
-        for row, request in enumerate(requests):
-            if len(request.tokens) < request.params.min_new_tokens:
-                logits[row, sorted(request.params.stop_ids)] = -torch.inf
-
-        def column(name: str, dtype: torch.dtype) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=dtype)
-
-        options = {}
-        if any(p.temperature > 0 for p in params):
-            options = {
-                "temperature": column("temperature", torch.float32),
-                "top_k": column("top_k", torch.int32),
-                "top_p": column("top_p", torch.float32),
-                "min_p": column("min_p", torch.float32),
-                "seed": column("seed", torch.int64),
-                "index": torch.tensor([len(r.tokens) for r in requests]),
-            }
-        if any(p.repetition_penalty != 1 for p in params):
-            # Prompt and answer are penalised, as is usual.
-            seen = [torch.cat((r.prompt, torch.tensor(r.tokens).long())) for r in requests]
-            options["repetition_penalty"] = column("repetition_penalty", torch.float32)
-            options["history"] = torch.cat(seen)
-            options["cu_history"] = torch.tensor([0, *map(len, seen)]).cumsum(0).int()
-        return self.model.ops.sample(logits, **options).tolist()
+                parts.append(Part(request, request.done, min(budget, left)))
+                budget -= parts[-1].count
+        return parts
 
     def _accept(self, request: Request, token: int) -> None:
         if token < 0:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from internvl_rt import _C
 from internvl_rt import image as pictures
 from internvl_rt import video as videos
 from internvl_rt._C import set_num_threads
@@ -23,7 +24,7 @@ from internvl_rt.engine import DEFAULT_PREFILL_CHUNK, Engine
 from internvl_rt.hub import resolve_path
 from internvl_rt.models.decoder import require_quantisable
 from internvl_rt.models.internvl import InternVL
-from internvl_rt.models.vision import VisionTower
+from internvl_rt.models.vision import VISION_OPS, VisionTower
 from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
 from internvl_rt.prompt import (
@@ -40,12 +41,13 @@ from internvl_rt.prompt import (
     parse_messages,
     with_placeholders,
 )
-from internvl_rt.runtime.batch import Chunk, make_batch
+from internvl_rt.runtime.batch import Chunk
 from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
 from internvl_rt.runtime.plan import make_plan
+from internvl_rt.runtime.platform import CPU, Platform, platform_for
 from internvl_rt.runtime.request import Request, SamplingParams
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import Checkpoint
+from internvl_rt.weights import Checkpoint, open_checkpoint
 
 MAX_TILES = 40
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -61,12 +63,13 @@ def load(
     prefill_chunk: int | None = None,
     threads: int | None = None,
     quant: str | None = None,
+    kv_tokens: int | None = None,
 ) -> Model:
     """Loads a chat checkpoint: a folder, or a repo id of the Hugging Face hub (extra `hub`).
 
     path_or_repo_id: None for the demonstration model that comes with the package, which knows
         numbers, shapes, colours and emoji and nothing else.
-    device: "cpu", "cuda", "cuda:1", or "auto".
+    device: "cpu", "cuda", "cuda:1", or "auto", which is the CPU.
     dtype: "float32", "bfloat16", the torch dtypes, or "auto": what the checkpoint is stored in.
     backend: "native" (None) runs our kernels, "reference" plain torch, "triton" Triton's.
     image_token_id: for checkpoints without tokenizer files that take pictures in `generate`.
@@ -74,26 +77,34 @@ def load(
     threads: CPU threads of the whole process, as `set_num_threads`.
     quant: "int8" or "int4" quantises the language model's weights as they are loaded, in groups of
         64 (the head to int8 either way); pictures are seen in dtype. On the CPU, no experts.
+    kv_tokens: tokens that the KV cache holds, at most; None for what memory allows, up to eight
+        requests of full context.
     Raises OSError for what cannot be read and ValueError for what cannot be run, in one line.
     """
-    _check_device(device)
+    platform = platform_for(device)
     if threads is not None:
         set_num_threads(threads)
-    opset = OpSet(backend)
+    opset = _opset(backend, platform)
     source = DEMO_MODEL if path_or_repo_id is None else path_or_repo_id
     folder = resolve_path(source)
     config = load_config(folder)
     kind = dtype_from(dtype, config.torch_dtype)
-    checkpoint = Checkpoint(folder)
-    parameters = Parameters.of_model(checkpoint, config)
+    checkpoint = open_checkpoint(folder, config)
+    parameters = Parameters.of_model(checkpoint, config, platform)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
+    if kv_tokens is not None:
+        _check_integer("kv_tokens", kv_tokens, PAGE_SIZE, 1 << 40)
     require_quantisable(config.text, quant)
-    plan = make_plan(config, kind, prefill_chunk=chunk, quant=quant)
+    if quant is not None and platform is not CPU:
+        raise ValueError(f"quant is {quant!r}, but device is {device!r}: on the CPU only")
+    plan = make_plan(config, kind, prefill_chunk=chunk, quant=quant, platform=platform)
     plan.require_fit()
-    core = InternVL(config, parameters, opset, kind, quant)
-    parameters.finish()
-    engine = Engine(core, kv_tokens=plan.kv_tokens, prefill_chunk=chunk)
+    tokens = plan.kv_tokens if kv_tokens is None else min(kv_tokens, plan.kv_tokens)
+    with platform.scope():
+        core = InternVL(config, parameters, opset, kind, quant)
+        parameters.finish()
+        engine = Engine(core, kv_tokens=tokens, prefill_chunk=chunk)
     return Model(folder, config, core, engine, image_token_id, name=Path(source).name)
 
 
@@ -103,17 +114,22 @@ def load_vision(
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
 ) -> VisionModel:
-    """Loads the vision tower alone, of a standalone InternViT or of a chat checkpoint."""
-    _check_device(device)
-    opset = OpSet(backend)
+    """Loads the vision tower alone.
+
+    Of a standalone InternViT, of a chat checkpoint, or of the contrastive InternVL-14B-224px.
+    """
+    platform = platform_for(device)
+    opset = _opset(backend, platform)
+    opset.require(*VISION_OPS)
     folder = resolve_path(path_or_repo_id)
     config = load_vision_config(folder)
     checkpoint = Checkpoint(folder)
     kind = dtype_from(dtype, str(checkpoint.dtype).removeprefix("torch."))
-    parameters = Parameters.of_vision(checkpoint, config)
-    tower = VisionTower(config, parameters, config.num_layers, opset, kind)
-    parameters.finish()
-    return VisionModel(config, tower)
+    parameters = Parameters.of_vision(checkpoint, config, platform)
+    with platform.scope():
+        tower = VisionTower(config, parameters, config.num_layers, opset, kind)
+        parameters.finish()
+    return VisionModel(config, tower, platform)
 
 
 @dataclass(frozen=True)
@@ -131,15 +147,20 @@ class VisionOutput:
 class VisionModel:
     """InternViT as a function of pixels."""
 
-    def __init__(self, config: VisionConfig, tower: VisionTower) -> None:
-        self.config, self._tower = config, tower
+    def __init__(self, config: VisionConfig, tower: VisionTower, platform: Platform = CPU) -> None:
+        self.config, self._tower, self._platform = config, tower, platform
 
     def __call__(self, pixel_values: Tensor, output_hidden_states: bool = False) -> VisionOutput:
         """pixel_values: float [t, 3, height, width], normalised, sides multiples of the patch."""
         _check_pixels("pixel_values", pixel_values, self.config.patch_size, square=False)
+        platform = self._platform
         states: list[Tensor] = []
-        each = (lambda x: states.append(x.clone())) if output_hidden_states else None
-        x = self._tower(pixel_values, each)
+        each = None
+        if output_hidden_states:
+            each = lambda x: states.append(platform.hand_out(x.clone()))  # noqa: E731
+        with platform.scope():
+            (pixels,) = platform.upload([pixel_values])
+            x = platform.hand_out(self._tower(pixels, each))
         return VisionOutput(x, x[:, 0], tuple(states) if output_hidden_states else None)
 
 
@@ -211,7 +232,7 @@ class Model:
         system: str | None = None,
         stream: bool = False,
         return_history: bool = False,
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         *,
         num_frames: int = 8,
         video_bound: tuple[float, float] | None = None,
@@ -235,7 +256,7 @@ class Model:
         video: path, bytes, or a list of frames; num_frames of it are taken, evenly spaced within
             video_bound (seconds). A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
-        max_tiles: tiles per picture, thumbnail not counted, 1 to 40.
+        max_tiles: tiles per picture, thumbnail not counted, 1 to 40; None for the checkpoint's.
         temperature 0 is greedy. seed: None draws one; the same seed repeats an answer.
         stop: strings that end the answer and are not part of it.
         Returns the answer; with stream an iterator of its pieces (closing it cancels); with
@@ -316,7 +337,8 @@ class Model:
         )
 
     def _turn(self, asked: _Question) -> _Turn:
-        _check_integer("max_tiles", asked.max_tiles, 1, MAX_TILES)
+        most = self.config.max_dynamic_patch if asked.max_tiles is None else asked.max_tiles
+        _check_integer("max_tiles", most, 1, MAX_TILES)
         _check_integer("num_beams", asked.num_beams, 1, 1, "beam search is not implemented")
         stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
         sampling = asked.sampling(self._stop_ids())
@@ -324,7 +346,7 @@ class Model:
 
         asked, media = self._media(asked)
         system = self.system_message if asked.system is None else asked.system
-        tiles = self._tiles(media, asked.max_tiles)
+        tiles = self._tiles(media, most)
         prompt = build_prompt(
             self.tokenizer,
             asked.question,
@@ -406,6 +428,8 @@ class Model:
         for kind, source in media:
             most = max_tiles if kind == "image" and config.dynamic_image_size else 1
             picture = pictures.load_image(source)
+            if config.pad_to_square:
+                picture = pictures.pad_to_square(picture)
             height, width = picture.shape[:2]
             columns, rows = pictures.tile_grid(width, height, most, config.image_size)
             count = columns * rows
@@ -441,7 +465,8 @@ class Model:
         """Projected picture features: float [t, 3, S, S] -> [t, n, hidden].
 
         S is a multiple of 28 (patch size times unshuffle ratio); n = (S / 28)^2. Where S is not the
-        size that the tower was trained for, its position embedding is resized.
+        size that the tower was trained for, its position embedding is resized. The features are on
+        the model's device.
         """
         unit = self.config.vision.patch_size * self.config.unshuffle
         _check_pixels("pixel_values", pixel_values, unit, square=True)
@@ -459,21 +484,27 @@ class Model:
         pixel_values: [t, 3, S, S], its features fill the image tokens of all rows in order.
         image_flags: [t] or [t, 1], 0 drops a tile's features; None uses all.
         attention_mask: [B, T] of 0 and 1, left padded. Logits at masked places are zeros.
+        They are on the model's device.
         """
         rows = self._rows(input_ids, attention_mask)
         images = self._row_images(rows, pixel_values, image_flags)
-        out = torch.zeros(*input_ids.shape, self.config.text.vocab_size)
-        text = self.config.text
+        text, platform = self.config.text, self._core.platform
         pages = sum(KvCache.pages_for(len(r)) for r in rows)
-        cache = KvCache(text.num_layers, pages, text.num_kv_heads, text.head_dim, self.dtype)
-        chunks = [
-            Chunk(r, 0, cache.allocator.take(KvCache.pages_for(len(r))), "all", image, image_row)
-            for r, (image, image_row) in zip(rows, images, strict=True)
-        ]
-        logits = self._core.decoder(make_batch(chunks, PAGE_SIZE), cache)
-        for b, part in enumerate(logits.split([len(r) for r in rows])):
-            out[b, out.shape[1] - len(part) :] = part
-        return out
+        with platform.scope():
+            cache = KvCache(text, pages, self.dtype, platform.device)
+            chunks = [
+                Chunk(
+                    *(r, 0, cache.allocator.take(KvCache.pages_for(len(r))), "all"),
+                    *(image, image_row),
+                )
+                for r, (image, image_row) in zip(rows, images, strict=True)
+            ]
+            logits = self._core.run(chunks, cache)
+            assert logits is not None
+            out = logits.new_zeros(*input_ids.shape, text.vocab_size)
+            for b, part in enumerate(logits.split([len(r) for r in rows])):
+                out[b, out.shape[1] - len(part) :] = part
+            return platform.hand_out(out)
 
     __call__ = forward
 
@@ -563,7 +594,8 @@ class Model:
             raise ValueError("attention_mask has values other than 0 and 1")
         if bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise ValueError("attention_mask has a 0 after a 1, expected left padding")
-        rows = [i[m.bool()].long() for i, m in zip(input_ids, mask, strict=True)]
+        pairs = zip(input_ids.cpu(), mask.cpu(), strict=True)
+        rows = [i[m.bool()].long() for i, m in pairs]
         for b, row in enumerate(rows):
             if not len(row):
                 raise ValueError(f"attention_mask: row {b} is all padding")
@@ -590,7 +622,7 @@ class Model:
             flags = image_flags.flatten()
             if flags.shape != (t,) or not bool(((flags == 0) | (flags == 1)).all()):
                 raise ValueError(f"image_flags must be {t} values of 0 or 1, one per tile")
-            pixel_values = pixel_values[flags.bool()]
+            pixel_values = pixel_values[flags.bool().to(pixel_values.device)]
         token = self.image_token_id
         counts = [int((r == token).sum()) for r in rows]
         each = (pixel_values.shape[-1] // unit) ** 2
@@ -616,7 +648,7 @@ class _Question:
     video: Any = None
     history: Sequence[tuple[str, str]] | None = None
     system: str | None = None
-    max_tiles: int = 12
+    max_tiles: int | None = None
     num_frames: int = 8
     video_bound: tuple[float, float] | None = None
     stop: str | Sequence[str] | None = None
@@ -743,14 +775,14 @@ def _check_pixels(name: str, pixels: Any, unit: int, *, square: bool) -> None:
         raise ValueError(f"{name} is {_describe(pixels)}, expected {what} a multiple of {unit}")
 
 
-def _check_device(device: str) -> None:
-    if not isinstance(device, str):
-        raise TypeError(f"device is {type(device).__name__}, expected 'cpu', 'cuda' or 'auto'")
-    kind = device.partition(":")[0]
-    if kind == "cuda":
-        raise ValueError(f"device is {device!r}: models run on the CPU only in this version")
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"device is {device!r}, allowed: cpu, cuda, cuda:N, auto")
+def _opset(backend: str | None, platform: Platform) -> OpSet:
+    """The ops that models on this platform call; ValueError for a backend that is not for it."""
+    kind = platform.device.type
+    if kind == "cuda" and backend != "reference" and not _C.has_cuda:
+        raise ValueError(
+            f"device is '{platform.device}', but this build has no CUDA kernels; available: cpu"
+        )
+    return OpSet(backend, device=kind)
 
 
 def dtype_from(dtype: str | torch.dtype, stored: str | None) -> torch.dtype:

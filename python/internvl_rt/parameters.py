@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from internvl_rt.config import ModelConfig, VisionConfig
+from internvl_rt.runtime.platform import CPU, Platform
 from internvl_rt.weights import Checkpoint, Source, resolve, resolve_vision
 
 
@@ -15,43 +16,58 @@ class Parameters:
     """Hands tensors out for packing. The file's pages of a tensor are let go when the next one is
     asked for, so loading peaks at one layer above the packed model."""
 
-    def __init__(self, checkpoint: Checkpoint, sources: dict[str, Source]) -> None:
-        self._checkpoint, self._sources = checkpoint, sources
+    def __init__(
+        self, checkpoint: Checkpoint, sources: dict[str, Source], platform: Platform = CPU
+    ) -> None:
+        """platform: where the tensors are wanted."""
+        self._checkpoint, self._sources, self.platform = checkpoint, sources, platform
         self._held: list[Source] = []
         self._done = 0
         self._progress = Progress(len(sources))
 
     @classmethod
-    def of_model(cls, checkpoint: Checkpoint, config: ModelConfig) -> Parameters:
-        return cls(checkpoint, resolve(checkpoint, config))
+    def of_model(
+        cls, checkpoint: Checkpoint, config: ModelConfig, platform: Platform = CPU
+    ) -> Parameters:
+        return cls(checkpoint, resolve(checkpoint, config), platform)
 
     @classmethod
-    def of_vision(cls, checkpoint: Checkpoint, config: VisionConfig) -> Parameters:
-        return cls(checkpoint, resolve_vision(checkpoint, config))
+    def of_vision(
+        cls, checkpoint: Checkpoint, config: VisionConfig, platform: Platform = CPU
+    ) -> Parameters:
+        return cls(checkpoint, resolve_vision(checkpoint, config), platform)
 
     def __getitem__(self, name: str) -> Tensor:
         """A small tensor, copied: it stays in use while the file may go away."""
         self._begin([name])
-        return self._checkpoint.load(self._sources[name]).clone()
+        stored = self._checkpoint.load(self._sources[name])
+        there = self.platform.load(stored)
+        return there.clone() if there is stored else there
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         return self[f"{name}.weight"], self[f"{name}.bias"]
 
     def table(self, name: str) -> Tensor:
-        """A large tensor that is read row by row: a view of the mapped file."""
+        """A large tensor that is read row by row: on the CPU a view of the mapped file."""
         self._begin([name])
-        self._held.clear()
-        return self._checkpoint.load(self._sources[name])
+        stored = self._checkpoint.load(self._sources[name])
+        there = self.platform.load(stored)
+        if there is stored:
+            self._held.clear()
+        return there
 
     def linear(self, name: str) -> tuple[list[Tensor], list[Tensor] | None]:
         """(weights, biases) of a layer, to be stacked along their rows; biases None without any.
 
-        Views of the file, whose pages are let go at the next call: whoever keeps a view reads them
-        again.
+        On the CPU views of the file, whose pages are let go at the next call: whoever keeps a view
+        reads them again.
         """
         names = [n for n in (f"{name}.weight", f"{name}.bias") if n in self._sources]
         self._begin(names)
-        weights, *biases = (self._checkpoint.parts(self._sources[n]) for n in names)
+        weights, *biases = (
+            [self.platform.load(part) for part in self._checkpoint.parts(self._sources[n])]
+            for n in names
+        )
         return weights, biases[0] if biases else None
 
     def finish(self) -> None:

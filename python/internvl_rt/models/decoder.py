@@ -38,6 +38,13 @@ def require_quantisable(config: TextConfig, quant: str | None) -> None:
         raise ValueError(f"quant is {quant!r}, but experts cannot be quantised: leave it out")
 
 
+def decoder_ops(config: TextConfig) -> tuple[str, ...]:
+    """The ops that a decoder with this config calls."""
+    names = ("embed_scatter", "rms_norm", "linear", "rope", "paged_attention", "gated_activation")
+    experts = ("moe_route", "grouped_linear", "moe_combine")
+    return names + ("sample",) + (() if config.experts is None else experts)
+
+
 @dataclass(frozen=True)
 class _Maker:
     """Makes the decoder's layers from the stored weights. quant: as of weight_format."""
@@ -87,18 +94,26 @@ class Attention:
         x: Tensor,
         residual: Tensor,
         batch: Batch,
-        rope: tuple[Tensor, Tensor],
         k_cache: Tensor,
         v_cache: Tensor,
     ) -> None:
         """Adds attention(x [T, hidden]) to residual and appends the tokens' keys and values."""
         H, K, D = self.H, self.K, self.D
-        q, k, v = self.qkv(x).view(-1, H + 2 * K, D).split((H, K, K), dim=1)
+        q, k, v = self.qkv(x, phase=batch.phase).view(-1, H + 2 * K, D).split((H, K, K), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm(q, out=q)
             self.k_norm(k, out=k)
         q = self.ops.rope(
-            q, k, v, batch.positions, *rope, batch.sequence, k_cache, v_cache, batch.slots
+            q,
+            k,
+            v,
+            batch.positions,
+            batch.inv_freq,
+            batch.scale,
+            batch.sequence,
+            k_cache,
+            v_cache,
+            batch.slots,
         )
         a = self.ops.paged_attention(
             q,
@@ -110,8 +125,9 @@ class Attention:
             scale=D**-0.5,
             window=self.window,
             sinks=self.sinks,
+            phase=batch.phase,
         )
-        self.o(a.view(-1, H * D), residual=residual, out=residual)
+        self.o(a.view(-1, H * D), residual=residual, phase=batch.phase, out=residual)
 
 
 class Mlp:
@@ -122,10 +138,10 @@ class Mlp:
         self.gate_up = make.linear(f"llm.{i}.gate_up")
         self.down = make.linear(f"llm.{i}.down")
 
-    def __call__(self, x: Tensor, residual: Tensor) -> None:
+    def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
         """Adds mlp(x [T, hidden]) to residual."""
-        f = self.ops.gated_activation(self.gate_up(x), kind=self.gate)
-        self.down(f, residual=residual, out=residual)
+        f = self.ops.gated_activation(self.gate_up(x, phase=phase), kind=self.gate)
+        self.down(f, residual=residual, phase=phase, out=residual)
 
 
 class Experts:
@@ -144,9 +160,9 @@ class Experts:
 
         self.gate_up, self.down = grouped("gate_up"), grouped("down")
 
-    def __call__(self, x: Tensor, residual: Tensor) -> None:
+    def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
         """Adds the chosen experts of x [T, hidden] to residual."""
-        logits = self.router(x, out_dtype=torch.float32)  # [T, E]
+        logits = self.router(x, out_dtype=torch.float32, phase=phase)  # [T, E]
         routing = self.ops.moe_route(
             logits, top_k=self.config.top_k, normalize=self.config.normalize
         )
@@ -162,14 +178,12 @@ class DecoderLayer:
         self.norm1 = make.norm(f"llm.{i}.norm1")
         self.norm2 = make.norm(f"llm.{i}.norm2")
         self.attention = Attention(make, i)
-        self.mlp = (Mlp if make.config.experts is None else Experts)(make, i)
+        self.mlp = (Experts if make.config.mixtures[i] else Mlp)(make, i)
 
-    def __call__(
-        self, x: Tensor, batch: Batch, rope: tuple[Tensor, Tensor], k_cache: Tensor, v_cache: Tensor
-    ) -> None:
+    def __call__(self, x: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> None:
         """Updates x [T, hidden] in place."""
-        self.attention(self.norm1(x), x, batch, rope, k_cache, v_cache)
-        self.mlp(self.norm2(x), x)
+        self.attention(self.norm1(x), x, batch, k_cache, v_cache)
+        self.mlp(self.norm2(x), x, batch.phase)
 
 
 class Decoder:
@@ -195,15 +209,17 @@ class Decoder:
         self.rotary = Rotary(config)
 
     def __call__(self, batch: Batch, cache: KvCache) -> Tensor | None:
-        """float32 logits [R, V] of the rows that the batch asks for; None if it asks for none."""
+        """float32 logits [R, V] of the rows that the batch asks for; None if it asks for none.
+
+        The batch's tensors and the cache are where the weights are.
+        """
         x = self.ops.embed_scatter(
             batch.ids, self.embed, image=batch.image, image_row=batch.image_row
         )  # [T, hidden]
-        rope = self.rotary(batch.rope_lens)
         for layer, k, v in zip(self.layers, cache.k, cache.v, strict=True):
-            layer(x, batch, rope, k, v)
+            layer(x, batch, k, v)
         if batch.logits_rows is not None:
             if len(batch.logits_rows) == 0:
                 return None
             x = x[batch.logits_rows]
-        return self.head(self.norm(x), out_dtype=torch.float32)
+        return self.head(self.norm(x), out_dtype=torch.float32, phase=batch.phase)

@@ -19,7 +19,7 @@ from internvl_rt.config import RopeScaling, TextConfig
 
 
 class Rotary:
-    """Frequencies by sequence length, for `ops.rope`."""
+    """Frequencies by sequence length, for `ops.rope`; made on the CPU."""
 
     def __init__(self, config: TextConfig) -> None:
         scaling = config.rope_scaling

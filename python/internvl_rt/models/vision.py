@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,8 @@ from internvl_rt.config import VisionConfig
 from internvl_rt.layers import LayerNorm, Linear, RmsNorm
 from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
+
+VISION_OPS = ("linear", "layer_norm", "rms_norm", "flash_attention", "pixel_unshuffle_mlp")
 
 
 class VisionLayer:
@@ -46,23 +49,19 @@ class VisionLayer:
     def __call__(self, x: Tensor, cu: Tensor) -> None:
         """Updates x [T, C] in place; tile b owns the tokens cu[b] : cu[b+1]."""
         H, D = self.heads, self.head_dim
-        qkv = self.qkv(self.norm1(x)).view(-1, 3, H * D)
+        qkv = self.qkv(self.norm1(x), phase="prefill").view(-1, 3, H * D)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm(qkv[:, 0], out=qkv[:, 0])
             self.k_norm(qkv[:, 1], out=qkv[:, 1])
         q, k, v = qkv.unflatten(2, (H, D)).unbind(1)  # [T, H, D] each
         a = self.ops.flash_attention(q, k, v, cu, cu, scale=D**-0.5, causal=False)
-        self.proj(a.view(-1, H * D), scale=self.ls1, residual=x, out=x)
-        f = self.fc1(self.norm2(x), activation="gelu")
-        self.fc2(f, scale=self.ls2, residual=x, out=x)
+        self.proj(a.view(-1, H * D), scale=self.ls1, residual=x, phase="prefill", out=x)
+        f = self.fc1(self.norm2(x), activation="gelu", phase="prefill")
+        self.fc2(f, scale=self.ls2, residual=x, phase="prefill", out=x)
 
 
 class VisionTower:
     """InternViT up to the layer whose output is asked for; no norm after the last layer."""
-
-    # Tiles that run together: enough rows for the matrix products, and a peak that does not grow
-    # with the number of tiles in a request.
-    MICRO_BATCH = 4
 
     def __init__(
         self, config: VisionConfig, w: Parameters, layers: int, opset: OpSet, dtype: torch.dtype
@@ -90,10 +89,11 @@ class VisionTower:
         patches = pixels.to(self.dtype).reshape(t, 3, rows, P, columns, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(t * n, 3 * P * P)
         position = self.position_embedding(rows, columns)
-        x = torch.empty(t, 1 + n, C, dtype=self.dtype)
+        x = torch.empty(t, 1 + n, C, dtype=self.dtype, device=patches.device)
         x[:, 0] = self.cls + position[0]
-        torch.add(self.patch(patches).view(t, n, C), position[1:], out=x[:, 1:])
-        cu = torch.arange(t + 1, dtype=torch.int32) * (1 + n)
+        patches = self.patch(patches, phase="prefill")
+        torch.add(patches.view(t, n, C), position[1:], out=x[:, 1:])
+        cu = torch.arange(t + 1, dtype=torch.int32, device=x.device) * (1 + n)
         if each:
             each(x)
         for layer in self.layers:
@@ -106,7 +106,7 @@ class VisionTower:
         """[1 + rows*columns, C]: the trained grid, resized (bicubic, a = -0.75) if it differs."""
         found = self._positions.get((rows, columns))
         if found is None:
-            g, C = self.config.grid, self.config.hidden_size
+            g, C = math.isqrt(len(self.position) - 1), self.config.hidden_size
             found = self.position
             if (rows, columns) != (g, g):
                 grid = self.position[1:].reshape(1, g, g, C).permute(0, 3, 1, 2)

@@ -115,8 +115,8 @@ def attend(
     scores = torch.einsum("thd,shd->hts", q, k) * scale
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
     if causal:
-        key = torch.arange(k.shape[0])
-        position = torch.arange(q.shape[0])[:, None] + k.shape[0] - q.shape[0]
+        key = torch.arange(k.shape[0], device=k.device)
+        position = torch.arange(q.shape[0], device=q.device)[:, None] + k.shape[0] - q.shape[0]
         visible = key <= position
         if window is not None:
             visible &= key > position - window

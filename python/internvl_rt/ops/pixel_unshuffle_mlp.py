@@ -75,7 +75,7 @@ def pixel_unshuffle_mlp(
     run(x, ln_weight, ln_bias, rows, h, w, ratio, version == "v1", eps)
     # A backend without products of its own takes the native ones.
     products = backend if backend in catalogue()["linear"].faces else None
-    hidden = linear(rows, w1, bias=b1, activation="gelu", backend=products)
+    hidden = linear(rows, w1, bias=b1, activation="gelu", phase="prefill", backend=products)
     if out is None:
         out = torch.empty((tiles, blocks, w2.shape[0]), dtype=x.dtype, device=x.device)
     elif out.shape != (tiles, blocks, w2.shape[0]) or not out.is_contiguous():
@@ -83,7 +83,8 @@ def pixel_unshuffle_mlp(
             f"pixel_unshuffle_mlp: out has shape {list(out.shape)} and strides "
             f"{list(out.stride())}, expected contiguous {[tiles, blocks, w2.shape[0]]}"
         )
-    linear(hidden, w2, bias=b2, out=out.view(tiles * blocks, w2.shape[0]), backend=products)
+    flat = out.view(tiles * blocks, w2.shape[0])
+    linear(hidden, w2, bias=b2, phase="prefill", out=flat, backend=products)
     return out
 
 

@@ -216,20 +216,26 @@ class OpSet:
     """The ops of one backend as attributes: `ops = OpSet("native"); ops.rms_norm(...)`.
 
     overrides names single ops that take another backend: a wrong result can be bisected to one op
-    with `OpSet("native", {"linear": "reference"})`.
+    with `OpSet("native", {"linear": "reference"})`. "triton" stands for Triton's kernels where an
+    op has one, and for the native ones elsewhere.
+    device: the type of the device that tensors are on, "cpu" or "cuda".
     """
 
     def __init__(
-        self, backend: str | None = None, overrides: Mapping[str, str] | None = None
+        self,
+        backend: str | None = None,
+        overrides: Mapping[str, str] | None = None,
+        device: str = "cpu",
     ) -> None:
-        overrides = dict(overrides or {})
+        overrides, self.device = dict(overrides or {}), device
         self.backend = backend or "native"
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}, allowed: {', '.join(BACKENDS)}")
         unknown = sorted(set(overrides) - set(_catalogue))
         if unknown:
             raise ValueError(f"no op named {unknown[0]!r}; ops: {', '.join(sorted(_catalogue))}")
-        self._choices = {name: overrides.get(name, self.backend) for name in _catalogue}
+        usual = {name: self._usual(op) for name, op in _catalogue.items()}
+        self._choices = usual | overrides
         for name, choice in self._choices.items():
             op = _catalogue[name]
             op.face(choice)
@@ -238,6 +244,24 @@ class OpSet:
     def choice(self, name: str) -> str:
         """The backend that an op of this set runs on."""
         return self._choices[name]
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether an op of this set is plain torch, which may look at values on the host."""
+        return "reference" in self._choices.values()
+
+    def require(self, *names: str) -> None:
+        """Raises ValueError for the first of these ops that has no kernel for the device."""
+        for name in names:
+            op = _catalogue[name]
+            if self.device == "cuda" and self.choice(name) == "native" and "cuda" not in op.faces:
+                raise ValueError(
+                    f"{name}: no CUDA kernel yet; available on a GPU: backend 'reference'"
+                )
+
+    def _usual(self, op: Op) -> str:
+        lacks = self.backend == "triton" and "triton" not in op.faces
+        return "native" if lacks else self.backend
 
 
 # Checking: used by the generated tests and by bench.

@@ -105,10 +105,10 @@ def reference(
             x = x.masked_fill(x < ordered[int((mass < p).sum().clamp_max(len(x) - 1))], -torch.inf)
         m = row(min_p, b, 0.0)
         if m > 0.0:
-            x = x.masked_fill(x < x.max() + torch.tensor(m).log(), -torch.inf)
+            x = x.masked_fill(x < x.max() + torch.tensor(m).log().to(x.device), -torch.inf)
         noise = _gumbel(x.shape[0], int(row(seed, b, 0)), int(row(index, b, 0)))
-        ids.append(int((x.double() + noise).argmax()))
-    return torch.tensor(ids, dtype=torch.int64)
+        ids.append(int((x.double() + noise.to(x.device)).argmax()))
+    return torch.tensor(ids, dtype=torch.int64).to(logits.device)
 
 
 def _gumbel(n: int, seed: int, index: int) -> Tensor:

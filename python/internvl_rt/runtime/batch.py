@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+from internvl_rt.runtime.kv_cache import PAGE_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +38,37 @@ class Batch:
     slots: Tensor  # int64 [T], where its key and value go: page * P + offset
     cu_q: Tensor  # int32 [B+1]
     kv_lens: Tensor  # int32 [B], keys that the last token of a sequence sees
-    rope_lens: tuple[int, ...]  # B lengths that the rotary angles follow
+    inv_freq: Tensor  # float32 [B, D/2], rotary frequencies
+    scale: Tensor  # float32 [B], of rotated queries and keys
     page_table: Tensor  # int32 [B, pages of the longest]
     logits_rows: Tensor | None  # int64 [R], None: all rows
+    # "prefill" or "decode", where every sequence has one token: on a GPU they have kernels of their
+    # own, on the CPU nothing depends on it.
+    phase: str
+
+    def metadata(self) -> dict[str, Tensor]:
+        """All but the picture features, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "image"}
+        return {name: x for name, x in named.items() if isinstance(x, Tensor)}
+
+    def on_device(self, metadata: Sequence[Tensor]) -> Batch:
+        """The batch with other tensors in the places of `metadata`, in its order."""
+        return replace(self, **dict(zip(self.metadata(), metadata, strict=True)))
 
 
-def make_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
-    """Lays chunks of different sequences back to back."""
+def make_batch(
+    chunks: Sequence[Chunk],
+    rotary: Callable[[Sequence[int]], tuple[Tensor, Tensor]],
+    phase: str = "prefill",
+) -> Batch:
+    """Lays chunks of different sequences back to back, on the CPU.
+
+    rotary: inv_freq and scale of sequences whose angles follow these lengths.
+    """
     lengths = [len(c.ids) for c in chunks]
     positions = [torch.arange(c.start, c.start + n) for c, n in zip(chunks, lengths, strict=True)]
     slots = [
-        c.pages[p // page_size] * page_size + p % page_size
+        c.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE
         for c, p in zip(chunks, positions, strict=True)
     ]
     cu = torch.tensor([0, *lengths]).cumsum(0)
@@ -54,6 +76,12 @@ def make_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
     for b, c in enumerate(chunks):
         table[b, : len(c.pages)] = c.pages
     image, image_row = _join_images(chunks, lengths)
+    inv_freq, scale = rotary(
+        [
+            c.start + n if c.rope_len is None else c.rope_len
+            for c, n in zip(chunks, lengths, strict=True)
+        ]
+    )
     return Batch(
         ids=torch.cat([c.ids for c in chunks]),
         image=image,
@@ -67,12 +95,11 @@ def make_batch(chunks: Sequence[Chunk], page_size: int) -> Batch:
         kv_lens=torch.tensor(
             [c.start + n for c, n in zip(chunks, lengths, strict=True)], dtype=torch.int32
         ),
-        rope_lens=tuple(
-            c.start + n if c.rope_len is None else c.rope_len
-            for c, n in zip(chunks, lengths, strict=True)
-        ),
+        inv_freq=inv_freq,
+        scale=scale,
         page_table=table,
         logits_rows=_logits_rows(chunks, cu.tolist()),
+        phase=phase,
     )
 
 

@@ -7,22 +7,35 @@ import heapq
 import torch
 from torch import Tensor
 
+from internvl_rt.config import TextConfig
+
 # A multiple of the attention kernels' vector widths and a divisor of their 256-key chunks.
 PAGE_SIZE = 64
 
 
 class KvCache:
-    """One pair of tensors [pages, K, P, D] per layer.
+    """One pair of tensors [pages + 1, K, P, D] per layer.
 
     On the CPU the memory is reserved, not touched: a page costs memory when it is first written.
+    scratch: the last page, which is not lent out: rows that fill up a batch use it.
     """
 
     def __init__(
-        self, layers: int, pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        config: TextConfig,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
-        shape = (pages, kv_heads, PAGE_SIZE, head_dim)
-        self.k = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
-        self.v = [torch.empty(shape, dtype=dtype) for _ in range(layers)]
+        self.scratch = pages
+        shape = (pages + 1, config.num_kv_heads, PAGE_SIZE, config.head_dim)
+
+        def each_layer() -> list[Tensor]:
+            return [
+                torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+            ]
+
+        self.k, self.v = each_layer(), each_layer()
         self.allocator = PageAllocator(pages)
 
     @staticmethod

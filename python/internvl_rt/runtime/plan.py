@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from internvl_rt.config import ModelConfig
 from internvl_rt.models.decoder import require_quantisable, weight_format
-from internvl_rt.models.vision import VisionTower
 from internvl_rt.ops.linear import packed_size
 from internvl_rt.runtime.kv_cache import PAGE_SIZE
+from internvl_rt.runtime.memory import GIB
+from internvl_rt.runtime.platform import CPU, Platform
+from internvl_rt.runtime.runner import MAX_BATCH
 from internvl_rt.weights import tensor_shapes
 
 # Requests of full context that the KV cache is reserved for. On the CPU reserved memory is not used
 # memory: a page costs something when a token is first written to it.
 CONTEXTS = 8
-GIB = 1 << 30
+# Of what is left: on the CPU the rest of the process needs memory too; on a GPU graphs hold some.
+CACHE_SHARE = {"cpu": 0.5, "cuda": 0.9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ def make_plan(
     *,
     prefill_chunk: int,
     quant: str | None = None,
+    platform: Platform = CPU,
 ) -> MemoryPlan:
     """The plan for a model in dtype on this machine.
 
@@ -91,11 +94,14 @@ def make_plan(
     weights = sum(_weight_bytes(name, shape, dtype, quant) for name, shape in shapes.items())
     text = config.text
     kv_per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size
-    activations = max(_vision_peak(config), _text_peak(config, prefill_chunk)) * size
-    available = available_memory()
-    # Half of the rest: what else the process does needs memory too.
-    spare = max(0, available - weights - activations) // 2
-    capacity = min(spare // kv_per_token, CONTEXTS * text.context)
+    activations = max(_vision_peak(config, platform), _text_peak(config, prefill_chunk)) * size
+    if platform.graphs:
+        activations += _vision_peak(config, platform) * size + _decode_peak(config)
+    if platform.device.type != "cpu":
+        weights, embed = weights + embed, 0
+    available = platform.available_memory()
+    spare = max(0, available - weights - activations) * CACHE_SHARE[platform.device.type]
+    capacity = min(int(spare) // kv_per_token, CONTEXTS * text.context)
     return MemoryPlan(
         weights=weights,
         mapped=embed,
@@ -112,32 +118,25 @@ def _weight_bytes(name: str, shape: tuple[int, ...], dtype: torch.dtype, quant: 
     return math.prod(shape) * dtype.itemsize if packed is None else packed_size(*shape, packed)
 
 
-def _vision_peak(config: ModelConfig) -> int:
+def _vision_peak(config: ModelConfig, platform: Platform) -> int:
     """Elements alive at the widest place of a layer: x, its norm, fc1's output and scratch."""
     v = config.vision
-    tokens = VisionTower.MICRO_BATCH * (1 + (config.image_size // v.patch_size) ** 2)
+    tokens = platform.micro_batches[0] * (1 + (config.image_size // v.patch_size) ** 2)
     return tokens * (2 * v.hidden_size + 2 * max(3 * v.hidden_size, v.intermediate_size))
 
 
 def _text_peak(config: ModelConfig, chunk: int) -> int:
     t = config.text
     heads = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
-    mlp = 3 * t.intermediate_size
+    mlp = 0 if all(t.mixtures) else 3 * t.intermediate_size
     if t.experts:
-        mlp = t.experts.top_k * (3 * t.experts.width + t.hidden_size)
+        mlp = max(mlp, t.experts.top_k * (3 * t.experts.width + t.hidden_size))
     return chunk * (2 * t.hidden_size + 2 * max(heads, mlp)) + 2 * t.vocab_size
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or less under a cgroup's limit."""
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
-    # Elsewhere than on Linux nothing is known: plan for a small machine.
-    return min(found, default=4 * GIB)
+def _decode_peak(config: ModelConfig) -> int:
+    """Bytes of the largest decode graph: partial results of attention, logits and sampling."""
+    t = config.text
+    splits = -(-t.context * t.head_dim // 16384)  # of 64 KB of keys and values
+    attention = splits * t.num_heads * (t.head_dim + 2)
+    return MAX_BATCH * 4 * (attention + 3 * t.vocab_size)

@@ -1,0 +1,248 @@
+"""Runs what the engine has scheduled: as one batch, or on a GPU as one per phase, and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from internvl_rt.models.internvl import InternVL
+from internvl_rt.runtime.batch import Batch, Chunk, make_batch
+from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
+from internvl_rt.runtime.platform import Graph, Shape
+from internvl_rt.runtime.request import Request, SamplingParams
+
+MAX_BATCH = 64
+# A decode step runs as the next larger of these batches, so that few graphs serve all; what a table
+# of pages has room for only decides how many blocks of the GPU find nothing to do.
+BATCHES = (1, 2, 4, 8, 16, 32, MAX_BATCH)
+FIRST_TABLE, TABLE_GROWTH = 16, 4  # pages
+
+# Columns of ops.sample that hold one number of SamplingParams per row.
+_COLUMNS = {
+    "temperature": torch.float32,
+    "top_k": torch.int32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a step does for a request: `count` of its tokens, from position `start` on."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def decodes(self) -> bool:
+        return self.start >= len(self.request.prompt)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it ends with the next token."""
+        return self.start + self.count >= len(self.request.prompt)
+
+    def chunk(self) -> Chunk:
+        request, start, end = self.request, self.start, self.start + self.count
+        assert request.pages is not None
+        if self.decodes:
+            return Chunk(torch.tensor(request.tokens[-1:]), start, request.pages, "last")
+        row = None if request.image_row is None else request.image_row[start:end]
+        return Chunk(
+            ids=request.prompt[start:end],
+            start=start,
+            pages=request.pages,
+            logits="last" if self.samples else "none",
+            image=request.image,
+            image_row=row,
+            rope_len=len(request.prompt),
+        )
+
+
+class Runner:
+    def __init__(self, model: InternVL, cache: KvCache) -> None:
+        self.model, self.cache, self.platform = model, cache, model.platform
+        self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
+        if self.model.capturable:
+            for tensor in (*cache.k, *cache.v):
+                tensor[cache.scratch].zero_()
+
+    def __call__(self, parts: Sequence[Part]) -> list[tuple[Request, int]]:
+        """The next token of every request whose part ends with one; -1 for logits with NaN."""
+        groups = {"prefill": list(parts)}
+        if self.platform.phased:
+            groups = {
+                "decode": [p for p in parts if p.decodes],
+                "prefill": [p for p in parts if not p.decodes],
+            }
+        found = [self._run(group, phase) for phase, group in groups.items() if group]
+        sampled = [p.request for group in groups.values() for p in group if p.samples]
+        ids = [x for x in found if x is not None]
+        if not ids:
+            return []
+        joined = self.platform.fetch(ids[0] if len(ids) == 1 else torch.cat(ids))
+        return list(zip(sampled, joined.tolist(), strict=True))
+
+    def _run(self, parts: list[Part], phase: str) -> Tensor | None:
+        """int64 ids, on the device."""
+        if phase == "decode" and self.model.capturable:
+            return self._replay(parts)
+        requests = [p.request for p in parts if p.samples]
+        batch = make_batch([p.chunk() for p in parts], self.model.decoder.rotary, phase)
+        metadata, options = batch.metadata(), sampling(requests, self.model.config.text.vocab_size)
+        moved = self.platform.upload([*metadata.values(), *options.values()])
+        batch = batch.on_device(moved[: len(metadata)])
+        options = dict(zip(options, moved[len(metadata) :], strict=True))
+        logits = self.model.decoder(batch, self.cache)
+        return None if logits is None else self._sample(logits, options)
+
+    def _sample(self, logits: Tensor, options: dict[str, Tensor]) -> Tensor:
+        forbidden = options.pop("forbidden", None)
+        if forbidden is not None:
+            logits.view(-1).index_fill_(0, forbidden, -torch.inf)
+        return self.model.ops.sample(logits, **options)
+
+    def _replay(self, parts: list[Part]) -> Tensor:
+        size = next(n for n in BATCHES if n >= len(parts))
+        keys = max(p.start for p in parts) + 1
+        pages = table_width(KvCache.pages_for(keys), self.cache.allocator.capacity)
+        graph = self._graphs.get((size, pages))
+        if graph is None:
+            graph = self._graphs[size, pages] = _DecodeGraph(self.model, self.cache, size, pages)
+        logits, ids = graph(parts)
+        options = sampling([p.request for p in parts], logits.shape[1])
+        if not {"forbidden", "history"} & options.keys():
+            return ids[: len(parts)]
+        # Not in the graph: as many tokens as there are. The step's second copy.
+        moved = self.platform.upload(list(options.values()))
+        return self._sample(logits[: len(parts)], dict(zip(options, moved, strict=True)))
+
+
+def table_width(pages: int, capacity: int) -> int:
+    """Room of a page table for so many pages: one of few widths."""
+    width = FIRST_TABLE
+    while width < pages:
+        width *= TABLE_GROWTH
+    return min(width, max(capacity, pages))
+
+
+def sampling(requests: Sequence[Request], vocabulary: int) -> dict[str, Tensor]:
+    """The options of ops.sample for the next tokens, on the CPU; none where all is greedy.
+
+    forbidden: places in the flat logits of tokens that would end an answer too early.
+    """
+    params = [r.params for r in requests]
+    options = {}
+    if any(p.temperature > 0 for p in params):
+        options = {
+            name: torch.tensor([getattr(p, name) for p in params], dtype=dtype)
+            for name, dtype in _COLUMNS.items()
+        }
+        options["index"] = torch.tensor([len(r.tokens) for r in requests])
+    if any(p.repetition_penalty != 1 for p in params):
+        # Prompt and answer are penalised, as is usual.
+        seen = [torch.cat((r.prompt, torch.tensor(r.tokens).long())) for r in requests]
+        penalty = torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32)
+        options["repetition_penalty"] = penalty
+        options["history"] = torch.cat(seen)
+        options["cu_history"] = torch.tensor([0, *map(len, seen)]).cumsum(0).int()
+    early = [
+        row * vocabulary + token
+        for row, r in enumerate(requests)
+        if len(r.tokens) < r.params.min_new_tokens
+        for token in sorted(r.params.stop_ids)
+    ]
+    if early:
+        options["forbidden"] = torch.tensor(early)
+    return options
+
+
+class _DecodeGraph:
+    """A decode step of up to B sequences whose pages are among the first `width` of a table's row.
+
+    Rows that no request fills take token 0 and the scratch page.
+    """
+
+    def __init__(self, model: InternVL, cache: KvCache, B: int, width: int) -> None:
+        self._model, self._cache, self._B = model, cache, B
+        half = model.decoder.rotary([1])[0].shape[1]
+        shapes: dict[str, Shape] = {
+            "ids": ((B,), torch.int64),
+            "positions": ((B,), torch.float32),
+            "sequence": ((B,), torch.int32),
+            "slots": ((B,), torch.int64),
+            "cu_q": ((B + 1,), torch.int32),
+            "kv_lens": ((B,), torch.int32),
+            "inv_freq": ((B, half), torch.float32),
+            "scale": ((B,), torch.float32),
+            "page_table": ((B, width), torch.int32),
+        }
+        columns: dict[str, Shape] = {name: ((B,), dtype) for name, dtype in _COLUMNS.items()}
+        columns["index"] = ((B,), torch.int64)
+        self._mirror = model.platform.mirror(shapes | columns)
+        host, there = self._mirror.host, self._mirror.device
+        for tensor in host.values():
+            tensor.zero_()
+        host["sequence"].copy_(torch.arange(B))
+        host["cu_q"].copy_(torch.arange(B + 1))
+        metadata = {name: there[name] for name in shapes}
+        self._batch = Batch(
+            **metadata, image=None, image_row=None, logits_rows=None, phase="decode"
+        )
+        self._options = {name: there[name] for name in columns}
+        self._unused = torch.tensor([cache.scratch])
+        # The pages that a row of the table shows: it is written when they are another request's.
+        self._shown: list[Tensor | None] = [None] * B
+        self._pages: list[list[int]] = [[]] * B
+        self._graph: Graph | None = None
+
+    def __call__(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """float32 logits [B, V] and int64 ids [B], of which the first len(parts) count."""
+        self._fill(parts)
+        self._mirror.push()
+        if self._graph is None:
+            self._graph = self._model.platform.capture(self._step)
+        self._graph.replay()
+        return self._graph.outputs
+
+    def _step(self) -> tuple[Tensor, Tensor]:
+        logits = self._model.decoder(self._batch, self._cache)
+        assert logits is not None
+        return logits, self._model.ops.sample(logits, **self._options)
+
+    def _fill(self, parts: Sequence[Part]) -> None:
+        host, requests = self._mirror.host, [p.request for p in parts]
+        unused = self._B - len(parts)
+        starts = [p.start for p in parts] + [0] * unused
+        self._show([r.pages for r in requests] + [self._unused] * unused)
+        # Slots of a call differ: unused rows share a page, which has room for all of them.
+        slots = [
+            self._pages[b][start // PAGE_SIZE] * PAGE_SIZE + start % PAGE_SIZE
+            for b, start in enumerate(starts[: len(parts)])
+        ]
+        slots += [self._cache.scratch * PAGE_SIZE + b for b in range(len(parts), self._B)]
+        lengths = [start + 1 for start in starts]
+        inv_freq, scale = self._model.decoder.rotary(lengths)
+        ids = [r.tokens[-1] for r in requests] + [0] * unused
+        values = {"ids": ids, "positions": starts, "slots": slots, "kv_lens": lengths}
+        values["index"] = [len(r.tokens) for r in requests] + [0] * unused
+        params = [r.params for r in requests] + [SamplingParams()] * unused
+        for name in _COLUMNS:
+            values[name] = [getattr(p, name) for p in params]
+        for name, column in values.items():
+            host[name].copy_(torch.tensor(column))
+        host["inv_freq"].copy_(inv_freq)
+        host["scale"].copy_(scale)
+
+    def _show(self, tables: Sequence[Tensor | None]) -> None:
+        for b, pages in enumerate(tables):
+            if pages is None or pages is self._shown[b]:
+                continue
+            row = self._mirror.host["page_table"][b]
+            row[: len(pages)].copy_(pages[: len(row)])
+            self._shown[b], self._pages[b] = pages, pages.tolist()
