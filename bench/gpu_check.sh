@@ -94,6 +94,8 @@ run_check() {
     step_py small 60 small
     return
   fi
+  step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
+    -k both_variants
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.
   for tool in memcheck racecheck; do
     step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
