@@ -34,7 +34,8 @@ cudaError_t launch_wgmma(const FlashAttentionParams& params, const FlashAttentio
   }
   if (error != cudaSuccess) return error;
   const unsigned blocks = c.blocks * static_cast<unsigned>(params.a.K);
-  flash_attention_wgmma_kernel<kD><<<blocks, kWgmmaThreads<kD>, c.shared_bytes, stream>>>(params, maps);
+  flash_attention_wgmma_kernel<kD>
+      <<<blocks, kWgmmaThreads<kD>, c.shared_bytes, stream>>>(params, maps);
   return cudaGetLastError();
 }
 
