@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+import models
 from internvl_rt.ops import bench, catalogue
 from internvl_rt.ops.flash_attention import offsets
 from internvl_rt.ops.registry import Inputs, Op, check, missing, on_device, outputs_of
@@ -35,7 +36,6 @@ GRAPH = 20  # calls in a graph
 SMALL = 4  # cases of an op under compute-sanitizer
 DRY_OPS = ("flash_attention", "rms_norm")
 SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 150 rows
-END_TO_END = "not measured: whole models do not run on a GPU yet"
 
 # Shapes whose time docs/performance.md predicts and the catalogue leaves out; bfloat16.
 SHAPES = {
@@ -341,7 +341,8 @@ def report(mode: str, parts: Path, out: Path, place: Place) -> bool:
     if (parts / "probes.json").exists():
         document["probes"] = json.loads((parts / "probes.json").read_text())
     if mode == "bench":
-        document |= {"end_to_end": END_TO_END, "rows": [], "refused": [], "failed": []}
+        whole = [json.loads(file.read_text()) for file in sorted(parts.glob("models-*.json"))]
+        document |= {"models": whole, "rows": [], "refused": [], "failed": []}
         for file in sorted(parts.glob("ops-*.json")):
             for kind, entries in json.loads(file.read_text()).items():
                 document[kind] += entries
@@ -360,7 +361,8 @@ def text(document: dict[str, Any]) -> str:
             lines += [
                 f"{kind}: " + " ".join(str(v) for v in entry.values()) for entry in document[kind]
             ]
-        lines += [f"end to end: {document['end_to_end']}"]
+        for model in document["models"]:
+            lines += [f"{model['shape']} in {model['dtype']}", models.table(model["rows"])]
     lines += [f"{name}: {_values(value)}" for name, value in document["probes"].items()]
     head = ("step", "result", "s")
     results = {0: "ok", 124: "out of time", 137: "killed"}
