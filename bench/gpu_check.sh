@@ -77,17 +77,16 @@ build() {
 run_check() {
   local tool op
   step_py probes 60 probes --out "$work"
-  for op in $ops; do
-    ((${#dry[@]})) && break
-    step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
-      -k "test_on_gpu[$op-"
-  done
-  ((${#dry[@]})) || step "test models" 150 python3 -m pytest -q -p no:cacheprovider \
-    tests/test_gpu_engine.py -k on_gpu
   if ((${#dry[@]})); then
     step_py small 60 small
     return
   fi
+  for op in $ops; do
+    step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
+      -k "test_on_gpu[$op-"
+  done
+  step selftest 60 python3 -m internvl_rt selftest --device cuda
+  step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.
   for tool in memcheck racecheck; do
     step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \

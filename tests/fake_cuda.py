@@ -147,6 +147,8 @@ class Machine(TorchDispatchMode):
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Between the host and the device: pinned, in one direction or the other, and not waited
         for. What arrives on the host does so with the next wait."""
+        if self.reads and func is aten._to_copy.default and not isinstance(args[0], OnDevice):
+            return OnDevice(args[0].clone(), self)
         assert self.tape is None, "a copy between host and device in a graph"
         assert func is aten.copy_.default, f"{func}: a copy that the host waits for"
         to, source, *flag = args
