@@ -5,9 +5,10 @@
 #   bench/gpu_check.sh bench OUT    build, probes, whole models beside transformers, every op's real
 #                                   shapes beside torch
 #
-# OUT gets check.json or bench.json, and check.log or bench.log with what the steps printed; a short
-# table comes last on stdout. Every step has its own time limit and process; one that fails or hangs
-# does not stop the others. Exit code: 0, 1 where a step failed, 2 for wrong arguments.
+# OUT gets check.json or bench.json, written anew after every step, and check.log or bench.log with
+# what the steps printed; a short table comes last on stdout. Every step has its own time limit and
+# process; one that fails or hangs does not stop the others, nor does a row the other rows of its step.
+# Exit code: 0, 1 where a step failed, 2 for wrong arguments.
 #
 # The machine needs python3 with torch >= 2.10, triton, numpy, pillow, tokenizers, safetensors and
 # pytest, if possible transformers, nvcc 13
@@ -58,6 +59,7 @@ step() {
     code=$?
   fi
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - began))" >>"$work/steps.tsv"
+  python3 bench/gpu_parts.py "$mode" "$work" "$out" 2>>"$log"
   ((code == 0)) || echo "== $name: exit code $code" | tee -a "$log"
 }
 
@@ -103,11 +105,12 @@ run_bench() {
   for op in $ops; do
     step_py "bench $op" 90 ops "$op" --out "$work"
   done
+  step_py "bench peers" 110 peers --out "$work"
 }
 
 ((${#dry[@]})) || step gpu 20 nvidia-smi
 ((${#dry[@]})) || build
-step_py ready 60 ready
+step_py ready 60 ready --out "$work"
 ops=$(py names 2>>"$log")
 "run_$mode"
 py report "$mode" --parts "$work" --out "$out" 2>>"$log"

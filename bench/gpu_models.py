@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+import gpu_parts
 import internvl_rt as ivr
 from internvl_rt.config import load_config
 from internvl_rt.engine import Engine
@@ -112,7 +113,7 @@ def measure(shape: str, out: Path, *, dry: bool) -> bool:
         except (RuntimeError, ValueError, MemoryError) as error:
             why = f"{type(error).__name__}: {error}".splitlines()[0]
             found["rows"].append({"row": row, "error": why})
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        gpu_parts.write(file, found)
     print(table(found["rows"]))
     return not any("error" in row for row in found["rows"])
 

@@ -13,6 +13,8 @@ constexpr int64_t kRowMultiple = 96;
 // Below this much work per product a second thread does not pay.
 constexpr int64_t kSerialFlops = 1 << 17;
 constexpr int64_t kPrepareElements = 16384;
+// CUDA, where the caller does not say: up to so many rows are a decode step.
+constexpr int64_t kDecodeRows = 16;
 
 // The steps of a product of this dtype on the current instruction set.
 LinearSteps linear_steps(DType dtype);

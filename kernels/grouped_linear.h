@@ -3,7 +3,8 @@
 //
 // Each expert's product is the one of kernels/linear.h, weights and steps alike: a row has the bits
 // that linear gives it with that expert's weight, whatever else is in the call. On the CPU the
-// steps of all experts run as one list of chunks.
+// steps of all experts run as one list of chunks; on CUDA a block looks up which expert's rows are
+// its own (kernels/cuda/grouped_linear.cuh).
 #pragma once
 
 #include "kernels/linear.h"
@@ -11,15 +12,16 @@
 namespace ivr {
 
 struct GroupedLinearParams {
-  const void* x;           // [R, K]
-  const int32_t* rows;     // [M]: rows of x, or null: row m is x[m]
-  const void* weight;      // the packed weights of the E experts, one behind the other
-  const void* bias;        // [E, N] or null
+  const void* x;        // [R, K]
+  const int32_t* rows;  // [M]: rows of x, or null: row m is x[m]
+  const void* weight;   // the E experts' weights, packed, one behind the other; on CUDA [E, N, K]
+  const void* bias;     // [E, N] or null
   const int32_t* offsets;  // [E + 1]
   void* out;               // [M, N]
-  int64_t M, N, K, E;
+  int64_t R, M, N, K, E;
   int64_t x_r, bias_e, out_m;  // row strides in elements
   DType dtype;                 // f32 or bf16: x, weight, bias and out
+  bool decode;                 // CUDA: the kernel for few rows, whatever M is
 };
 
 }  // namespace ivr

@@ -15,7 +15,7 @@ struct MoeCombineParams {
   const int32_t* places;  // [T, k]: rows of x
   const void* residual;   // [T, N] or null; may be out
   void* out;              // [T, N]
-  int64_t T, N, k;
+  int64_t T, M, N, k;
   int64_t x_m, weights_t, places_t, residual_t, out_t;  // row strides in elements
   DType dtype;                                          // f32 or bf16: x, residual and out
 };

@@ -24,7 +24,7 @@ struct MoeRouteParams {
   DType dtype;  // f32 or bf16: logits
 };
 
-// ids and weights of rows [begin, end). The sorting is the host's.
+// ids and weights of rows [begin, end). The sorting is the host's; on CUDA it is the kernel's.
 IVR_CPU_KERNEL(moe_route, const MoeRouteParams& p, int64_t begin, int64_t end)
 
 }  // namespace ivr

@@ -14,6 +14,7 @@ struct Mxfp4Params {
   const uint8_t* blocks;  // [B][16]
   const uint8_t* scales;  // [B]
   void* out;              // bf16 [B][32]
+  int64_t B;
 };
 
 // Blocks [begin, end).

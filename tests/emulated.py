@@ -326,13 +326,80 @@ def linear(
     )
 
 
+def grouped_linear(
+    x: Tensor,
+    packed: Tensor,
+    E: int,
+    N: int,
+    K: int,
+    weight_format: Any,
+    offsets: Tensor,
+    rows: Tensor | None,
+    bias: Tensor | None,
+    decode: bool | None,
+    out: Tensor,
+) -> ctypes.Structure:
+    experts = ops.PackedExperts(packed, E, N, K, weight_format)
+    M = out.shape[0]
+    return fill(
+        *("grouped_linear", "GroupedLinearParams"),
+        **{"x": x, "rows": rows, "bias": bias, "offsets": offsets, "out": out, "dtype": x.dtype},
+        **{"R": x.shape[0], "M": M, "N": N, "K": K, "E": E},
+        weight=torch.stack([ops.unpack(experts[e]) for e in range(E)]),
+        **_strides(x_r=x, bias_e=bias, out_m=out),
+        decode=M <= 16 if decode is None else decode,
+    )
+
+
+def moe_route(
+    logits: Tensor,
+    top_k: int,
+    normalize: bool,
+    ids: Tensor,
+    weights: Tensor,
+    tokens: Tensor,
+    places: Tensor,
+    offsets: Tensor,
+) -> ctypes.Structure:
+    return fill(
+        *("moe_route", "MoeRouteParams"),
+        **{"logits": logits, "ids": ids, "weights": weights, "tokens": tokens, "places": places},
+        **{"offsets": offsets, "T": logits.shape[0], "E": logits.shape[1], "k": top_k},
+        **_strides(logits_t=logits, ids_t=ids, weights_t=weights, places_t=places),
+        **{"normalize": normalize, "dtype": logits.dtype},
+    )
+
+
+def moe_combine(
+    x: Tensor, weights: Tensor, places: Tensor, residual: Tensor | None, out: Tensor
+) -> ctypes.Structure:
+    return fill(
+        *("moe_combine", "MoeCombineParams"),
+        **{"x": x, "weights": weights, "places": places, "residual": residual, "out": out},
+        **{"T": out.shape[0], "M": x.shape[0], "N": x.shape[1], "k": places.shape[1]},
+        **_strides(x_m=x, weights_t=weights, places_t=places, residual_t=residual, out_t=out),
+        dtype=x.dtype,
+    )
+
+
+def mxfp4_unpack(blocks: Tensor, scales: Tensor, out: Tensor) -> ctypes.Structure:
+    return fill(
+        *("mxfp4_unpack", "Mxfp4Params"),
+        **{"blocks": blocks, "scales": scales, "out": out, "B": len(scales)},
+    )
+
+
 # A new op: the conversion above, a row here and one in kernels/cuda/emu/ops.cpp.
 PARAMS: dict[str, Callable[..., ctypes.Structure]] = {
     "embed_scatter": embed_scatter,
     "flash_attention": flash_attention,
     "gated_activation": gated_activation,
+    "grouped_linear": grouped_linear,
     "layer_norm": layer_norm,
     "linear": linear,
+    "moe_combine": moe_combine,
+    "moe_route": moe_route,
+    "mxfp4_unpack": mxfp4_unpack,
     "paged_attention": paged_attention,
     "pixel_unshuffle_mlp": pixel_unshuffle_norm,
     "preprocess": preprocess,

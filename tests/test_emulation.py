@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import emulated
+from batches import ALONE, BATCHES, TABLE, check_batches
 from emulator import SOURCES, Emulator, Finding, compile_units, link
 from internvl_rt import _C, ops
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
@@ -27,7 +29,7 @@ SEEDS = (0, 1, 2)
 # ---- ops ---------------------------------------------------------------------------------------
 
 # Ops that take seconds here: one seed, and no slow cases.
-HEAVY = {"flash_attention", "linear", "paged_attention"}
+HEAVY = {"flash_attention", "grouped_linear", "linear", "paged_attention"}
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +81,28 @@ def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
     assert sources == set(emulator.ops()) == set(emulated.PARAMS)
     assert sources <= set(ops.catalogue())
+
+
+# ---- bits depend on the row alone ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("op", "phase", "dtype"), TABLE, ids=_id)
+def test_bits_do_not_depend_on_the_batch(op, phase, dtype, emulator, monkeypatch):
+    op = ops.catalogue()[op]
+    params = emulated.PARAMS[op.name]
+    if (op.name, phase) == ("paged_attention", "decode"):
+        params = _decode_params
+
+    def face(*arguments: Any, **named: Any) -> None:
+        emulator.run(op.name, params(*arguments, **named), seed=2)
+
+    monkeypatch.setitem(op.faces, "emulated", face)
+    check_batches(op, phase, dtype, "emulated")
+
+
+def test_every_op_on_a_gpu_has_batches():
+    on_gpu = {op.name for op in ops.catalogue().values() if {"cuda", "triton"} & set(op.faces)}
+    assert on_gpu == set(BATCHES) | ALONE
 
 
 # ---- attention: decode, broken page tables, who shares the batch --------------------------------
@@ -259,6 +283,165 @@ def test_linear_bits_depend_on_the_row_alone(emulator, N, K, decode):
     shifted = make.normal(80, K + 9)
     shifted[:, 1 : K + 1] = x
     assert torch.equal(_linear(emulator, shifted[:, 1 : K + 1], weight, decode=decode), y)
+
+
+# ---- mixture of experts: every kernel, linear's bits, what nobody has checked -------------------
+
+GROUPED = ops.catalogue()["grouped_linear"]
+
+
+def _grouped_case(counts: tuple[int, ...], N: int, K: int, offset: int = 0) -> Case:
+    """x starts `offset` elements behind an aligned address."""
+
+    def build(make: Inputs) -> dict[str, Any]:
+        return {
+            "x": make.normal(9, K + 8)[:, offset : offset + K],
+            "weight": make.normal(len(counts), N, K, std=K**-0.5),
+            "offsets": torch.tensor((0, *counts)).cumsum(0, dtype=torch.int32),
+            "rows": make.integers(0, 9, sum(counts), dtype=torch.int32),
+            "bias": make.normal(len(counts), N),
+        }
+
+    return Case(f"{counts}x{N}x{K}+{offset}", build)
+
+
+FEW, MANY, FULL = (1, 0, 3, 0, 1), (0, 40, 0, 17, 1, 64), (128, 100, 200)
+# (case, phase, expected configuration) in bfloat16.
+GROUPS = [
+    (_grouped_case(FEW, 40, 264), "decode", "rows 16x8 aligned=1 grid=5x5"),
+    (_grouped_case(FEW, 1024, 40), "decode", "rows 16x32 aligned=1 grid=32x5"),
+    (_grouped_case(MANY, 40, 520), "decode", "rows 64x8 aligned=1 grid=5x7"),
+    (_grouped_case(MANY, 1024, 40), "decode", "rows 64x32 aligned=1 grid=32x7"),
+    (_grouped_case(MANY, 41, 264), "decode", "rows 16x8 aligned=0 grid=6x13"),
+    (_grouped_case(MANY, 40, 264, 1), "decode", "rows 16x8 aligned=0 grid=5x13"),
+    (_grouped_case(MANY, 130, 136), "prefill", "tiles 64x64 aligned=1 grid=3x7"),
+    (_grouped_case(MANY, 130, 137), "prefill", "tiles 64x64 aligned=0 grid=3x7"),
+    (_grouped_case(FULL, 2816, 72), "prefill", "tiles 128x128 aligned=1 grid=22x6"),
+]
+
+
+@pytest.mark.parametrize(("case", "phase", "config"), GROUPS, ids=_id)
+def test_grouped_linear_configurations(case, phase, config, emulator, monkeypatch):
+    def face(*arguments: Any) -> None:
+        assert emulator.run("grouped_linear", emulated.grouped_linear(*arguments), 3) == config
+
+    monkeypatch.setitem(GROUPED.faces, "emulated", face)
+    phased = functools.partial(GROUPED.function, phase=phase)
+    check(dataclasses.replace(GROUPED, function=phased), case, torch.bfloat16, "emulated")
+
+
+def _grouped(
+    emulator: Emulator,
+    x: Tensor,
+    experts: ops.PackedExperts,
+    offsets: Tensor,
+    rows: Tensor | None,
+    *,
+    decode: bool,
+) -> Tensor:
+    M = len(x) if rows is None else len(rows)
+    out = torch.full((M, experts.n), 7.0, dtype=x.dtype)
+    arguments = (x, experts.data, *experts.shape, experts.format, offsets, rows, None, decode, out)
+    _emulate(emulator, "grouped_linear", *arguments)
+    return out
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+@pytest.mark.parametrize(("N", "K"), [(72, 328), (33, 77)])
+def test_grouped_linear_has_the_bits_of_linear(emulator, N, K, dtype, decode):
+    make = Inputs(f"experts/{N}", dtype)
+    x, experts = make.normal(90, K), ops.pack_experts(make.normal(4, N, K))
+    bounds = (0, 70, 70, 73, 90)
+    offsets = torch.tensor(bounds, dtype=torch.int32)
+    y = _grouped(emulator, x, experts, offsets, None, decode=decode)
+    for e, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        alone = _linear(emulator, x[begin:end], experts[e], decode=decode) if begin < end else None
+        assert alone is None or torch.equal(alone, y[begin:end])
+    order = make.permutation(90)
+    sources = order.argsort().int()
+    assert torch.equal(_grouped(emulator, x[order], experts, offsets, sources, decode=decode), y)
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_grouped_linear_marks_rows_out_of_range(emulator, dtype, decode):
+    make = Inputs("experts/range", dtype)
+    x, experts = make.normal(5, 40), ops.pack_experts(make.normal(3, 24, 40))
+    offsets = torch.tensor([0, 20, 20, 24], dtype=torch.int32)
+    rows = make.integers(0, 5, 24, dtype=torch.int32)
+    good = _grouped(emulator, x, experts, offsets, rows, decode=decode)
+    rows[[0, 17, 23]] = torch.tensor([-1, 5, 2**31 - 1], dtype=torch.int32)
+    broken = _grouped(emulator, x, experts, offsets, rows, decode=decode)
+    marked = torch.zeros(24, dtype=torch.bool)
+    marked[[0, 17, 23]] = True
+    assert bool(broken[marked].isnan().all())
+    assert torch.equal(broken[~marked], good[~marked])
+    # Offsets that do not fit: the expert in question has no rows.
+    for change, spared in (((-1, 20, 20, 24), range(20)), ((0, 20, 20, 25), range(20, 24))):
+        offsets = torch.tensor(change, dtype=torch.int32)
+        y = _grouped(emulator, x, experts, offsets, rows.clamp(0, 4), decode=decode)
+        assert (y == 7.0).all(1).nonzero().flatten().tolist() == [*spared]
+
+
+def test_moe_combine_marks_places_out_of_range(emulator):
+    x, residual = torch.randn(4, 40), torch.randn(3, 40)
+    weights = torch.rand(3, 2)
+    places = torch.tensor([[0, 3], [4, 1], [-1, 2]], dtype=torch.int32)
+    out = torch.zeros(3, 40)
+    _emulate(emulator, "moe_combine", x, weights, places, residual, out)
+    assert out.isnan().all(1).tolist() == [False, True, True]
+    expected = residual[0] + weights[0, 0] * x[0] + weights[0, 1] * x[3]
+    torch.testing.assert_close(out[0], expected)
+    alone = torch.zeros(1, 40)
+    good = (weights[:1], places[:1], residual[:1])
+    _emulate(emulator, "moe_combine", x, *good, alone)
+    _emulate(emulator, "moe_combine", x, *good, residual[:1])
+    assert torch.equal(alone, out[:1])
+    assert torch.equal(residual[:1], out[:1])
+
+
+def _route(emulator: Emulator, logits: Tensor, k: int, *, normalize: bool) -> ops.Routing:
+    T, E = logits.shape
+    shapes = ((T, k), (T, k), (T * k,), (T, k), (E + 1,))
+    out = [torch.full(shape, -7, dtype=torch.int32) for shape in shapes]
+    out[1] = torch.full((T, k), float("nan"))
+    _emulate(emulator, "moe_route", logits, k, normalize, *out)
+    return ops.Routing(*out)
+
+
+@pytest.mark.parametrize("T", [7, 40])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_id)
+def test_moe_route_breaks_broken_rows_alone(emulator, dtype, normalize, T):
+    # One launch, or two.
+    logits = Inputs("route/broken", dtype).normal(T, 37)
+    clean = _route(emulator, logits, 5, normalize=normalize)
+    logits[1, [30, 36]] = torch.tensor([float("nan"), -float("nan")], dtype=dtype)
+    logits[3, 2] = float("inf")
+    logits[5] = -float("inf")
+    r = _route(emulator, logits, 5, normalize=normalize)
+    expected = ops.moe_route(logits, top_k=5, normalize=normalize, backend="reference")
+    for name in ("ids", "tokens", "places", "offsets"):
+        assert torch.equal(getattr(r, name), getattr(expected, name)), name
+    assert bool(r.weights[[1, 5]].isnan().all())
+    keep = [t for t in range(T) if t not in (1, 3, 5)]
+    assert torch.equal(r.weights[keep], clean.weights[keep])
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_mxfp4_unpack_at_its_ends(emulator, offset):
+    # -6 and -0 in turn, wherever the bytes lie.
+    blocks = torch.full((4 * 16 + 4,), 0x8F, dtype=torch.uint8)[offset : offset + 64].view(4, 16)
+    scales = torch.tensor([0, 252, 254, 255], dtype=torch.uint8)
+    out = torch.zeros(4, 32, dtype=torch.bfloat16)
+    config = _emulate(emulator, "mxfp4_unpack", blocks, scales, out)
+    assert config == f"aligned={1 - offset} grid=1"
+    values = out.double()
+    assert values[:3, 0].tolist() == [-6 * 2.0**-127, -6 * 2.0**125, -float("inf")]
+    assert values[:3, 1].tolist() == [0.0, 0.0, 0.0]
+    assert bool(values[:3, 1].signbit().all())
+    assert bool(values[3].isnan().all())
 
 
 # ---- rms_norm: what the catalogue's shapes leave out -------------------------------------------

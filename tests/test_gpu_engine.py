@@ -23,7 +23,7 @@ from test_golden import GOLDEN, assert_close, assert_logits_close, bf16, fp32, g
 
 CASE = "internvl3-qwen2_5"
 IMAGE = 595
-# A case of each family without experts, and what of it runs here.
+# A case of each kind of decoder, and what of it runs here.
 SUBCASES = (
     (CASE, "image1", "float32"),
     (CASE, "image1", "bfloat16"),
@@ -31,6 +31,8 @@ SUBCASES = (
     ("internvl2-internlm2", "text", "float32"),
     ("internvl2-phi3", "text", "float32"),
     ("internvl3_5-qwen3", "text", "bfloat16"),
+    ("internvl3_5-qwen3moe", "text", "float32"),
+    ("internvl3_5-gptoss", "text", "float32"),
 )
 
 

@@ -54,6 +54,31 @@ BUDGETS = {
         Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb1E", registers=128, needs=MATRIX),
         Budget(r"linear_kernel.*KernelE1ELi\d+ELi\d+ELb0E", registers=128, needs=(HMMA, LDSM)),
     ),
+    "grouped_linear": (
+        # As linear: 256 threads, two blocks an SM, for all that rows are looked up.
+        Budget(r"grouped_linear_kernel", registers=128),
+        Budget(
+            r"grouped_linear_kernel.*KernelE0ELi\d+ELi\d+ELb1E",
+            registers=128,
+            needs=(HMMA, LOAD, ONCE),
+        ),
+        Budget(r"grouped_linear_kernel.*KernelE1ELi\d+ELi\d+ELb1E", registers=128, needs=MATRIX),
+        Budget(
+            r"grouped_linear_kernel.*KernelE1ELi\d+ELi\d+ELb0E", registers=128, needs=(HMMA, LDSM)
+        ),
+    ),
+    "moe_combine": (
+        # Places and weights are single words.
+        Budget(r"moe_combine_kernel", registers=48),
+        Budget(r"moe_combine_kernelI.*Lb1E", registers=40, needs=(LOAD, STORE)),
+    ),
+    # All operands are single words; 32 registers fill an SM with 2048 threads.
+    "moe_route": (Budget(r"moe_route_(whole|tokens|experts)_kernel", registers=32),),
+    "mxfp4_unpack": (
+        # Four bytes make sixteen.
+        Budget(r"mxfp4_unpack_kernel", registers=32),
+        Budget(r"mxfp4_unpack_kernelI.*Lb1E", registers=32, needs=(STORE,)),
+    ),
     "paged_attention": (
         Budget(r"paged_attention_kernelI.*Li(64|128)E", registers=255, needs=MATRIX),
         Budget(r"paged_attention_kernelI.*Li0E", registers=168, lacks=(HMMA,)),

@@ -147,17 +147,17 @@ void run(const GroupedLinearParams& g, LinearSteps steps) {
   run(g, steps, batch);
 }
 
-void check_rows(const Checker& check, const GroupedLinearParams& g, int64_t R) {
+void check_rows(const Checker& check, const GroupedLinearParams& g) {
   for (int64_t m = 0; g.rows && m < g.M; ++m) {
-    if (g.rows[m] >= 0 && g.rows[m] < R) continue;
+    if (g.rows[m] >= 0 && g.rows[m] < g.R) continue;
     check.fail("rows[" + std::to_string(m) + "] is " + std::to_string(g.rows[m]) +
-               ", expected 0 to less than the R = " + std::to_string(R) + " rows of x");
+               ", expected 0 to less than the R = " + std::to_string(g.R) + " rows of x");
   }
 }
 
 void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, WeightFormat format,
                     Tensor offsets, std::optional<Tensor> rows, std::optional<Tensor> bias,
-                    Tensor out) {
+                    std::optional<bool> decode, Tensor out) {
   Checker check("grouped_linear");
   check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
                 "weight format is not implemented, available: f32, bf16");
@@ -166,7 +166,8 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
   check.bind("N", N, "weight");
   check.bind("E", E, "weight");
   check.bind("E+1", E + 1, "weight");
-  check.bind("P", E * panel_count(N) * panel_size(format, K), "packed size");
+  const int64_t size = x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K);
+  check.bind("P", E * size, "packed size");
   const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
   check.tensor("weight", weight, {dtype}, {"P"});
   check.tensor("x", x, {dtype}, {"R", "K"});
@@ -184,6 +185,7 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
                               .bias = bias ? bias->data : nullptr,
                               .offsets = static_cast<const int32_t*>(offsets.data),
                               .out = out.data,
+                              .R = check["R"],
                               .M = check["M"],
                               .N = N,
                               .K = K,
@@ -191,10 +193,11 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
                               .x_r = x.stride(0),
                               .bias_e = bias ? bias->stride(0) : 0,
                               .out_m = out.stride(0),
-                              .dtype = dtype};
-  require_cpu(check, x);
+                              .dtype = dtype,
+                              .decode = decode.value_or(check["M"] <= kDecodeRows)};
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(grouped_linear), g, x)) return;
   check_offsets(check, "offsets", offsets, "M");
-  check_rows(check, g, check["R"]);
+  check_rows(check, g);
   if (g.M * g.N == 0) return;
   run(g, linear_steps(dtype));
 }
@@ -204,7 +207,7 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
 IVR_BIND(grouped_linear) {
   m.def("grouped_linear", &grouped_linear, ReleaseGil(), py::arg("x"), py::arg("weight"),
         py::arg("E"), py::arg("N"), py::arg("K"), py::arg("format"), py::arg("offsets"),
-        py::arg("rows"), py::arg("bias"), py::arg("out"));
+        py::arg("rows"), py::arg("bias"), py::arg("decode"), py::arg("out"));
 }
 
 }  // namespace ivr

@@ -14,9 +14,6 @@ IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
 IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 
-// CUDA, where the caller does not say: up to so many rows are a decode step.
-constexpr int64_t kDecodeRows = 16;
-
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
   return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
               : nullptr;

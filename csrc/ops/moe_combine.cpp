@@ -10,14 +10,14 @@ IVR_CPU_KERNEL_OBJECT(kernel, "moe_combine", moe_combine);
 
 constexpr int64_t kGrainElements = 16384;
 
-void check_places(const Checker& check, const MoeCombineParams& p, int64_t M) {
+void check_places(const Checker& check, const MoeCombineParams& p) {
   for (int64_t t = 0; t < p.T; ++t) {
     for (int64_t j = 0; j < p.k; ++j) {
       const int32_t place = p.places[t * p.places_t + j];
-      if (place >= 0 && place < M) continue;
+      if (place >= 0 && place < p.M) continue;
       check.fail("places[" + std::to_string(t) + ", " + std::to_string(j) + "] is " +
-                 std::to_string(place) + ", expected 0 to less than the M = " + std::to_string(M) +
-                 " rows of x");
+                 std::to_string(place) +
+                 ", expected 0 to less than the M = " + std::to_string(p.M) + " rows of x");
     }
   }
 }
@@ -36,6 +36,7 @@ void moe_combine(Tensor x, Tensor weights, Tensor places, std::optional<Tensor> 
                            .residual = residual ? residual->data : nullptr,
                            .out = out.data,
                            .T = check["T"],
+                           .M = check["M"],
                            .N = check["N"],
                            .k = check["k"],
                            .x_m = x.stride(0),
@@ -44,8 +45,8 @@ void moe_combine(Tensor x, Tensor weights, Tensor places, std::optional<Tensor> 
                            .residual_t = residual ? residual->stride(0) : 0,
                            .out_t = out.stride(0),
                            .dtype = x.dtype};
-  require_cpu(check, x);
-  check_places(check, p, check["M"]);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(moe_combine), p, x)) return;
+  check_places(check, p);
   if (p.T * p.N == 0) return;
   const auto run = kernel.pick();
   parallel_for(p.T, kGrainElements / (p.N * (p.k + 1)),

@@ -63,7 +63,7 @@ void moe_route(Tensor logits, int64_t top_k, bool normalize, Tensor ids, Tensor 
                          .places_t = places.stride(0),
                          .normalize = normalize,
                          .dtype = logits.dtype};
-  require_cpu(check, logits);
+  if (ran_on_cuda(check, IVR_CUDA_KERNEL(moe_route), p, logits)) return;
   if (T > 0) {
     const auto run = kernel.pick();
     parallel_for(T, kGrainElements / E, [&](int64_t begin, int64_t end) { run(p, begin, end); });

@@ -18,11 +18,11 @@ void mxfp4_unpack(Tensor blocks, Tensor scales, Tensor out) {
   check.require(blocks.contiguous() && out.contiguous(), "blocks and out must be contiguous");
   const Mxfp4Params p{.blocks = static_cast<const uint8_t*>(blocks.data),
                       .scales = static_cast<const uint8_t*>(scales.data),
-                      .out = out.data};
-  if (check["B"] == 0) return;
-  require_cpu(check, blocks);
+                      .out = out.data,
+                      .B = check["B"]};
+  if (p.B == 0 || ran_on_cuda(check, IVR_CUDA_KERNEL(mxfp4_unpack), p, blocks)) return;
   const auto run = kernel.pick();
-  parallel_for(check["B"], kGrainBlocks, [&](int64_t begin, int64_t end) { run(p, begin, end); });
+  parallel_for(p.B, kGrainBlocks, [&](int64_t begin, int64_t end) { run(p, begin, end); });
 }
 
 }  // namespace

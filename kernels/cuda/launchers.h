@@ -8,8 +8,12 @@
 #include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
 #include "kernels/gated_activation.h"
+#include "kernels/grouped_linear.h"
 #include "kernels/layer_norm.h"
 #include "kernels/linear.h"
+#include "kernels/moe_combine.h"
+#include "kernels/moe_route.h"
+#include "kernels/mxfp4_unpack.h"
 #include "kernels/paged_attention.h"
 #include "kernels/pixel_unshuffle_mlp.h"
 #include "kernels/preprocess.h"
@@ -22,8 +26,12 @@ namespace ivr::cuda {
 cudaError_t embed_scatter(const EmbedScatterParams& params, cudaStream_t stream);
 cudaError_t flash_attention(const FlashAttentionParams& params, cudaStream_t stream);
 cudaError_t gated_activation(const GatedActivationParams& params, cudaStream_t stream);
+cudaError_t grouped_linear(const GroupedLinearParams& params, cudaStream_t stream);
 cudaError_t layer_norm(const LayerNormParams& params, cudaStream_t stream);
 cudaError_t linear(const LinearParams& params, cudaStream_t stream);
+cudaError_t moe_combine(const MoeCombineParams& params, cudaStream_t stream);
+cudaError_t moe_route(const MoeRouteParams& params, cudaStream_t stream);
+cudaError_t mxfp4_unpack(const Mxfp4Params& params, cudaStream_t stream);
 cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t stream);
 cudaError_t pixel_unshuffle_norm(const PixelUnshuffleParams& params, cudaStream_t stream);
 cudaError_t preprocess(const PreprocessParams& params, cudaStream_t stream);

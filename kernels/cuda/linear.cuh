@@ -68,6 +68,18 @@ inline bool linear_aligned(const LinearParams& p) {
   return p.K % 8 == 0 && p.x_m % 8 == 0 && at(p.x, 16) && at(p.weight, 16) && pairs;
 }
 
+// Of the tiles kernel; the grid is the caller's.
+inline LinearConfig linear_tiles_config(int side, bool aligned) {
+  return {.kernel = LinearKernel::tiles,
+          .m = side,
+          .n = side,
+          .aligned = aligned,
+          .threads = side == 128 ? 256 : 128,
+          .shared_bytes = size_t{4} * kLinearStages * kLinearDepth * static_cast<size_t>(side),
+          .blocks_m = 0,
+          .blocks_n = 0};
+}
+
 inline LinearConfig linear_config(const LinearParams& p) {
   const auto blocks = [](int64_t size, int64_t step) { return (size + step - 1) / step; };
   LinearConfig c{LinearKernel::plain, kPlainM, kPlainN, false, kPlainThreads, 0, 0, 0};
@@ -79,11 +91,8 @@ inline LinearConfig linear_config(const LinearParams& p) {
       c.n = c.aligned && p.N >= kLinearWideN ? 32 : 8;
       c.threads = kLinearRowsWarps * kWarpSize;
     } else {
-      c.kernel = LinearKernel::tiles;
       const bool wide = c.aligned && blocks(p.M, 128) * blocks(p.N, 128) >= kLinearFewTiles;
-      c.m = c.n = wide ? 128 : 64;
-      c.threads = wide ? 256 : 128;
-      c.shared_bytes = size_t{2} * kLinearStages * kLinearDepth * static_cast<size_t>(c.m + c.n);
+      c = linear_tiles_config(wide ? 128 : 64, c.aligned);
     }
   }
   c.blocks_m = static_cast<unsigned>(blocks(p.M, c.m));
@@ -156,6 +165,46 @@ IVR_DEVICE void store_pair(const LinearParams& p, int m, int n, float v0, float 
              finish(p, v1, bias[1], scale[1], residual[1]));
 }
 
+// ---- rows of x ----------------------------------------------------------------------------------
+
+// The row of x that a row of the output takes.
+struct SourceRow {
+  int at;
+  bool exists;
+  float start;  // of its sums: 0, or NaN where a row was asked for that does not exist
+};
+
+// Row m takes row m. Like every Rows of linear_tile: pick<kCount>(first, step)(t) is the source of
+// row first + t * step.
+struct OwnRows {
+  int end;  // rows at or behind it do not exist
+
+  struct Picked {
+    int first, step, end;
+    IVR_DEVICE SourceRow operator()(int t) const {
+      const int m = first + t * step;
+      return {m, m < end, 0.0f};
+    }
+  };
+  template <int kCount>
+  IVR_DEVICE Picked pick(int first, int step) const {
+    return {first, step, end};
+  }
+};
+
+// The sums of a warp's fragments (prim.cuh); sources: of its rows 8 t + lane / 4.
+template <int kTilesM, int kTilesN, typename Sources>
+IVR_DEVICE void start_sums(const Sources& sources, float (&sum)[kTilesM][kTilesN][4]) {
+#pragma unroll
+  for (int tm = 0; tm < kTilesM; ++tm) {
+#pragma unroll
+    for (int tn = 0; tn < kTilesN; ++tn) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[tm][tn][e] = sources(2 * tm + e / 2).start;
+    }
+  }
+}
+
 // ---- rows: few rows, the weight streams by ------------------------------------------------------
 
 // Eight elements at k of a row of K; zeros where the row or k does not exist. kOnce: nobody else
@@ -171,19 +220,20 @@ IVR_DEVICE Vec<bf16> load_depth(const bf16* row, bool exists, int k, int K) {
 // The k of a fragment are shuffled, in x and the weight alike: lane j of a row takes 8j to 8j + 7
 // of a block of 32, of which the first half are its k in one mma.sync and the second half in the
 // next.
-template <int kM, int kN, bool kAligned>
-IVR_DEVICE void linear_rows_block(const LinearParams& p) {
+template <int kM, int kN, bool kAligned, typename Rows>
+IVR_DEVICE void linear_rows_tile(const LinearParams& p, int m0, int n0, const Rows& rows) {
   constexpr int kTilesM = kM / 16, kTilesN = kN / 8, kDepth = 32;
   // Blocks of k on their way at once, within the registers of two blocks of threads per SM.
   constexpr int kBatch = kTilesM * kTilesN >= 16 ? 1 : kTilesM * kTilesN >= 4 ? 2 : 4;
   IVR_SHARED(float, sums, kLinearRowsWarps * 16 * kN);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int M = static_cast<int>(p.M), N = static_cast<int>(p.N), K = static_cast<int>(p.K);
-  const int m0 = static_cast<int>(blockIdx.y) * kM, n0 = static_cast<int>(blockIdx.x) * kN;
   const auto* x = static_cast<const bf16*>(p.x);
   const auto* weight = static_cast<const bf16*>(p.weight);
 
-  float sum[kTilesM][kTilesN][4] = {};
+  const auto sources = rows.template pick<2 * kTilesM>(m0 + lane / 4, 8);
+  float sum[kTilesM][kTilesN][4];
+  start_sums(sources, sum);
   for (int first = warp * kDepth; first < K; first += kLinearRowsWarps * kDepth * kBatch) {
     Vec<bf16> w[kBatch][kTilesN], a[kBatch][kTilesM][2];
 #pragma unroll
@@ -196,8 +246,8 @@ IVR_DEVICE void linear_rows_block(const LinearParams& p) {
       }
 #pragma unroll
       for (int t = 0; t < kTilesM * 2; ++t) {
-        const int m = m0 + t * 8 + lane / 4;
-        a[i][t / 2][t % 2] = load_depth<kAligned, false>(x + m * p.x_m, m < M, k, K);
+        const SourceRow row = sources(t);
+        a[i][t / 2][t % 2] = load_depth<kAligned, false>(x + row.at * p.x_m, row.exists, k, K);
       }
     }
 #pragma unroll
@@ -241,17 +291,18 @@ IVR_DEVICE void linear_rows_block(const LinearParams& p) {
 
 // ---- tiles --------------------------------------------------------------------------------------
 
-// Asks for rows [first, first + kRows) of `rows` and k to k + 64, by kThreads threads.
-template <int kRows, int kThreads, bool kAligned>
-IVR_DEVICE void load_stage(const bf16* base, int64_t stride, int first, int rows, int k, int K,
+// Asks for kRows rows and k to k + 64 of each, by kThreads threads; sources: of this thread's rows.
+template <int kRows, int kThreads, bool kAligned, typename Sources>
+IVR_DEVICE void load_stage(const bf16* base, int64_t stride, const Sources& sources, int k, int K,
                            Shared<bf16> tile) {
   constexpr int kChunks = kLinearDepth / 8;
 #pragma unroll
   for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
     const int at = threadIdx.x + i * kThreads, row = at / kChunks, chunk = at % kChunks;
     const int depth = k + chunk * 8;
-    const bool exists = first + row < rows && depth < K;
-    const bf16* from = base + (exists ? (first + row) * stride + depth : 0);
+    const SourceRow source = sources(i);
+    const bool exists = source.exists && depth < K;
+    const bf16* from = base + (exists ? source.at * stride + depth : 0);
     const Shared<bf16> to = tile + tile_offset<kLinearDepth>(row, chunk);
     if constexpr (kAligned) {
       copy16_async(to, from, exists);
@@ -261,8 +312,8 @@ IVR_DEVICE void load_stage(const bf16* base, int64_t stride, int first, int rows
   }
 }
 
-template <int kM, int kN, bool kAligned>
-IVR_DEVICE void linear_tiles_block(const LinearParams& p) {
+template <int kM, int kN, bool kAligned, typename Rows>
+IVR_DEVICE void linear_tiles_tile(const LinearParams& p, int m0, int n0, const Rows& rows) {
   // A warp's part, and how many warps stand side by side.
   constexpr int kWarpM = kM / 2, kWarpN = 32, kWarpsN = kN / kWarpN;
   constexpr int kThreads = 2 * kWarpsN * kWarpSize;
@@ -270,23 +321,28 @@ IVR_DEVICE void linear_tiles_block(const LinearParams& p) {
   IVR_DYNAMIC_SHARED(bf16, stages);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int M = static_cast<int>(p.M), N = static_cast<int>(p.N), K = static_cast<int>(p.K);
-  const int m0 = static_cast<int>(blockIdx.y) * kM, n0 = static_cast<int>(blockIdx.x) * kN;
   const int warp_m = warp / kWarpsN * kWarpM, warp_n = warp % kWarpsN * kWarpN;
   const int steps = (K + kLinearDepth - 1) / kLinearDepth;
 
+  // The rows of a stage that this thread copies.
+  constexpr int kChunks = kLinearDepth / 8, kStep = kThreads / kChunks;
+  const int copied = static_cast<int>(threadIdx.x) / kChunks;
+  const auto x_rows = rows.template pick<kM / kStep>(m0 + copied, kStep);
+  const auto weight_rows = OwnRows{N}.pick<kN / kStep>(n0 + copied, kStep);
   // Every step makes a group, an empty one behind the last stage: the waits count groups.
   const auto ask = [&](int step) {
     if (step < steps) {
       const Shared<bf16> to = stages + step % kLinearStages * kStage;
-      load_stage<kM, kThreads, kAligned>(static_cast<const bf16*>(p.x), p.x_m, m0, M,
+      load_stage<kM, kThreads, kAligned>(static_cast<const bf16*>(p.x), p.x_m, x_rows,
                                          step * kLinearDepth, K, to);
-      load_stage<kN, kThreads, kAligned>(static_cast<const bf16*>(p.weight), p.K, n0, N,
+      load_stage<kN, kThreads, kAligned>(static_cast<const bf16*>(p.weight), p.K, weight_rows,
                                          step * kLinearDepth, K, to + kM * kLinearDepth);
     }
     commit_copies();
   };
 
-  float sum[kTilesM][kTilesN][4] = {};
+  float sum[kTilesM][kTilesN][4];
+  start_sums(rows.template pick<2 * kTilesM>(m0 + warp_m + lane / 4, 8), sum);
 #pragma unroll
   for (int step = 0; step < kLinearStages - 1; ++step) ask(step);
   for (int step = 0; step < steps; ++step) {
@@ -348,20 +404,24 @@ IVR_DEVICE void stage_transposed(const float* from, bool exists, int k, int K, S
   }
 }
 
-IVR_DEVICE void linear_plain_block(const LinearParams& p) {
+template <typename Rows>
+IVR_DEVICE void linear_plain_tile(const LinearParams& p, int m0, int n0, const Rows& rows) {
   constexpr int kStrideM = kPlainM + 4, kStrideN = kPlainN + 4;
   IVR_SHARED(float, a_tile, kPlainDepth* kStrideM);
   IVR_SHARED(float, b_tile, kPlainDepth* kStrideN);
   const int thread = threadIdx.x;
   const int M = static_cast<int>(p.M), N = static_cast<int>(p.N), K = static_cast<int>(p.K);
-  const int m0 = static_cast<int>(blockIdx.y) * kPlainM,
-            n0 = static_cast<int>(blockIdx.x) * kPlainN;
   const int row = thread / 16 * 4, column = thread % 16 * 4;
-  const int m = m0 + thread / 4, n = n0 + thread / 2;  // what this thread stages
-  const float* x = static_cast<const float*>(p.x) + m * p.x_m;
+  // What this thread stages.
+  const SourceRow staged = rows.template pick<1>(m0 + thread / 4, 0)(0);
+  const int n = n0 + thread / 2;
+  const float* x = static_cast<const float*>(p.x) + staged.at * p.x_m;
   const float* weight = static_cast<const float*>(p.weight) + n * p.K;
 
-  float sum[4][4] = {}, piece[4][4] = {};
+  const auto sources = rows.template pick<4>(m0 + row, 1);
+  float sum[4][4], piece[4][4] = {};
+#pragma unroll
+  for (int e = 0; e < 16; ++e) sum[e / 4][e % 4] = sources(e / 4).start;
   const auto add_piece = [&] {
 #pragma unroll
     for (int e = 0; e < 16; ++e) {
@@ -372,7 +432,7 @@ IVR_DEVICE void linear_plain_block(const LinearParams& p) {
   for (int k = 0; k < K; k += kPlainDepth) {
     if (k > 0) __syncthreads();
     if (k % kPlainPiece == 0) add_piece();
-    stage_transposed<4, kStrideM>(x, m < M, k, K, a_tile, thread % 4 * 4, thread / 4);
+    stage_transposed<4, kStrideM>(x, staged.exists, k, K, a_tile, thread % 4 * 4, thread / 4);
     stage_transposed<8, kStrideN>(weight, n < N, k, K, b_tile, thread % 2 * 8, thread / 2);
     __syncthreads();
 #pragma unroll
@@ -392,15 +452,23 @@ IVR_DEVICE void linear_plain_block(const LinearParams& p) {
   }
 }
 
+// Rows m0 to m0 + kM below p.M, columns n0 to n0 + kN, by a whole block.
+template <LinearKernel kKernel, int kM, int kN, bool kAligned, typename Rows>
+IVR_DEVICE void linear_tile(const LinearParams& p, int m0, int n0, const Rows& rows) {
+  if constexpr (kKernel == LinearKernel::rows) {
+    linear_rows_tile<kM, kN, kAligned>(p, m0, n0, rows);
+  } else if constexpr (kKernel == LinearKernel::tiles) {
+    linear_tiles_tile<kM, kN, kAligned>(p, m0, n0, rows);
+  } else {
+    linear_plain_tile(p, m0, n0, rows);
+  }
+}
+
 template <LinearKernel kKernel, int kM, int kN, bool kAligned>
 IVR_DEVICE void linear_block(const LinearParams& p) {
-  if constexpr (kKernel == LinearKernel::rows) {
-    linear_rows_block<kM, kN, kAligned>(p);
-  } else if constexpr (kKernel == LinearKernel::tiles) {
-    linear_tiles_block<kM, kN, kAligned>(p);
-  } else {
-    linear_plain_block(p);
-  }
+  linear_tile<kKernel, kM, kN, kAligned>(p, static_cast<int>(blockIdx.y) * kM,
+                                         static_cast<int>(blockIdx.x) * kN,
+                                         OwnRows{static_cast<int>(p.M)});
 }
 
 }  // namespace ivr::cuda

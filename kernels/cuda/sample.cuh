@@ -17,6 +17,7 @@
 
 #include <cstdio>
 
+#include "kernels/cuda/places.cuh"
 #include "kernels/cuda/rows.cuh"
 #include "kernels/sample.h"
 
@@ -62,15 +63,6 @@ void with_sample_kernel(const SampleConfig& c, F&& f) {
 // ---- device -------------------------------------------------------------------------------------
 
 IVR_DEVICE float negative_infinity() { return __uint_as_float(0xff800000u); }
-
-// Orders like the floats: larger float, larger key.
-IVR_DEVICE uint32_t key_of(float x) {
-  const uint32_t u = __float_as_uint(x);
-  return u & 0x80000000u ? ~u : u | 0x80000000u;
-}
-IVR_DEVICE float value_of(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
 
 // Combines one value of every thread; all get the same bits. scratch: one T per warp.
 template <typename T, typename Combine>
@@ -131,13 +123,11 @@ IVR_DEVICE void each_four(const float* workspace, int V, const F& f) {
   each_four<kBatch, true, true>(workspace, V, f);
 }
 
-// The larger of a best-so-far and a token's place: value first, then the lower id. -0 counts as 0.
+// The larger of a best-so-far and a token's place.
 IVR_DEVICE uint64_t better(uint64_t best, float x, int token) {
-  const uint64_t place = uint64_t{key_of(x + 0.0f)} << 32 | ~static_cast<uint32_t>(token);
+  const uint64_t place = place_of(x, token);
   return place > best ? place : best;
 }
-IVR_DEVICE float value_at(uint64_t place) { return value_of(static_cast<uint32_t>(place >> 32)); }
-IVR_DEVICE int token_at(uint64_t place) { return static_cast<int>(~static_cast<uint32_t>(place)); }
 
 struct SampleScratch {
   Shared<uint64_t> places;  // [kSampleWarps]
@@ -366,7 +356,7 @@ IVR_DEVICE void sample_block(const SampleParams& p) {
   }
   const float best = value_at(place);
   if (place == kBadRow || !(best > negative_infinity())) return answer(-1);
-  if (greedy) return answer(token_at(place));
+  if (greedy) return answer(index_at(place));
   if (best == -negative_infinity()) return answer(-1);
 
   const float kept =

@@ -116,10 +116,8 @@ def config(D: int, dtype: torch.dtype) -> Config:
     dim = triton.next_power_of_2(max(D, 16))
     if dtype == torch.float32:  # no tensor cores: products in exact float32
         return Config(32, 32, dim, 4, 1)
-    if dim <= 64:
-        return Config(128, 64, dim, 4, 2)
     # Eight warps: on sm_80 four would spill.
-    return Config(64, 32, dim, 8, 2)
+    return Config(128, 64, dim, 8, 2) if dim <= 64 else Config(64, 32, dim, 8, 2)
 
 
 def flash_attention(

@@ -10,8 +10,12 @@
 #include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
 #include "kernels/gated_activation.h"
+#include "kernels/grouped_linear.h"
 #include "kernels/layer_norm.h"
 #include "kernels/linear.h"
+#include "kernels/moe_combine.h"
+#include "kernels/moe_route.h"
+#include "kernels/mxfp4_unpack.h"
 #include "kernels/paged_attention.h"
 #include "kernels/pixel_unshuffle_mlp.h"
 #include "kernels/preprocess.h"
@@ -39,8 +43,12 @@ constexpr Op kOps[] = {
     {"embed_scatter", sizeof(EmbedScatterParams), run_embed_scatter},
     {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
     {"gated_activation", sizeof(GatedActivationParams), run_gated_activation},
+    {"grouped_linear", sizeof(GroupedLinearParams), run_grouped_linear},
     {"layer_norm", sizeof(LayerNormParams), run_layer_norm},
     {"linear", sizeof(LinearParams), run_linear},
+    {"moe_combine", sizeof(MoeCombineParams), run_moe_combine},
+    {"moe_route", sizeof(MoeRouteParams), run_moe_route},
+    {"mxfp4_unpack", sizeof(Mxfp4Params), run_mxfp4_unpack},
     {"paged_attention", sizeof(PagedAttentionParams), run_paged_attention},
     {"pixel_unshuffle_mlp", sizeof(PixelUnshuffleParams), run_pixel_unshuffle_norm},
     {"preprocess", sizeof(PreprocessParams), run_preprocess},

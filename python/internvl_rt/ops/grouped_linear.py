@@ -34,6 +34,13 @@ class PackedExperts:
     def shape(self) -> tuple[int, int, int]:
         return self.count, self.n, self.k
 
+    def to(self, device: torch.device | str) -> PackedExperts:
+        """The same weights in the layout of another device."""
+        if self.data.device.type == torch.device(device).type:
+            return self
+        plain = (unpack(self[e]).to(device) for e in range(self.count))
+        return pack_experts(plain, count=self.count)
+
     def __getitem__(self, e: int) -> PackedWeight:
         if not 0 <= e < self.count:
             raise IndexError(f"expert is {e}, allowed: 0 to {self.count - 1}")
@@ -47,9 +54,10 @@ def pack_experts(
 
     weights: [E, N, K], or one entry per expert as in `pack`: a weight [N, K], or several with one
         K whose outputs then stand side by side, as gated_activation wants gate and up (GPT-OSS
-        stores them as alternating rows: w[0::2] and w[1::2]). All float32 or all bfloat16 on the
-        CPU, contiguous in K, of one shape. They are read one expert at a time, so a generator may
-        convert or read them as they are needed.
+        stores them as alternating rows: w[0::2] and w[1::2]). All float32 or all bfloat16 on one
+        device, contiguous in K, of one shape. They are read one expert at a time, so a generator
+        may convert or read them as they are needed. On CUDA nothing is rearranged, and a contiguous
+        [E, N, K] is not even copied.
     count: the number of experts, needed where weights has no length.
     Raises ValueError for shapes, dtypes or a number of weights that do not fit.
     """
@@ -57,6 +65,11 @@ def pack_experts(
         if not isinstance(weights, (Tensor, Sequence)):
             raise ValueError("pack_experts: weights has no length, expected count")
         count = len(weights)
+    if isinstance(weights, Tensor) and weights.is_cuda and weights.dim() == 3 and count > 0:
+        if count != len(weights):
+            raise ValueError(f"pack_experts: got {len(weights)} weights, expected {count}")
+        _, n, k = weights.shape
+        return PackedExperts(weights.reshape(-1), count, n, k, pack(weights[0]).format)
     packed: PackedExperts | None = None
     size = seen = 0
     for seen, weight in enumerate(weights, start=1):
@@ -67,8 +80,9 @@ def pack_experts(
             raise ValueError(f"pack_experts: expert {seen - 1} has no weight")
         n, k, dtype = sum(p.shape[0] for p in parts), parts[0].shape[-1], parts[0].dtype
         if packed is None:
-            size = packed_size(n, k, dtype)
-            data = torch.empty(count * size, dtype=dtype)
+            device = parts[0].device
+            size = n * k if device.type == "cuda" else packed_size(n, k, dtype)
+            data = torch.empty(count * size, dtype=dtype, device=device)
             packed = PackedExperts(data, count, n, k, pack(parts, out=data[:size]).format)
             continue
         if (n, k, dtype) != (packed.n, packed.k, packed.data.dtype):
@@ -89,6 +103,7 @@ def grouped_linear(
     *,
     rows: Tensor | None = None,
     bias: Tensor | None = None,
+    phase: str | None = None,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -101,11 +116,16 @@ def grouped_linear(
     offsets: [E + 1] int32 from 0 to M, rows: [M] int32 in [0, R): moe_route's offsets and tokens.
         Without rows, row m is x[m] (M = R): x is sorted by expert already.
     bias: [E, N], dtype of x.
-    Every row has the bits that `linear` gives it with its expert's weight and bias.
+    phase: as of `linear`.
+    Every row has the bits that `linear` gives it with its expert's weight and bias; on CUDA that
+    holds within a phase, for linear's own kernels.
     Returns [M, N]; out may be strided in M, must not overlap x. Raises ValueError for shapes,
-    dtypes, offsets or rows that do not fit.
+    dtypes, offsets or rows that do not fit. On CUDA nobody waits for offsets and rows: a row index
+    out of range makes its row NaN, and offsets that do not fit leave rows as they were.
     """
     run = _op.face(backend)
+    if phase not in (None, "decode", "prefill"):
+        raise ValueError(f"grouped_linear: phase is {phase!r}, allowed: decode, prefill")
     if run is None:
         result = reference(x, weight, offsets, rows=rows, bias=bias)
         return give("grouped_linear", result, out)
@@ -114,7 +134,8 @@ def grouped_linear(
     if out is None:
         M = x.shape[0] if rows is None else rows.numel()
         out = torch.empty((M, weight.n), dtype=x.dtype, device=x.device)
-    run(x, weight.data, *weight.shape, weight.format, offsets, rows, bias, out)
+    decode = None if phase is None else phase == "decode"
+    run(x, weight.data, *weight.shape, weight.format, offsets, rows, bias, decode, out)
     return out
 
 
@@ -214,7 +235,7 @@ _op = register(
         name="grouped_linear",
         function=grouped_linear,
         reference=reference,
-        faces={"native": _C.grouped_linear},
+        faces={"native": _C.grouped_linear, "cuda": _C.grouped_linear},
         cost=cost,
         dims="R rows of x, M rows, E experts, N outputs, K inputs; T tokens, k experts of a token "
         "(bench)",

@@ -28,7 +28,7 @@ def moe_combine(
         the order of j, so a token's bits depend on nothing but its own experts' results.
     residual: [T, N], dtype of x.
     Returns [T, N]. out may be residual. Raises ValueError for shapes, dtypes or places that do not
-    fit.
+    fit; on CUDA a place out of range makes its token NaN.
     """
     run = _op.face(backend)
     if run is None:
@@ -87,7 +87,7 @@ _op = register(
         name="moe_combine",
         function=moe_combine,
         reference=reference,
-        faces={"native": _C.moe_combine},
+        faces={"native": _C.moe_combine, "cuda": _C.moe_combine},
         cost=cost,
         dims="T tokens, k experts of a token, M = T * k rows, N channels",
         shaped=_shaped,
