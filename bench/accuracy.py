@@ -1,13 +1,16 @@
-"""Accuracy of the demonstration model per task, for every dtype and backend.
+"""Accuracy of the demonstration model per task, for every dtype, quantisation and backend.
 
     python bench/accuracy.py                                  # 200 pictures a task
-    python bench/accuracy.py --runs bf16:native,f32:reference --count 50
+    python bench/accuracy.py --runs f32:reference,int8:native --count 50
+    python bench/accuracy.py --sets square --out bench/results/cpu-zen4/accuracy.json  # the gate
     python bench/accuracy.py --model /tmp/demo/export --out bench/results/accuracy.json
 
 The pictures are drawn with seeds and fonts that training never saw (tools/train_demo), one question
 a picture. `square` are 224 x 224 pixels, one tile; `foreign` are 320 to 640 pixels, of any shape,
 light, written by other code, and run as several tiles and a thumbnail. The first run is the
-yardstick that the others are compared with, answer by answer.
+yardstick that the others are compared with, answer by answer. int8 and int4 are the language
+model's weights quantised at load, over bfloat16; the exit status is 1 where one of them loses more
+of the yardstick's accuracy over all tasks than GATE allows.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +36,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "train_demo"))
 import data
 import world
 
-DTYPES = {"f32": "float32", "bf16": "bfloat16"}
-RUNS = "f32:reference,f32:native,bf16:native,bf16:reference"
+FORMATS = {
+    "f32": {"dtype": "float32"},
+    "bf16": {"dtype": "bfloat16"},
+    "int8": {"dtype": "bfloat16", "quant": "int8"},
+    "int4": {"dtype": "bfloat16", "quant": "int4"},
+}
+RUNS = "f32:reference,f32:native,bf16:native,bf16:reference,int8:native,int4:native"
+GATE = {"int8": 0.5, "int4": 2.0}  # points
 Question = tuple[str, np.ndarray, str, str]  # task, pixels, question, answer
 
 
@@ -128,6 +138,13 @@ def _foreign(rng: np.random.Generator, task: str) -> Question:
         words = (("left", "right"), ("above", "below"))[along]
         question = f"Is the {noun} {' or '.join(words)} {('of ', '')[along]}the {other}?"
         answer = words[int(gap[along] < 0)]
+    elif task == "box":
+        other = str(rng.choice([n for n in nouns if n != noun]))
+        boxes = _places(rng, size, [int(least * rng.uniform(0.16, 0.4)) for _ in range(2)])
+        for name, box in zip((noun, other), boxes, strict=True):
+            _plain_shape(draw, name, box, _PLAIN[str(rng.choice(list(_PLAIN)))])
+        corners = [round(999 * v / n) for v, n in zip(boxes[0], 2 * size, strict=True)]
+        question, answer = f"Where is the {noun}?", f"<ref>{noun}</ref><box>[{corners}]</box>"
     else:
         names, sprites = world.emoji()
         index, side = int(rng.integers(len(names))), int(least * rng.uniform(0.3, 0.8))
@@ -153,49 +170,78 @@ def run(model: ivr.Model, questions: list[Question], batch: int) -> list[str]:
     answers: list[str] = []
     for i in range(0, len(questions), batch):
         part = [{"question": q, "images": pixels} for _, pixels, q, _ in questions[i : i + batch]]
-        answers += model.batch_chat(part, max_new_tokens=16)
+        answers += model.batch_chat(part, max_new_tokens=40)
     return answers
 
 
 def score(questions: list[Question], answers: list[str]) -> dict[str, float]:
-    """Per cent right per task."""
-    right: dict[str, list[bool]] = {task: [] for task in world.TASKS}
+    """Per cent right per task, and over all questions."""
+    right: dict[str, list[bool]] = {task: [] for task in (*world.TASKS, "all")}
     for (task, _, _, truth), answer in zip(questions, answers, strict=True):
-        right[task].append(answer == truth)
-    return {task: round(100 * float(np.mean(found)), 1) for task, found in right.items()}
+        hit = data.right(answer, truth)
+        right[task].append(hit)
+        right["all"].append(hit)
+    return {task: round(100 * float(np.mean(found)), 1) for task, found in right.items() if found}
 
 
-def main() -> int:
+def losses(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each run that its gate does not let pass; the first row is the yardstick."""
+    full = rows[0]["accuracy"]["all"]
+    lines = []
+    for row in rows:
+        kind = row["run"].split(":")[0]
+        lost = full - row["accuracy"]["all"]
+        if kind in GATE and not lost <= GATE[kind]:
+            lines.append(f"{row['set']} {kind}: {lost:.1f} points lost, allowed: {GATE[kind]}")
+    return lines
+
+
+def measure(
+    model: str | None, name: str, runs: list[str], count: int, batch: int
+) -> list[dict[str, Any]]:
+    """A row per run over one set; the first run is the yardstick."""
+    questions = SETS[name](count)
+    rows: list[dict[str, Any]] = []
+    yardstick: list[str] = []
+    for spec in runs:
+        kind, backend = spec.split(":")
+        loaded = ivr.load(model, **FORMATS[kind], backend=backend)
+        begin = time.perf_counter()
+        answers = run(loaded, questions, batch)
+        seconds = time.perf_counter() - begin
+        yardstick = yardstick or answers
+        differ = sum(a != b for a, b in zip(answers, yardstick, strict=True))
+        row = {"set": name, "run": spec, "accuracy": score(questions, answers)}
+        row |= {"different": differ, "of": len(questions), "seconds": round(seconds, 1)}
+        rows.append(row)
+        figures = "  ".join(f"{t} {v:5.1f}" for t, v in row["accuracy"].items())
+        print(f"{name:8} {spec:15} {figures}  {differ} differ", flush=True)
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="checkpoint; without it the one in the package")
-    parser.add_argument("--runs", default=RUNS, help="dtype:backend, comma-separated")
+    parser.add_argument(
+        "--runs", default=RUNS, help=f"{', '.join(FORMATS)}:backend, comma-separated"
+    )
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--count", type=int, default=200, help="pictures a task")
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--out", type=Path, help="JSON")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
+    lost: list[str] = []
     for name in given.sets.split(","):
-        questions = SETS[name](given.count)
-        yardstick: list[str] = []
-        for spec in given.runs.split(","):
-            dtype, backend = spec.split(":")
-            model = ivr.load(given.model, dtype=DTYPES[dtype], backend=backend)
-            begin = time.perf_counter()
-            answers = run(model, questions, given.batch)
-            seconds = time.perf_counter() - begin
-            yardstick = yardstick or answers
-            differ = sum(a != b for a, b in zip(answers, yardstick, strict=True))
-            row = {"set": name, "run": spec, "accuracy": score(questions, answers)}
-            row |= {"different": differ, "of": len(questions), "seconds": round(seconds, 1)}
-            rows.append(row)
-            figures = "  ".join(f"{t} {v:5.1f}" for t, v in row["accuracy"].items())
-            print(f"{name:8} {spec:15} {figures}  {differ} differ", flush=True)
+        found = measure(given.model, name, given.runs.split(","), given.count, given.batch)
+        rows += found
+        lost += losses(found)
     if given.out:
         about = {"isa": _C.isa(), "threads": _C.num_threads(), "torch": torch.__version__}
         about |= {"machine": platform.processor() or platform.machine(), "count": given.count}
         given.out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    return 0
+    print("\n".join(lost), end="\n" if lost else "")
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

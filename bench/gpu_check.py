@@ -32,8 +32,8 @@ from typing import Any
 
 import torch
 
+import cpu
 import gpu_parts
-import models
 from internvl_rt.ops import bench, catalogue
 from internvl_rt.ops.flash_attention import offsets
 from internvl_rt.ops.registry import Inputs, Op, check, missing, on_device, outputs_of
@@ -470,7 +470,7 @@ def text(document: dict[str, Any]) -> str:
                 f"{kind}: " + " ".join(str(v) for v in entry.values()) for entry in document[kind]
             ]
         for model in document["models"]:
-            lines += [f"{model['shape']} in {model['dtype']}", models.table(model["rows"])]
+            lines += [f"{model['shape']} in {model['dtype']}", cpu.table(model["rows"])]
     lines += [f"{name}: {_values(value)}" for name, value in document["probes"].items()]
     head = ("step", "result", "s")
     results = {0: "ok", 124: "out of time", 137: "killed"}

@@ -5,7 +5,7 @@
     python bench/gpu_models.py tiny --out DIR --dry-run  # on the CPU: tries the script
 
 bfloat16, random weights in real shapes. Both sides read one checkpoint, and must agree, where
-writing it takes little time; of the 8B each draws its own where it stands. Rows as in models.py;
+writing it takes little time; of the 8B each draws its own where it stands. Rows as in cpu.py;
 ttft-T is the time from T tiles and 64 tokens of text to the first token, picture included.
 """
 
@@ -25,13 +25,13 @@ import torch
 
 import gpu_parts
 import internvl_rt as ivr
+from cpu import Ours, Transformers, agreement, summary, table, time_row
 from internvl_rt.config import load_config
 from internvl_rt.engine import Engine
 from internvl_rt.models.internvl import InternVL
 from internvl_rt.ops import OpSet
 from internvl_rt.runtime.platform import platform_for
 from make_checkpoint import IMG_CONTEXT_ID, SHAPES, make, native_config
-from models import Ours, Transformers, agreement, summary, table, time_row
 from random_weights import RandomWeights
 
 IN_PLACE = ("internvl3-8b",)  # too large to write
@@ -62,7 +62,7 @@ def drawn(folder: Path, device: str, peer: bool) -> dict[str, Any]:
             config = InternVLConfig.from_pretrained(folder)
             config.dtype = torch.bfloat16
             model = InternVLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-        sides["transformers"] = Transformers(model)
+        sides["peer"] = Transformers(model)
     ours, platform = load_config(folder), platform_for(device)
     opset = OpSet(device=platform.device.type)
     with platform.scope():
@@ -77,7 +77,8 @@ def read(folder: Path, device: str, peer: bool) -> dict[str, Any]:
     """Both sides with the weights of a checkpoint."""
     sides: dict[str, Any] = {}
     if peer:
-        sides["transformers"] = Transformers.load(folder, torch.bfloat16, 0, device)
+        sides["peer"] = Transformers.load(folder, torch.bfloat16, torch.get_num_threads())
+        sides["peer"].model.to(device)
     begin = time.perf_counter()
     model = ivr.load(
         folder, device=device, dtype="bfloat16", image_token_id=IMG_CONTEXT_ID, kv_tokens=KV_TOKENS

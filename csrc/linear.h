@@ -16,7 +16,8 @@ constexpr int64_t kPrepareElements = 16384;
 // CUDA, where the caller does not say: up to so many rows are a decode step.
 constexpr int64_t kDecodeRows = 16;
 
-// The steps of a product of this dtype on the current instruction set.
-LinearSteps linear_steps(DType dtype);
+// The steps of a product of x in this dtype and weights of this format, on the current instruction
+// set.
+LinearSteps linear_steps(DType dtype, WeightFormat format);
 
 }  // namespace ivr

@@ -1,6 +1,7 @@
 #include <map>
 
 #include "csrc/bind.h"
+#include "csrc/cuda.h"
 
 namespace ivr {
 namespace {
@@ -8,6 +9,18 @@ namespace {
 std::vector<Binding::Fn>& bindings() {
   static std::vector<Binding::Fn> list;
   return list;
+}
+
+void count_flash_attention([[maybe_unused]] std::map<std::string, uint64_t>& counts,
+                           [[maybe_unused]] bool reset) {
+#if defined(IVR_CUDA)
+  for (int i = 0; i < kAttentionVariants; ++i) {
+    std::atomic<uint64_t>& launches = cuda::flash_attention_launches[i];
+    const char* name = name_of(static_cast<AttentionVariant>(i));
+    if (launches) counts[std::string("flash_attention/") + name] = launches;
+    if (reset) launches = 0;
+  }
+#endif
 }
 
 }  // namespace
@@ -28,7 +41,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("force_isa", &force_isa);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads);
-  // {"rms_norm/avx512": calls since the last reset}
+#if defined(IVR_CUDA)
+  // While on, Hopper runs the kernels of other devices.
+  m.def("force_mma", &cuda::force_mma, py::arg("on"));
+#endif
+  // {"rms_norm/avx512": calls since the last reset, "flash_attention/wgmma": launches}
   m.def(
       "kernel_counts",
       [](bool reset) {
@@ -40,6 +57,7 @@ PYBIND11_MODULE(_C, m) {
           }
           if (reset) k->reset();
         }
+        count_flash_attention(counts, reset);
         return counts;
       },
       py::arg("reset"));

@@ -9,11 +9,13 @@
 // bf16: [ceil(N/32)][K'/2][32][2], K' = K rounded up to 32. A pair of k stands together: 16 pairs
 // of 16 columns are one matrix tile (row stride 128 bytes); 16 columns of one pair are one 512-bit
 // load, whose low halves are the even and whose high halves are the odd k.
-// int8, int4: [ceil(N/32)][ceil(K/64)] groups of 64 k. A group is 32 scales in bf16, then the codes
-// in the order of the bf16 layout, [32][32][2]: int8 a byte q + 128 each, int4 a byte for the pair,
-// q + 8 of the even k in its low half. A weight is q * scale, exact in fp32, rounded to bf16 where
-// a product's operands are: the product is that of the dequantised weight, bit for bit. Scales are
-// bf16 because codes are chosen for the rounded scale: nothing is lost, and int4 moves 6 % less.
+// int8, int4: [ceil(N/32)][ceil(K/64)] groups of 64 k. A group is 32 scales in bf16, then the
+// codes. int8: [16][32][4], a byte q + 128 each; four k of 16 columns are one 512-bit operand of an
+// integer dot product. int4: [8][32][4], a byte for two, q + 8 of k in the low and of k + 4 in the
+// high half. A weight is q * scale, exact in fp32. Where a product's operands are bf16 it is
+// rounded to that, and the product is that of the dequantised weight, bit for bit; kernels/cpu/
+// linear_codes_dot.cpp multiplies the codes themselves. Scales are bf16 because codes are chosen
+// for the rounded scale: nothing is lost, and int4 moves 6 % less.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
@@ -96,7 +98,8 @@ struct LinearSteps {
 };
 
 IVR_CPU_KERNEL(linear, LinearSteps& steps)
-IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)
+IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)        // bf16
+IVR_DOT_KERNEL(linear_codes_dot, LinearSteps& steps)  // int8, int4
 IVR_AMX_KERNEL(linear_amx, LinearSteps& steps)
 
 // Packs one panel. rows: 32 pointers to K elements, null for columns beyond N.

@@ -267,7 +267,7 @@ def flash_attention(
     return fill(
         *("flash_attention", "FlashAttentionParams"),
         a=_attention(q, cu_q, k.shape[1], scale, causal, window, sinks, prefix, out),
-        **{"k": k, "v": v, "cu_kv": cu_kv},
+        **{"k": k, "v": v, "cu_kv": cu_kv, "keys": k.shape[0]},
         **_strides(k_th=k, v_th=v),
     )
 

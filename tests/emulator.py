@@ -32,6 +32,7 @@ class Emulator:
         self._run.argtypes = [
             ctypes.c_char_p,
             ctypes.c_void_p,
+            ctypes.c_int,
             ctypes.c_uint64,
             ctypes.c_char_p,
             ctypes.c_size_t,
@@ -41,12 +42,13 @@ class Emulator:
         names = (self._library.ivr_emu_op(i) for i in itertools.count())
         return [name.decode() for name in itertools.takewhile(bool, names)]
 
-    def run(self, op: str, params: ctypes.Structure, seed: int = 0) -> str:
+    def run(self, op: str, params: ctypes.Structure, seed: int = 0, *, capability: int = 80) -> str:
         """Runs an op and returns its launch configuration; Finding if something is wrong."""
         size = self._library.ivr_emu_params_size(op.encode())
         assert size == ctypes.sizeof(params), f"{op}: params differ from kernels/{op}.h"
         report = ctypes.create_string_buffer(1024)
-        status = self._run(op.encode(), ctypes.byref(params), seed, report, len(report))
+        arguments = (ctypes.byref(params), capability, seed, report, len(report))
+        status = self._run(op.encode(), *arguments)
         assert status in (0, 1), f"no emulated op {op}"
         if status == 1:
             raise Finding(f"{op}: {report.value.decode()}")

@@ -27,7 +27,7 @@ class Kernel:
 
     def check_local_memory(self, name: str) -> None:
         """Local memory is a spill, or an array that did not fit into registers."""
-        assert self.count(r"\bEXIT\b") > 0, f"{name}: no code read"
+        assert self.count(r"\b(EXIT|BPT)\b") > 0, f"{name}: no code read"
         assert self.stack == 0, f"{name}: {self.stack} bytes of stack"
         assert self.count(r"\b(STL|LDL)\b") == 0, f"{name}: touches local memory"
 
@@ -42,9 +42,10 @@ def tool(name: str) -> str:
 
 
 def output(*command: str | Path) -> str:
+    """What a command prints, warnings included."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def read_kernels(binary: Path) -> dict[str, Kernel]:

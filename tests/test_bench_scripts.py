@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl_rt import ops
+from internvl_rt import ops, selftest
 from internvl_rt.ops.registry import Inputs, outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -21,7 +21,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("peers", "ops", "make_checkpoint", "models"):
+    for name in ("peers", "ops", "make_checkpoint", "cpu", "accuracy"):
         sys.modules.pop(name, None)
 
 
@@ -134,22 +134,49 @@ def test_models_beside_transformers(tmp_path):
 
     shape = replace(make_checkpoint.SHAPES["tiny"], vocab=600)
     make_checkpoint.make(tmp_path / "model", shape, layout="hf")
-    command = [sys.executable, str(BENCH / "models.py"), "--shape", "tiny", "--seconds", "0"]
-    command += ["--rows", "vit-1,prefill-320,decode-8x320", "--dtype", "f32"]
+    rows = ["vit-1", "prefill-320", "decode-8x320", "decode-320-int4", "preprocess-4k"]
+    command = [sys.executable, str(BENCH / "cpu.py"), "--shape", "tiny", "--seconds", "0"]
+    command += ["--rows", ",".join(rows), "--dtype", "f32"]
     command += ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr + result.stdout
-    written = json.loads((tmp_path / "models-tiny-float32.json").read_text())
-    assert [row["row"] for row in written["rows"]] == ["vit-1", "prefill-320", "decode-8x320"]
+    written = json.loads((tmp_path / "cpu-tiny-float32.json").read_text())
+    assert [row["row"] for row in written["rows"]] == rows
     for row in written["rows"]:
-        assert row["ratio"] == row["transformers"]["median"] / row["ours"]["median"]
+        assert row["ratio"] == row["peer"]["median"] / row["ours"]["median"]
         assert row["ours"]["min"] <= row["ours"]["median"] <= row["ours"]["max"]
+        assert ("share" in row) == (row["row"] != "preprocess-4k")
+        if "share" in row:
+            assert row["floor"] > 0
     assert 0 < written["agreement"]["logits"] < 1e-3
     assert "sdpa attention" in written["peer"]
 
 
-def test_models_refuses_what_it_does_not_know():
-    command = [sys.executable, str(BENCH / "models.py"), "--rows", "vit-2"]
+def test_cpu_refuses_what_it_does_not_know():
+    command = [sys.executable, str(BENCH / "cpu.py"), "--rows", "vit-2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "'vit-2', allowed: vit-1" in result.stderr
+
+
+def test_quantised_weights_keep_the_demonstration_models_accuracy(tmp_path, monkeypatch, capsys):
+    """The gate of bench/accuracy.py over the small set of `selftest`."""
+    accuracy = pytest.importorskip("accuracy", reason="not run from the repository")
+    asked = [
+        (entry["task"], image, entry["question"], entry["answer"])
+        for image, entry in selftest.questions()
+    ]
+    monkeypatch.setattr(accuracy, "SETS", {"selftest": lambda count: asked[:count]})
+    # One answer of 32 is three points.
+    monkeypatch.setattr(accuracy, "GATE", {"int8": 3.2, "int4": 3.2})
+    out = tmp_path / "accuracy.json"
+    command = ["--sets", "selftest", "--runs", "bf16:native,int8:native,int4:native"]
+    assert accuracy.main([*command, "--count", "32", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["run"] for row in rows] == command[-1].split(",")
+    assert rows[0]["different"] == 0
+    assert rows[0]["accuracy"]["all"] > 75
+    monkeypatch.setattr(accuracy, "GATE", {"int8": -1.0})
+    capsys.readouterr()
+    assert accuracy.main([*command[:3], "bf16:native,int8:native", "--count", "5"]) == 1
+    assert "selftest int8: 0.0 points lost, allowed: -1.0" in capsys.readouterr().out

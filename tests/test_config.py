@@ -1,12 +1,13 @@
 """config.json: what is read, what is defaulted, what is refused and in which words."""
 
-import functools
 import json
 import os
-import random
 
 import pytest
 
+import fuzz
+from internvl_rt import config as reader
+from internvl_rt import image
 from internvl_rt.config import (
     ExpertsConfig,
     RopeScaling,
@@ -332,10 +333,19 @@ REFUSED_FAMILY = [
     ("phi3", "sliding_window", 2047, "sliding_window is 2047, expected an integer from 131072"),
     ("phi3", "rope_scaling", {"type": "dynamic", "factor": 2.0}, "supported: default, su"),
     ("phi3", "rope_scaling", {"type": "su"}, "short_factor is missing, expected 4 numbers"),
-    ("qwen3_moe", "decoder_sparse_step", 2, "decoder_sparse_step is 2, expected 1"),
-    ("qwen3_moe", "mlp_only_layers", [1], "mlp_only_layers is \\[1\\], expected no layers"),
+    ("qwen3_moe", "decoder_sparse_step", 0, "decoder_sparse_step is 0, expected an integer from 1"),
+    (
+        "qwen3_moe",
+        "mlp_only_layers",
+        [2],
+        "mlp_only_layers is \\[2\\], .* from 0 to 1",
+    ),
+    ("qwen3_moe", "mlp_only_layers", [True], "mlp_only_layers is \\[True\\], expected layers"),
+    ("qwen3_moe", "mlp_only_layers", 1, "mlp_only_layers is 1, expected layers"),
     ("qwen3_moe", "num_experts_per_tok", 4, "num_experts_per_tok is 4, expected .* 1 to 3"),
     ("qwen3_moe", "num_experts", None, "num_experts is None"),
+    ("qwen3_moe", "num_local_experts", 4, "num_local_experts is 4, expected num_experts=3"),
+    ("qwen3_moe", "num_local_experts", "3", "num_local_experts is '3', expected an integer"),
     ("qwen3_moe", "norm_topk_prob", 1, "norm_topk_prob is 1"),
     ("gpt_oss", "layer_types", ["full_attention"], "2 entries, as num_hidden_layers"),
     ("gpt_oss", "layer_types", ["chunked", "full_attention"], "layer_types is"),
@@ -429,7 +439,8 @@ def test_wrong_sizes(tmp_path, path, value):
 
 
 REFUSED = [
-    ("model_type", "llava", "model_type is 'llava', supported: internvl_chat, internvl"),
+    ("model_type", "blip", "model_type is 'blip', supported: internvl_chat, internvl, llava"),
+    ("model_type", "llava", "architectures is \\['InternVLChatModel'\\], supported: \\['LlavaLl"),
     ("model_type", None, "model_type is None"),
     ("model_type", ["internvl_chat"], "model_type is \\['internvl_chat'\\]"),
     (
@@ -469,7 +480,11 @@ REFUSED = [
     ("llm_config.rope_theta", 1e300, "rope_theta is 1e\\+300"),
     ("llm_config.rope_scaling", "dynamic", "rope_scaling is 'dynamic', expected an object"),
     ("llm_config.rope_scaling", {}, "rope_scaling.type is missing"),
-    ("llm_config.rope_scaling", {"type": "yarn", "factor": 2.0}, "type is 'yarn', supported"),
+    (
+        "llm_config.rope_scaling",
+        {"type": "su", "factor": 2.0},
+        "type is 'su', supported: default, lin",
+    ),
     ("llm_config.rope_scaling", {"rope_type": 3, "factor": 2.0}, "rope_type is 3, supported"),
     ("llm_config.rope_scaling", {"type": "dynamic"}, "factor is missing"),
     ("llm_config.rope_scaling", {"type": "dynamic", "factor": 0}, "factor is 0"),
@@ -487,8 +502,16 @@ REFUSED = [
     ("llm_config.eos_token_id", -1, "eos_token_id is -1"),
     ("llm_config.eos_token_id", [1, "2"], "eos_token_id"),
     ("llm_config.bos_token_id", True, "bos_token_id is True"),
-    ("llm_config.quantization_config", {"quant_method": "awq"}, "quantization_config is present"),
-    ("quantization_config", {}, "quantization_config is present"),
+    ("llm_config.quantization_config", {"quant_method": "gptq"}, "is 'gptq', supported: awq"),
+    ("quantization_config", {}, "quant_method is missing, supported: awq"),
+    ("quantization_config", {"quant_method": "awq", "bits": 8}, "bits is 8, supported: 4"),
+    ("quantization_config", {"quant_method": "awq", "version": "gemv"}, "supported: gemm"),
+    ("quantization_config", {"quant_method": "awq", "zero_point": False}, "supported: True"),
+    ("quantization_config", {"quant_method": "awq", "group_size": 96}, "one of 32, 64, 128"),
+    ("quantization_config", {"quant_method": "awq", "group_size": -1}, "group_size is -1"),
+    ("vision_config.quantization_config", {"quant_method": "awq"}, "unquantised weights"),
+    ("llm_config.rope_theta", 1, "rope_theta is 1"),
+    ("llm_config.partial_rotary_factor", 0.5, "partial_rotary_factor is 0.5, expected 1"),
     ("use_llm_lora", 16, "use_llm_lora is 16, supported: 0"),
     ("flash_mode", True, "flash_mode is True"),
     ("force_image_size", 70, "force_image_size is 70, expected a multiple of 28"),
@@ -612,69 +635,38 @@ def test_a_pipe_does_not_hang(tmp_path):
         load_config(tmp_path)
 
 
-def _mutate(rng, data):
-    """A few bytes changed, cut, doubled or replaced by what breaks parsers."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 3)):
-        at = rng.randrange(len(data) + 1)
-        kind = rng.randrange(4)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del data[at : at + rng.randint(1, 8)]
-        elif kind == 2:
-            data[at:at] = data[at : at + rng.randint(1, 40)]
-        else:
-            odd = [
-                b"-",
-                b"0",
-                b"99",
-                b"1e999",
-                b"null",
-                b"true",
-                b"[",
-                b"{",
-                b'"',
-                b"\\ud800",
-                b".",
-            ]
-            data[at : at + rng.randint(0, 4)] = rng.choice(odd)
-    return bytes(data)
+@pytest.mark.parametrize("base", fuzz.BASES, ids=fuzz.name_of)
+def test_fuzz(base):
+    found = fuzz.fuzz_configs(base, 600, f"test_config.{fuzz.name_of(base)}", run_every=20)
+    assert found["accepted"] > 100
+    assert found["refused"] > 100
+    assert found["run"] > 2
 
 
-def _mutate_value(rng, config):
-    """One value somewhere replaced by another kind of value."""
-    parents = [config, *(v for v in config.values() if isinstance(v, dict))]
-    scaling = [p["rope_scaling"] for p in parents if isinstance(p.get("rope_scaling"), dict)]
-    parent = rng.choice([*parents, *scaling])
-    key = rng.choice(sorted(parent))
-    odd = [None, True, -1, 0, 1, 3, 10**40, 1.5, -0.0, 1e308, "", "x", "\ud800", [], [1], {}, [[]]]
-    if rng.random() < 0.2:
-        del parent[key]
-    else:
-        parent[key] = rng.choice(odd)
-    return config
+def _any_number(section, key, low, high, default=0):
+    value = section.value(key, default)
+    if type(value) in (bool, int, float) and low <= value <= high:
+        return int(value)
+    section.wrong(key, "a number")
 
 
-FUZZED = [(original, f) for f in FAMILIES] + [(native, f) for f in NATIVE_FAMILIES]
+PLANTED = {
+    "true is 1": ("integer", _any_number),
+    "text is a number": (
+        "number",
+        lambda s, key, low, high, default=0: float(s.value(key, default)),
+    ),
+    "1 is true": ("boolean", lambda s, key, default=False: bool(s.value(key, default))),
+}
 
 
-@pytest.mark.parametrize(("make", "family"), FUZZED)
-def test_fuzz(tmp_path, make, family, monkeypatch):
-    rng = random.Random(f"test_config.fuzz.{make.__name__}.{family}")
-    make = functools.partial(make, family)
-    good = json.dumps(make()).encode()
-    data = b""
-    monkeypatch.setattr("internvl_rt.json_file.read_bytes", lambda path, limit: data)
-    accepted = 0
-    for i in range(1_000):
-        changed = _mutate_value(rng, make())
-        data = _mutate(rng, good) if i % 2 else json.dumps(changed).encode()
-        for load in (load_config, load_vision_config):
-            try:
-                load(tmp_path)
-                accepted += 1
-            except (ValueError, OSError) as error:
-                assert "\n" not in str(error)  # noqa: PT017 (success is allowed too)
-                str(error).encode("utf-8")
-    assert accepted > 100
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_fuzz_finds_readers_that_accept_too_much(name, monkeypatch):
+    method, lenient = PLANTED[name]
+    monkeypatch.setattr(reader._Section, method, lenient)
+    with pytest.raises(AssertionError, match="accepted, but"):
+        fuzz.fuzz_configs(fuzz.BASES[0], 2000, "planted")
+
+
+def test_a_tile_is_at_most_what_pictures_are_resized_to():
+    assert reader._MAX_IMAGE_SIZE == image.MAX_TILE_SIZE

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,12 +43,12 @@ def packed_weights(monkeypatch):
 def emulate(emulator, monkeypatch):
     """check(op, case, dtype) on the emulator under one seed; returns the launch configuration."""
 
-    def run(op: Any, case: Case, dtype: torch.dtype, seed: int) -> str:
+    def run(op: Any, case: Case, dtype: torch.dtype, seed: int, capability: int = 80) -> str:
         configs: list[str] = []
 
         def face(*arguments: Any, **named: Any) -> None:
             params = emulated.PARAMS[op.name](*arguments, **named)
-            configs.append(emulator.run(op.name, params, seed))
+            configs.append(emulator.run(op.name, params, seed, capability=capability))
 
         monkeypatch.setitem(op.faces, "emulated", face)
         check(op, case, dtype, "emulated")
@@ -103,6 +104,21 @@ def test_bits_do_not_depend_on_the_batch(op, phase, dtype, emulator, monkeypatch
 def test_every_op_on_a_gpu_has_batches():
     on_gpu = {op.name for op in ops.catalogue().values() if {"cuda", "triton"} & set(op.faces)}
     assert on_gpu == set(BATCHES) | ALONE
+
+
+# ---- attention on sm_90a: warpgroups and bulk tensor copies ------------------------------------
+
+FLASH = ops.catalogue()["flash_attention"]
+
+
+@pytest.mark.parametrize(
+    "case", [c for o, c, d in CATALOGUE if o is FLASH and d == torch.bfloat16], ids=_id
+)
+def test_flash_attention_on_sm_90a(case, emulate):
+    q = case.build(Inputs(case.name, torch.bfloat16))["q"]
+    config = emulate(FLASH, case, torch.bfloat16, seed=2, capability=90)
+    expected = "wgmma" if q.shape[2] in (64, 128) else "plain"
+    assert config.split()[0] == (expected if len(q) else "empty")
 
 
 # ---- attention: decode, broken page tables, who shares the batch --------------------------------
@@ -746,15 +762,59 @@ FINDINGS = {
     "tile_misaligned": r"ldmatrix: row of lane \d+ is misaligned",
     "tile_divergent": r"lane \d+ calls mma.sync with mask|mma.sync: mask ffffffff names lane \d+",
     "tile_mixed_transposition": r"ldmatrix: lanes differ in .trans",
+    "box_no_wait": r"read of shared memory that (an asynchronous copy|no thread)",
+    "box_more_bytes": r"deadlock in block .* 128 at an mbarrier",
+    "box_fewer_bytes": r"deadlock in block .* 128 at an mbarrier",
+    "box_row_too_many": r"out-of-bounds write of 16 bytes of shared memory: offset 2048 of an",
+    "box_misplaced_tile": r"tensor copy to offset \d+, no multiple of 1024",
+    "box_wrong_stride": r"out-of-bounds read of \d+ bytes at 0x",
+    "box_narrow_stride": r"tensor copy: the map has a wrong stride",
+    "wgmma_wrong_wait": r"wgmma_wait: accumulators are used that are still in flight",
+    "wgmma_no_proxy_fence": r"memory that thread \d+ has stored, without fence_async_reads",
+    "wgmma_no_barrier": r"race: thread \d+ reads shared|read of shared memory that no thread",
+    "wgmma_no_fence": r"wgmma: the last wgmma_fence has not seen these accumulators",
+    "wgmma_late_write": r"wgmma: the last wgmma_fence has not seen these accumulators",
+    "wgmma_missing_warp": r"warp 2 issues 3 wgmma, warp 0 of its warpgroup 4",
+    "wgmma_other_operand": r"wgmma 3 of warp \d differs from that of another warp",
+    "wgmma_uncommitted": r"wgmma_wait: accumulators are used that are still in flight",
+    "wgmma_early_use": r"wgmma: accumulators were changed before the wait",
+    "wgmma_early_reuse": r"write of shared memory that a wgmma in flight reads"
+    r"|race: thread 5 writes shared memory that another thread reads",
+    "wgmma_no_wait": r"ends with a wgmma in flight",
+    "wgmma_off_by_one": r"wgmma: a matrix starts at offset \d+, inside of its swizzle's pattern",
+    "wgmma_a_not_fenced": r"wgmma: the last wgmma_fence has not seen these registers of a",
+    "wgmma_a_changed": r"wgmma: registers of a were changed before the wait",
+    "tensor_no_wait": r"read of shared memory that (an asynchronous copy|no thread)",
+    "tensor_wrong_bytes": r"deadlock in block .* at an mbarrier|more than 1 arrivals"
+    r"|read of shared memory that an asynchronous copy of thread 0 has not reached",
+    "tensor_early_reuse": r"race: thread 0 writes shared memory that another thread reads"
+    r"|write of shared memory that an asynchronous copy of thread 0|more than 1 arrivals",
+    "tensor_early_release": r"write of shared memory that a wgmma in flight reads",
+    "tensor_row_too_many": r"deadlock|race: thread 0 writes|write of shared memory that an asynch",
+    "named_missing": r"race: thread \d+ reads|read of shared memory that no thread has written",
+    "named_wrong_id": r"deadlock in block .* 128 at a named barrier",
+    "named_wrong_count": r"named barrier 1 is for \d+ threads, and for \d+ to others",
+    "named_unawaited": r"ends with 128 threads at named barrier 3",
+    "registers_too_many": r"setmaxnreg asks for 66560 registers, there are 65536",
+    "registers_one_warp": r"the threads of a warpgroup differ in setmaxnreg",
+}
+# Shapes of x by the kernels' families; else 3 x 100.
+SHAPES = {
+    "async": (3, 1024),
+    "bulk": (3, 2048),
+    "tile": (32, 16),
+    "box": (20, 40),
+    "wgmma": (192, 128),
+    "tensor": (128, 128),
+    "named": (1, 128),
+    "registers": (1, 128),
 }
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", FINDINGS)
 def test_planted_bug_is_found(emulator, name, seed):
-    x = torch.ones(
-        {"async": (3, 1024), "bulk": (3, 2048), "tile": (32, 16)}.get(name.split("_")[0], (3, 100))
-    )
+    x = torch.ones(SHAPES.get(name.split("_")[0], (3, 100)))
     with pytest.raises(Finding) as finding:
         _planted(emulator, name, x, seed)
     assert re.search(FINDINGS[name], str(finding.value)), finding.value
@@ -813,6 +873,66 @@ def test_tensor_core_tiles(emulator, seed):
         y = _planted(emulator, name, x, seed)[:16]
         assert not torch.equal(y, product)
         assert wrong is None or torch.equal(y, wrong)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_boxes_of_tensors(emulator, seed):
+    x = Inputs("box", torch.float32).normal(20, 40)
+    moved = torch.nn.functional.pad(x, (3, 0, 2, 0))[:20, :40]
+    assert torch.equal(_planted(emulator, "box_copy", x, seed), moved)
+    assert not torch.equal(_planted(emulator, "box_wrong_swizzle", x, seed), moved)
+    x = Inputs("planes", torch.float32).normal(12, 32)
+    planes = x.unflatten(0, (2, 6)).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(_planted(emulator, "box_planes", x, seed), planes)
+    cubes = x.unflatten(0, (2, 2, 3)).transpose(1, 2).flatten(0, 2)
+    assert torch.equal(_planted(emulator, "box_cubes", x, seed), cubes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_products_of_a_warpgroup(emulator, seed):
+    x = Inputs("wgmma", torch.bfloat16).integers(-9, 9, 192, 128).float()
+    a, b = x[:64, :64], x[64:, :64]
+    for n in (16, 64, 128):
+        y = _planted(emulator, f"wgmma_{n}", x, seed)
+        assert torch.equal(y[:64, :n], a @ b[:n].T)
+        assert y[:64, n:].isnan().all()
+    y = _planted(emulator, "wgmma_groups", x, seed)
+    assert torch.equal(y[:64, :64], a @ b[:64].T)
+    assert torch.equal(y[64:128, :64], a @ b[64:].T)
+    product = a @ x[64:128]
+    assert torch.equal(_planted(emulator, "wgmma_registers", x, seed)[:64], product)
+    # Matrices of the wrong place give numbers, and wrong ones.
+    for name in ("wgmma_wrong_stride", "wgmma_wrong_swizzle", "wgmma_wrong_major"):
+        assert not torch.equal(_planted(emulator, name, x, seed)[:64, :64], a @ b[:64].T)
+    y = _planted(emulator, "wgmma_wrong_leading", x, seed)[:64]
+    assert torch.equal(y[:, :64], product[:, :64])
+    assert not torch.equal(y[:, 64:], product[:, 64:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_products_of_boxes(emulator, seed):
+    rows = Inputs("tensor", torch.bfloat16).integers(-9, 9, 128, 256).bfloat16()
+    x = rows.view(torch.float32)
+    product = rows[:64].float() @ rows[64:].float().T
+    assert torch.equal(_planted(emulator, "tensor_product", x, seed)[:64, :64], product)
+    assert not torch.equal(_planted(emulator, "tensor_wrong_swizzle", x, seed)[:64, :64], product)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_named_barriers_and_registers(emulator, seed):
+    x = Inputs("named", torch.float32).normal(1, 128)
+    assert torch.equal(_planted(emulator, "named_barrier", x, seed), x.flip(1))
+    _planted(emulator, "registers_set", x, seed)
+
+
+def test_every_planted_kernel_is_tested():
+    # Those without a finding are compared with what they should, or should not, have computed.
+    header = (SOURCES / "emu" / "planted.h").read_text()
+    body = re.search(r"enum class Planted \{(.*?)\};", header, re.DOTALL)[1]
+    names = set(re.findall(r"^ +(\w+),", body, re.MULTILINE))
+    here = Path(__file__).read_text() + "wgmma_16 wgmma_64 wgmma_128"
+    assert names >= set(FINDINGS)
+    assert not [n for n in names if not re.search(rf"\b{n}\b", here)]
 
 
 def test_portable_switch(objects, tmp_path):

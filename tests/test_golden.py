@@ -372,6 +372,27 @@ def test_the_larger_tower_under_its_native_names(tmp_path):
     assert torch.equal(ours, original)
 
 
+def test_the_tower_of_the_contrastive_model(tmp_path):
+    """InternVL-14B-224px: the original names, beside those of what is not run."""
+    g = golden("chat-v1_1-llama")
+    stored = load_file(g.folder / "model.safetensors")
+    tensors = {name: t for name, t in stored.items() if name.startswith("vision_model.")}
+    others = ("qllama.model.norm.weight", "query_tokens", "text_projection", "logit_scale")
+    others += ("clip_projector.proj.bias", "clip_projector2.proj.bias", "itm_head.bias")
+    save_file(tensors | {n: torch.zeros(3) for n in others}, tmp_path / "model.safetensors")
+    vision = json.loads((g.folder / "config.json").read_text())["vision_config"]
+    config = {"model_type": "internvl", "qllama_config": {}, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(8))
+    found, expected = (ivr.load_vision(f, dtype="float32") for f in (tmp_path, g.folder))
+    assert torch.equal(found(pixels).last_hidden_state, expected(pixels).last_hidden_state)
+    with pytest.raises(ValueError, match="InternVL-14B-224px compares and does not chat"):
+        ivr.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"force_image_size": 112}))
+    with pytest.raises(ValueError, match=r"position_embedding is .*, expected \[1, 65, "):
+        ivr.load_vision(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tied_head_is_the_embedding(tmp_path, dtype):
     source = golden("internvl3-qwen2_5").folder

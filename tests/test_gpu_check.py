@@ -45,7 +45,7 @@ def gpu_check(monkeypatch):
     for name in ("WARM_UP", "SECONDS", "_PRODUCT"):
         monkeypatch.setattr(gpu_check.bench, name, getattr(gpu_check.bench, name))
     yield gpu_check
-    for name in ("gpu_check", "gpu_parts", "models", "make_checkpoint", "peers"):
+    for name in ("gpu_check", "gpu_parts", "cpu", "make_checkpoint", "peers"):
         sys.modules.pop(name, None)
 
 

@@ -25,7 +25,7 @@ from internvl_rt.prompt import (
     with_placeholders,
 )
 from internvl_rt.tokenizer import load_tokenizer
-from tiny_tokenizer import ADDED, HARMONY, write_json, write_phi3
+from tiny_tokenizer import ADDED, HARMONY, PLAIN_ADDED, write_json, write_phi3
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden/conversation/golden.json").read_text(encoding="utf-8")
@@ -288,10 +288,21 @@ def test_typed_special_tokens_are_plain_text(tokenizer, token, place):
     )
     token_id = tokenizer.token_id(token)
     extra = built.token_ids.count(token_id) - plain.token_ids.count(token_id)
-    assert extra == (1 if token in MARKERS else 0)
+    untyped = token in PLAIN_ADDED and place in ("answer", "system")
+    assert extra == (1 if token in MARKERS or untyped else 0)
     whole = tokenizer.decode(built.token_ids, skip_special=False)
     assert typed in whole  # nothing of the text is lost
     assert len(built.image_spans) == 0
+
+
+def test_thoughts_are_marked_as_the_reference_has_them(tokenizer):
+    """The whole string's ids, where operator and model wrote the marks: InternVL3.5's thinking."""
+    system = "First <think>\nat length</think>, then answer."
+    history = [("Hello", "<think>\nHm</think>\n\nHello <box>[[1]]</box>")]
+    call = {"template": "internvl2_5", "history": history, "system": system}
+    whole = tokenizer.encode_markup(render("Hello world", **call))
+    assert build_prompt(tokenizer, "Hello world", **call).token_ids == whole
+    assert whole.count(tokenizer.token_id("<think>")) == 2
 
 
 def test_no_special_token_forms_where_texts_meet(tokenizer):

@@ -17,6 +17,8 @@ from isas import ISAS, stand_in
 
 FORMATS = ("int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16)
+# What multiplies codes instead of the weights that they stand for.
+DIGITS = ("avx512_bf16", torch.bfloat16)
 SHAPES = [(0, 5), (5, 0), (1, 1), (33, 65), (64, 64), (2100, 70)]
 
 
@@ -105,16 +107,19 @@ def test_unpack_gives_codes_times_scales(make, fmt, N, K):
 
 def test_the_packed_layout():
     w = torch.zeros(33, 64)
-    w[32, :4] = torch.tensor([-8.0, 7.0, 3.0, -2.0])  # scale 1
-    for fmt, expected in (("int8", None), ("int4", [(15 << 4) | 0, (6 << 4) | 11])):
+    w[32, :5] = torch.tensor([-8.0, 7.0, 3.0, -2.0, 5.0])  # scale 1
+    for fmt in FORMATS:
         panel = pack(w, quant=fmt).data.view(2, -1)[1]
-        codes = panel[64:]
+        scale, first, second = panel[:2], panel[64:68], panel[64 + 128 : 64 + 128 + 4]
+        q = quantise(w, fmt)[0][32].int()
         if fmt == "int4":
-            assert panel[:2].view(torch.bfloat16).item() == 1
-            assert [int(codes[0]), int(codes[32])] == expected
+            assert scale.view(torch.bfloat16).item() == 1
+            q += 8
+            assert first.tolist() == [int(q[k] | q[k + 4] << 4) for k in range(4)]
+            assert second.tolist() == [8 << 4 | 8] * 4
         else:
-            q = quantise(w, fmt)[0][32, :4].int() + 128
-            assert [int(codes[i]) for i in (0, 1, 64, 65)] == q.tolist()
+            assert first.tolist() == (q[:4] + 128).tolist()
+            assert second.tolist() == (q[4:8] + 128).tolist()
 
 
 def test_packing_joins_weights_and_refuses_the_rest(make):
@@ -139,6 +144,8 @@ def test_packing_joins_weights_and_refuses_the_rest(make):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_product_is_that_of_the_dequantised_weight(isa, make, dtype, N, K, fmt):
     """Bit for bit: rounded to bfloat16 where bfloat16 is multiplied, exact elsewhere."""
+    if (isa, dtype) == DIGITS:
+        pytest.skip("multiplies the codes themselves")
     quantised = pack(make(N, K), quant=fmt)
     bias, residual = make(N).to(dtype), make(70, N).to(dtype)
     rounded = dtype == torch.bfloat16 and stand_in(isa) != isa
@@ -150,6 +157,58 @@ def test_the_product_is_that_of_the_dequantised_weight(isa, make, dtype, N, K, f
         ours = linear(x, quantised, **options)
         options = {k: v.to(kind) if torch.is_tensor(v) else v for k, v in options.items()}
         assert torch.equal(bits(ours), bits(linear(x.to(kind), plain, **options).to(dtype))), M
+
+
+@pytest.fixture
+def digits():
+    if DIGITS[0] not in ISAS:
+        pytest.skip("no kernel of this machine multiplies codes")
+    _C.force_isa(DIGITS[0])
+    yield
+    _C.force_isa("")
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056)])
+def test_codes_times_digits(digits, make, N, K, fmt):
+    """The definition in kernels/cpu/linear_codes_dot.cpp: exact sums of a group, added in order."""
+    w = pack(make(N, K), quant=fmt)
+    codes, scales = quantise(unpack(w), fmt)
+    assert torch.equal(dequantise(codes, scales)[:, :K], unpack(w))
+    groups = codes.shape[1] // 64
+    codes = codes.view(N, groups, 64).double()
+    for M in (1, 2, 3, 4, 6, 7, 13, 40, 70):
+        x = (make(M, K) * 8 ** make(M, K)).bfloat16()
+        x[0, :64] = 0
+        spread = torch.nn.functional.pad(x.double(), (0, -K % 64)).view(M, groups, 64)
+        power = 2.0 ** (13 - spread.abs().amax(-1).clamp(min=1e-30).log2().floor())
+        taken = (spread * power[..., None]).round() / power[..., None]
+        assert bool((taken - spread).abs().max() > 0)
+        total = torch.zeros(M, N)
+        for g in range(groups):
+            sums = (taken[:, g] * power[:, g, None]) @ codes[:, g].T
+            factor = (scales[:, g].float() * (1 / power[:, g, None]).float()).double()
+            total = (sums.float().double() * factor + total.double()).float()
+        assert torch.equal(bits(linear(x, w, out_dtype=torch.float32)), bits(total)), M
+
+
+def test_codes_times_numbers_that_are_not_finite_or_tiny(digits, make):
+    w = pack(make(40, 200), quant="int8")
+    x = make(9, 200).bfloat16()
+    right = linear(x, w)
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        broken = x.clone()
+        broken[4, 130] = bad
+        y = linear(broken, w)
+        assert bool(y[4].isnan().all())
+        assert torch.equal(bits(y[[0, 1, 2, 3, 5, 6, 7, 8]]), bits(right[[0, 1, 2, 3, 5, 6, 7, 8]]))
+    for power in (2.0**-100, 2.0**100):
+        truth = (x * power).double() @ unpack(w).double().T
+        y = linear(x * power, w, out_dtype=torch.float32).double()
+        assert float((y - truth).abs().max() / truth.abs().max()) < 1e-3
+    largest = torch.full((1, 200), torch.finfo(torch.bfloat16).max).bfloat16()
+    assert not bool(linear(largest, w).isnan().any())
+    assert not bool(linear(torch.full((1, 200), 1e-39).bfloat16(), w).any())
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -171,7 +230,7 @@ def test_the_forced_instruction_set_runs(isa, make):
     x, w = make(20, 64), pack(make(32, 64), quant="int4")
     _C.kernel_counts(reset=True)
     linear(x.bfloat16(), w)
-    assert _C.kernel_counts(reset=True) == {f"linear_bf16/{isa}": 1}
+    assert _C.kernel_counts(reset=True) == {f"linear_codes/{isa}": 1}
     linear(x, w)
     assert _C.kernel_counts(reset=True) == {f"linear_f32/{stand_in(isa)}": 1}
 

@@ -84,3 +84,45 @@ def test_the_dynamic_table_is_continuous_at_the_limit(text):
     at, beyond = rotary([1024, 1025])[0]
     assert not torch.equal(at, beyond)
     assert float((at / beyond).log().abs().max()) < 3.0 * math.log(1025 / 1024) * 1.1
+
+
+CONFIGS = {
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0},
+    "yarn_stretched": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 256,
+        "beta_fast": 16,
+        "beta_slow": 2,
+    },
+    "yarn_mscale": {"rope_type": "yarn", "factor": 8.0, "mscale": 0.8, "mscale_all_dim": 0.5},
+    "yarn_one_mscale": {"rope_type": "yarn", "factor": 8.0, "mscale": 0.8},
+    "yarn_attention": {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.1},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, **LLAMA3},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_configs_against_transformers(tmp_path, family, kind):
+    """From rope_scaling of a config.json to angles: no family has a way of its own."""
+    scaling = CONFIGS[kind]
+    config = original(family)
+    more = {"head_dim": 32, "max_position_embeddings": 1024, "rope_theta": 1e5}
+    config["llm_config"] |= more | {"rope_scaling": scaling}
+    text = load_config(write_config(tmp_path, config)).text
+    reference = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        rope_parameters=scaling | {"rope_theta": 1e5},
+    )
+    for length in LENGTHS:
+        table, scale = Rotary(text)([length])
+        theirs, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](reference, "cpu", length)
+        torch.testing.assert_close(table[0], theirs, rtol=1e-6, atol=0)
+        assert float(scale[0]) == pytest.approx(factor, rel=1e-6)
+    stretch = 1 if kind in ("llama3", "yarn_stretched") else scaling["factor"]
+    assert text.context == 1024 * stretch

@@ -1,7 +1,9 @@
 """The demonstration model's pictures are what their answers say, and its training trains."""
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ import draw  # noqa: E402
 import export  # noqa: E402
 import optimizer  # noqa: E402
 import tokens  # noqa: E402
+import train  # noqa: E402
 import world  # noqa: E402
 from model import Demo, Sizes  # noqa: E402
 
@@ -81,13 +84,16 @@ def test_relation_agrees_with_the_boxes():
 def test_labels_cover_the_thing_and_nothing_else():
     canvas = draw.Canvas(np.random.default_rng(0), 112, 112)
     canvas.shape("square", "red", 42, (14, 28))
-    kinds, colours = (x.reshape(8, 8) for x in canvas.picture().labels())
+    labels = canvas.picture().labels()
+    kinds, colours, centres = (labels[k].reshape(8, 8) for k in ("kinds", "colours", "centres"))
     inside = np.zeros((8, 8), bool)
     inside[2:5, 1:4] = True
     assert (kinds[inside] == world.SHAPE_CLASS + world.SHAPES.index("square")).all()
     assert (colours[inside] == world.COLOUR_NAMES.index("red")).all()
     assert set(kinds[~inside].tolist()) <= {0, draw.IGNORE}
     assert (colours[~inside] == draw.IGNORE).all()
+    assert (labels["boxes"].reshape(8, 8, 4)[inside] == [1, 2, 4, 5]).all()
+    assert np.argwhere(centres).tolist() == [[3, 2]]
 
 
 def test_a_conversation_is_the_prompt_that_runs():
@@ -105,10 +111,94 @@ def test_a_conversation_is_the_prompt_that_runs():
         tokens_per_tile=1,
     )
     assert shown == expected + "red<|im_end|>"
-    marked = [i for i, answer in zip(talk.after, talk.answers, strict=True) if answer]
+    marked = [i for i, weight in zip(talk.after, talk.weights, strict=True) if weight]
     assert (
         writer.tokenizer.decode(marked, skip_special_tokens=False) == "4821<|im_end|>red<|im_end|>"
     )
+
+
+def test_the_tokenizer_is_still_the_committed_one():
+    committed = (ivr.model.DEMO_MODEL / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(tokens.make_tokenizer(Sizes.vocab).to_str()) == json.loads(committed)
+
+
+def test_a_box_weighs_by_its_leading_digits():
+    writer = tokens.Writer(tokens.make_tokenizer(700))
+    ids = writer.ids("<ref>star</ref><box>[[045, 120, 388, 467]]</box>")
+    weights = writer.weights(ids)
+    digits = [
+        w for i, w in zip(ids, weights, strict=True) if writer.tokenizer.decode([i]).isdigit()
+    ]
+    assert digits == 4 * list(tokens.DIGIT_WEIGHTS)
+    assert set(weights) - set(digits) == {tokens.BOX_WEIGHT}
+
+
+def test_conversations_about_one_picture_do_not_see_each_other():
+    torch.manual_seed(2)
+    model = Demo(SMALL, 5, 3)
+    writer = tokens.Writer(tokens.make_tokenizer(SMALL.vocab))
+    talks = [
+        writer.conversation([(q, a)]) for q, a in (("What is this?", "star"), ("Count it.", "3 2"))
+    ]
+    before, pictures = torch.tensor([talks[0].before]), torch.randn(1, 4, SMALL.width)
+
+    def states(talk):
+        after = [torch.tensor([x]) for x in (talk.after, talk.branch, talk.position)]
+        return train.Trainer.states(SimpleNamespace(model=model), before, pictures, *after)
+
+    joined, shared = states(tokens.together(talks)), before.shape[1] + pictures.shape[1]
+    at = shared
+    for talk in talks:
+        alone = states(talk)
+        assert torch.allclose(alone[:, :shared], joined[:, :shared], atol=1e-5)
+        n = len(talk.after)
+        assert torch.allclose(alone[:, shared:], joined[:, at : at + n], atol=1e-5)
+        at += n
+    assert at == joined.shape[1]
+
+
+@pytest.mark.parametrize("task", ["shape and colour", "relation", "emoji"])
+def test_boxes_are_those_of_the_things(task):
+    rng = np.random.default_rng(5)
+    for picture in (draw.scene(rng, task, 300, 200) for _ in range(10)):
+        located = [turn for turn in picture.turns if turn[0] == "box"]
+        assert len(located) == len(picture.items)
+        for (_, question, answer), item in zip(located, picture.items, strict=True):
+            (region,) = ivr.grounding.parse(answer, 300, 200)
+            assert question in [q.format(a=region.label) for q in world.GROUNDING]
+            assert np.allclose(region.box, np.clip(item.box, 0, [300, 200] * 2), atol=0.4)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("<ref>red star</ref><box>[[100, 100, 300, 300]]</box>", True),
+        ("<ref>red star</ref><box>[[100, 100, 301, 199]]</box>", False),
+        ("<ref>red star</ref><box>[[100, 099, 300, 201]]</box>", True),
+        ("<ref>red star</ref><box>[[400, 400, 600, 600]]</box>", False),
+        ("<ref>star</ref><box>[[100, 100, 300, 300]]</box>", False),
+        ("<ref>red star</ref>", False),
+        ("red star", False),
+    ],
+)
+def test_a_box_is_right_from_half_on(answer, right):
+    assert data.right(answer, "<ref>red star</ref><box>[[100, 100, 300, 300]]</box>") == right
+
+
+def test_the_exam_of_boxes_asks_for_one():
+    for picture in data.exam("box", 112, 5, held_out=True, seed=4):
+        task, question, answer = picture.turns[0]
+        assert task == "box"
+        assert data.right(answer, answer)
+        assert question.rstrip("?.").endswith(ivr.grounding.parse(answer, 1, 1)[0].label)
+
+
+def test_relations_are_asked_both_ways():
+    opposite = {"left": "right", "above": "below"}
+    opposite |= {b: a for a, b in opposite.items()}
+    for picture in scenes("relation", 10):
+        (_, _, there), (_, _, back) = (t for t in picture.turns if t[0] == "relation")
+        assert back == opposite[there]
 
 
 def test_optimizer_learns_and_leaves_the_frozen_alone():
@@ -157,9 +247,7 @@ def test_the_exported_checkpoint_is_the_trained_model(tmp_path):
 
 
 def test_training_goes_on_from_the_committed_weights(tmp_path):
-    from train import Trainer
-
-    trainer = Trainer(tmp_path, "cpu", ivr.model.DEMO_MODEL)
+    trainer = train.Trainer(tmp_path, "cpu", ivr.model.DEMO_MODEL)
     stored = load_file(ivr.model.DEMO_MODEL / "model.safetensors")
     named = dict(trainer.model.named_parameters())
     assert set(named) - set(stored) == {n for n in named if n.startswith("dense.")}
@@ -175,7 +263,7 @@ def test_tiles_are_those_of_preprocess():
     rng = np.random.default_rng(3)
     picture = draw.scene(rng, "emoji", 300, 200)
     tiles = data.tiles_of(picture.pixels, 112)
-    whole = ivr.image.preprocess(picture.pixels, max_tiles=data.MAX_TILES, image_size=112)
+    whole = ivr.image.preprocess(picture.pixels, max_tiles=world.MAX_TILES, image_size=112)
     assert len(tiles) == len(whole) - 1 > 1
     assert torch.allclose(data.normalise(tiles, "cpu", torch.float32), whole[:-1], atol=1e-5)
 
@@ -189,8 +277,36 @@ def test_a_batch_of_every_source(kind, monkeypatch):
     assert arrays["pixels"].shape == (3, 112, 112, 3)
     assert arrays["kinds"].shape == arrays["colours"].shape == (3, 64)
     assert (arrays["kinds"] >= world.EMOJI_CLASS).any(1).all()  # relation has not joined
-    assert arrays["after"].shape == arrays["answers"].shape
-    assert arrays["answers"].any(1).all()
+    assert len({arrays[k].shape for k in ("after", "weights", "branch", "position")}) == 1
+    assert (arrays["weights"] > 0).any(1).all()
     assert ("tiles" in arrays) == (kind == "tiles")
     again = data.batch(plan, writer, 0, 0.1)
     assert all(np.array_equal(arrays[k], again[k]) for k in arrays)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_place_in_a_window_is_that_in_the_whole(step):
+    grid, corner, n = Sizes().grid, (3, 5), 8 // step
+    rows, columns = (
+        torch.nn.functional.one_hot(torch.arange(c, c + 8, step), grid) * 100.0 for c in corner
+    )
+    said = {"row": rows.repeat_interleave(n, 0)[None], "column": columns.repeat(n, 1)[None]}
+    heads = {name: lambda _, logits=logits: logits for name, logits in said.items()}
+    trainer = SimpleNamespace(model=SimpleNamespace(dense=heads))
+
+    def loss(where):
+        zeros = torch.zeros(1, n * n, 4)
+        return train.Trainer.place_loss(trainer, ("row", "column"), zeros, where, step)
+
+    assert loss(corner) < 1e-6
+    assert loss((4, 5)) > 10
+
+
+def test_a_step_of_the_joint_stage_teaches_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "JOINS", {"emoji": 0.0})
+    trainer = train.Trainer(tmp_path, "cpu")
+    plan = data.Plan("test", (data.Source("tiles", 112, 2),), staged=True)
+    arrays = data.batch(plan, trainer.writer, 0, 0.0)
+    losses = trainer.losses("joint", train.STAGES["joint"], arrays)
+    assert set(losses) == {*train.DENSE_WEIGHTS, *train.TOKEN_WEIGHTS, "answer"}
+    assert all(0 <= v.detach() < 100 for v in losses.values())  # also without a colour to name

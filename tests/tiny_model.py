@@ -78,6 +78,26 @@ NATIVE = {
     | {"model_type": "internvl_vision", "image_size": [56, 56], "patch_size": [14, 14]},
     "text_config": TEXT,
 }
+# Chat V1.0: the language model's keys stand at the top, the tower has a config of its own.
+TOWER = "InternViT-6B-tiny"
+LLAVA = {
+    **TEXT,
+    "model_type": "llava",
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 4096,
+    "torch_dtype": "bfloat16",
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": 16,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": f"OpenGVLab/{TOWER}",
+    "use_mm_proj": True,
+}
 PREPROCESSOR = {
     "crop_to_patches": False,
     "min_patches": 1,
@@ -170,6 +190,10 @@ def native(family: str = "qwen2") -> dict:
     config = copy.deepcopy(NATIVE)
     config["text_config"] |= copy.deepcopy(FAMILIES[family])
     return config
+
+
+def llava() -> dict:
+    return copy.deepcopy(LLAVA)
 
 
 def write_config(folder: Path, config: dict) -> Path:
@@ -288,6 +312,22 @@ def original_tensors(family="qwen2", dtype=torch.bfloat16) -> dict[str, torch.Te
     }
     shapes |= _decoder_shapes("language_model.model.", family)
     return original_vision(dtype=dtype) | _fill(shapes, dtype)
+
+
+LLAVA_TOWER = "model.vision_tower.vision_tower."
+
+
+def llava_tensors(dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Chat V1.0's, with the vision tower's."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.mm_projector.0.weight": (32, 16),
+        "model.mm_projector.0.bias": (32,),
+        "model.mm_projector.2.weight": (32, 32),
+        "model.mm_projector.2.bias": (32,),
+        "lm_head.weight": (40, 32),
+    }
+    shapes |= _decoder_shapes("model.", "llama")
+    return original_vision(LLAVA_TOWER, dtype) | _fill(shapes, dtype)
 
 
 def native_tensors(family="qwen2", *, newer: bool, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:

@@ -24,7 +24,8 @@ WORDS = [
     "Ġin",
 ]
 CHAT = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-PLAIN_ADDED = ["<tool_call>", "</tool_call>"]  # added tokens that are not flagged as special
+# Added tokens that are not flagged as special.
+PLAIN_ADDED = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 NINE = ["<img>", "</img>", "<IMG_CONTEXT>"]
 NINE += ["<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"]
 ADDED = [*CHAT, *PLAIN_ADDED, *NINE]
@@ -195,3 +196,11 @@ def write_llama_json(folder: Path, *, metaspace: str | None = None) -> None:
     added = [tokenizers.AddedToken(t, special=True, normalized=False) for t in ("<s>", *NINE)]
     tokenizer.add_tokens(added)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def write_llama(folder: Path, *, legacy: bool) -> None:
+    """As Vicuna has it: SentencePiece, BOS, no added tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model_bytes(pieces()))
+    config = {"add_bos_token": True, "bos_token": {"content": "<s>"}, "legacy": legacy}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

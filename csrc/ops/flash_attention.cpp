@@ -22,6 +22,7 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, do
                                .k = k.data,
                                .v = v.data,
                                .cu_kv = static_cast<const int32_t*>(cu_kv.data),
+                               .keys = check["Tkv"],
                                .k_t = k.stride(0),
                                .k_h = k.stride(1),
                                .v_t = v.stride(0),

@@ -199,7 +199,7 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
   check_offsets(check, "offsets", offsets, "M");
   check_rows(check, g);
   if (g.M * g.N == 0) return;
-  run(g, linear_steps(dtype));
+  run(g, linear_steps(dtype, dtype == DType::f32 ? WeightFormat::f32 : WeightFormat::bf16));
 }
 
 }  // namespace

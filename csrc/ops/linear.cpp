@@ -12,6 +12,7 @@ namespace {
 
 IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
 IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
+IVR_CPU_KERNEL_OBJECT_BF16(kernel_codes, "linear_codes", linear, linear_codes_dot, linear_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
@@ -112,7 +113,7 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return;
   if (ran_on_cuda(check, IVR_CUDA_KERNEL(linear), p, x)) return;
-  run(p, linear_steps(x.dtype));
+  run(p, linear_steps(x.dtype, format));
 }
 
 // The rows of several weights one after the other, packed into data.
@@ -147,9 +148,12 @@ void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
 
 }  // namespace
 
-LinearSteps linear_steps(DType dtype) {
+LinearSteps linear_steps(DType dtype, WeightFormat format) {
   LinearSteps steps;
-  (dtype == DType::f32 ? kernel_f32.pick() : kernel_bf16.pick())(steps);
+  auto& kernel = dtype == DType::f32    ? kernel_f32
+                 : is_quantised(format) ? kernel_codes
+                                        : kernel_bf16;
+  kernel.pick()(steps);
   return steps;
 }
 

@@ -404,9 +404,9 @@ void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   float* memory = static_cast<float*>(scratch);
   switch (p.format) {
     case WeightFormat::int8:
-      return run<Int8Pair>(p, begin, end, memory);
+      return run<Int8Codes>(p, begin, end, memory);
     case WeightFormat::int4:
-      return run<Int4Pair>(p, begin, end, memory);
+      return run<Int4Codes>(p, begin, end, memory);
     case WeightFormat::bf16:
       return run<bf16>(p, begin, end, memory);
     default:

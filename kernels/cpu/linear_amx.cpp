@@ -290,9 +290,9 @@ void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
 void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   switch (p.format) {
     case WeightFormat::int8:
-      return run<Int8Pair>(p, begin, end, scratch);
+      return run<Int8Codes>(p, begin, end, scratch);
     case WeightFormat::int4:
-      return run<Int4Pair>(p, begin, end, scratch);
+      return run<Int4Codes>(p, begin, end, scratch);
     default:
       return run<bf16>(p, begin, end, scratch);
   }

@@ -12,23 +12,29 @@
 namespace ivr {
 namespace {
 
-// Two k of a column: q + 128 each.
-struct Int8Pair {
+// A word of codes: consecutive k of one column. Code k of eight begins at bit at(k) of word
+// word(k).
+struct Int8Codes {
   static constexpr WeightFormat kFormat = WeightFormat::int8;
-  uint8_t even, odd;
+  static constexpr int kBits = 8, kWords = 2;  // words of eight k
+  static constexpr int word(int k) { return k / 4; }
+  static constexpr int at(int k) { return k % 4 * 8; }
+  uint32_t word_;
 };
-// Two k of a column: q + 8 each, the even one in the low half.
-struct Int4Pair {
+struct Int4Codes {
   static constexpr WeightFormat kFormat = WeightFormat::int4;
-  uint8_t both;
+  static constexpr int kBits = 4, kWords = 1;
+  static constexpr int word(int) { return 0; }
+  static constexpr int at(int k) { return k % 4 * 8 + k / 4 * 4; }
+  uint32_t word_;
 };
 
 template <class W>
 constexpr bool kIsCode = false;
 template <>
-constexpr bool kIsCode<Int8Pair> = true;
+constexpr bool kIsCode<Int8Codes> = true;
 template <>
-constexpr bool kIsCode<Int4Pair> = true;
+constexpr bool kIsCode<Int4Codes> = true;
 
 template <class T>
 const T* beside(const T* p, int64_t bytes) {
@@ -42,76 +48,95 @@ const W* panel_at(const LinearParams& p, int64_t panel, int64_t k) {
                 panel * panel_bytes(p.format, p.K) + panel_bytes(p.format, k));
 }
 
-// What load_codes adds to the q of an even and of an odd k.
-struct Bias {
-  float even, odd;
-};
-
+// Codes as floats, with an offset that the fused multiply-add takes away again.
 #if defined(__AVX512F__)
 
-constexpr int kAndOr = 0xea;  // (a & b) | c
-// A float of exponent e holds an integer below 2^8 in its bits from 23 - e on.
-inline F with_exponent(__m512i bits, int mask, int exponent) {
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      bits, _mm512_set1_epi32(mask), _mm512_set1_epi32((127 + exponent) << 23), kAndOr))};
+struct Words {
+  __m512i v;
+};
+inline Words load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+// A float of exponent e holds an integer below 2^e in its bits from 23 - e on. Codes are moved to
+// bit 8 or 12: there offset * scale is exact.
+constexpr int shift_of(int at) { return at < 8 ? -8 : (at - 8) / 8 * 8; }
+template <int kBits>
+constexpr float offset_of(int at) {
+  return static_cast<float>((1 << (23 - (at - shift_of(at)))) + (1 << (kBits - 1)));
 }
-inline void load_codes(const Int8Pair* p, F& even, F& odd) {
-  const __m512i u = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  even = with_exponent(_mm512_slli_epi32(u, 8), 0xff00, 15);
-  odd = with_exponent(u, 0xff00, 15);
-}
-inline void load_codes(const Int4Pair* p, F& even, F& odd) {
-  // Byte i goes to bits 8 to 15 of lane i.
-  const __m512i places =
-      _mm512_set_epi32(0x0f00, 0x0e00, 0x0d00, 0x0c00, 0x0b00, 0x0a00, 0x0900, 0x0800, 0x0700,
-                       0x0600, 0x0500, 0x0400, 0x0300, 0x0200, 0x0100, 0x0000);
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  const __m512i u = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), places);
-  even = with_exponent(u, 0x0f00, 15);
-  odd = with_exponent(u, 0xf000, 11);
-}
-constexpr Bias bias_of(const Int8Pair*) { return {32768 + 128, 32768 + 128}; }
-constexpr Bias bias_of(const Int4Pair*) { return {32768 + 8, 2048 + 8}; }
-
-#elif defined(__AVX2__)
-
-inline F from_ints(__m256i u) { return {_mm256_cvtepi32_ps(u)}; }
-inline void load_codes(const Int8Pair* p, F& even, F& odd) {
-  const __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  even = from_ints(_mm256_and_si256(u, _mm256_set1_epi32(255)));
-  odd = from_ints(_mm256_srli_epi32(u, 8));
-}
-inline void load_codes(const Int4Pair* p, F& even, F& odd) {
-  const __m256i u = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  even = from_ints(_mm256_and_si256(u, _mm256_set1_epi32(15)));
-  odd = from_ints(_mm256_srli_epi32(u, 4));
+template <int kBits, int kAt>
+inline F code_of(Words u) {
+  constexpr int kShift = shift_of(kAt), kPlace = kAt - kShift, kAndOr = 0xea;  // (a & b) | c
+  if constexpr (kShift < 0) u.v = _mm512_slli_epi32(u.v, -kShift);
+  if constexpr (kShift > 0) u.v = _mm512_srli_epi32(u.v, kShift);
+  return {_mm512_castsi512_ps(
+      _mm512_ternarylogic_epi32(u.v, _mm512_set1_epi32(((1 << kBits) - 1) << kPlace),
+                                _mm512_set1_epi32((127 + 23 - kPlace) << 23), kAndOr))};
 }
 
 #else
 
-inline void load_codes(const Int8Pair* p, F& even, F& odd) {
-  for (int i = 0; i < kLanes; ++i) {
-    even.v[i] = p[i].even;
-    odd.v[i] = p[i].odd;
-  }
+#if defined(__AVX2__)
+struct Words {
+  __m256i v;
+};
+inline Words load_words(const void* p) {
+  return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
 }
-inline void load_codes(const Int4Pair* p, F& even, F& odd) {
+template <int kBits, int kAt>
+inline F code_of(Words u) {
+  const __m256i mask = _mm256_set1_epi32((1 << kBits) - 1);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(u.v, kAt), mask))};
+}
+#else
+struct Words {
+  uint32_t v[kLanes];
+};
+inline Words load_words(const void* p) {
+  Words u;
+  memcpy(u.v, p, sizeof(u.v));
+  return u;
+}
+template <int kBits, int kAt>
+inline F code_of(Words u) {
+  F a;
   for (int i = 0; i < kLanes; ++i) {
-    even.v[i] = static_cast<float>(p[i].both & 15);
-    odd.v[i] = static_cast<float>(p[i].both >> 4);
+    a.v[i] = static_cast<float>(u.v[i] >> kAt & ((1u << kBits) - 1));
   }
+  return a;
+}
+#endif
+template <int kBits>
+constexpr float offset_of(int) {
+  return 1 << (kBits - 1);
 }
 
 #endif
-#if !defined(__AVX512F__)
-constexpr Bias bias_of(const Int8Pair*) { return {128, 128}; }
-constexpr Bias bias_of(const Int4Pair*) { return {8, 8}; }
+
+// Weight k of eight, for kLanes columns.
+template <class Code, int k>
+inline F weight_of(const Words* u, F scale) {
+  constexpr float kOffset = offset_of<Code::kBits>(Code::at(k));
+  return fma(code_of<Code::kBits, Code::at(k)>(u[Code::word(k)]), scale, scale * set(-kOffset));
+}
+
+// The pair of k and k + 1 of a panel's columns from j on: rows of fp32, or bf16 next to each other.
+template <class Code, int k>
+inline void put_pair(const Words* u, F scale, float* to) {
+  store(to + k * kPanelColumns, weight_of<Code, k>(u, scale));
+  store(to + (k + 1) * kPanelColumns, weight_of<Code, k + 1>(u, scale));
+}
+#if defined(__AVX512F__)
+template <class Code, int k>
+inline void put_pair(const Words* u, F scale, uint32_t* to) {
+  const F even = weight_of<Code, k>(u, scale), odd = weight_of<Code, k + 1>(u, scale);
+  _mm512_storeu_si512(to + k / 2 * kPanelColumns, round_pairs(even, odd));
+}
 #endif
 
 constexpr int64_t pair_stride(const float*) { return 2 * kPanelColumns; }
 constexpr int64_t pair_stride(const uint32_t*) { return kPanelColumns; }
 
 constexpr int64_t kGroupPairs = kQuantGroup / 2;
+constexpr int64_t kOctet = 4;          // pairs that are decoded together
 constexpr int64_t kCodesAhead = 2048;  // bytes that are fetched in advance
 
 template <class Code>
@@ -123,93 +148,32 @@ const Code* codes_of(const Code* group) {
   return beside(group, kScaleBytes);
 }
 
-// Pairs [begin, end) of one group of a panel in fp32.
-template <class Code>
-void decode_group(const Code* group, int64_t begin, int64_t end, float* to) {
-  constexpr Bias kBias = bias_of(static_cast<const Code*>(nullptr));
+// Pairs [begin, end) of one group of a panel; both are multiples of kOctet.
+template <class Code, class To>
+void decode_group(const Code* group, int64_t begin, int64_t end, To* to) {
   for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
     const F scale = load(scales_of(group) + j);
-    const F even_offset = scale * set(-kBias.even), odd_offset = scale * set(-kBias.odd);
-    for (int64_t k = begin; k < end; ++k) {
-      const Code* at = codes_of(group) + k * kPanelColumns + j;
-      if (j == 0) __builtin_prefetch(beside(at, kCodesAhead));
-      F even, odd;
-      load_codes(at, even, odd);
-      float* row = to + (k - begin) * 2 * kPanelColumns + j;
-      store(row, fma(even, scale, even_offset));
-      store(row + kPanelColumns, fma(odd, scale, odd_offset));
+    for (int64_t k = begin; k < end; k += kOctet) {
+      const Code* at = codes_of(group) + k / kOctet * Code::kWords * kPanelColumns + j;
+      Words u[Code::kWords];
+      for (int i = 0; i < Code::kWords; ++i) {
+        if (j % 16 == 0) __builtin_prefetch(beside(at + i * kPanelColumns, kCodesAhead));
+        u[i] = load_words(at + i * kPanelColumns);
+      }
+      To* row = to + (k - begin) * pair_stride(to) + j;
+      put_pair<Code, 0>(u, scale, row);
+      put_pair<Code, 2>(u, scale, row);
+      put_pair<Code, 4>(u, scale, row);
+      put_pair<Code, 6>(u, scale, row);
     }
   }
 }
 
-#if defined(__AVX512F__)
-
-// What 16 columns' codes are multiplied by and what is added: lanes 2c and 2c + 1 are the even and
-// the odd k of column c of eight, which is the order of pairs of bf16.
-struct PairScales {
-  F scale[2], offset[2];
-};
-
-template <class Code>
-PairScales load_pair_scales(const bf16* p) {
-  constexpr Bias kBias = bias_of(static_cast<const Code*>(nullptr));
-  const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  const __m512 less = _mm512_mask_blend_ps(0xaaaa, set(-kBias.even).v, set(-kBias.odd).v);
-  const F s = load(p);
-  PairScales scales;
-  for (int i = 0; i < 2; ++i) {
-    const __m512i columns = _mm512_add_epi32(twice, _mm512_set1_epi32(8 * i));
-    scales.scale[i].v = _mm512_permutexvar_ps(columns, s.v);
-    scales.offset[i] = scales.scale[i] * F{less};
-  }
-  return scales;
-}
-
-// Byte index[i] of the 16 at p goes to bits 8 to 15 of lane i; the other bits are arbitrary.
-inline __m512i spread(const void* p, __m512i index) {
-  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(p));
-  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), _mm512_slli_epi32(index, 8));
-}
-
-// 16 columns of a pair as pairs of bf16.
-inline __m512i load_decoded(const Int8Pair* p, const PairScales& by) {
-  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const F low = with_exponent(spread(p, lane), 0xff00, 15);
-  const F high = with_exponent(spread(p + 8, lane), 0xff00, 15);
-  return round_pairs(fma(low, by.scale[0], by.offset[0]), fma(high, by.scale[1], by.offset[1]));
-}
-inline __m512i load_decoded(const Int4Pair* p, const PairScales& by) {
-  const __m512i low_half = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  const __m512i high_half = _mm512_add_epi32(low_half, _mm512_set1_epi32(8));
-  const __m512i mask = _mm512_set1_epi64(0x0000f00000000f00);
-  const __m512i exponents = _mm512_set1_epi64(0x4500000047000000);  // 2^11 of odd k, 2^15 of even
-  const F low = {
-      _mm512_castsi512_ps(_mm512_ternarylogic_epi32(spread(p, low_half), mask, exponents, kAndOr))};
-  const F high = {_mm512_castsi512_ps(
-      _mm512_ternarylogic_epi32(spread(p, high_half), mask, exponents, kAndOr))};
-  return round_pairs(fma(low, by.scale[0], by.offset[0]), fma(high, by.scale[1], by.offset[1]));
-}
-
-// Pairs [begin, end) of one group of a panel in bf16.
-template <class Code>
-void decode_group(const Code* group, int64_t begin, int64_t end, uint32_t* to) {
-  for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
-    const PairScales by = load_pair_scales<Code>(scales_of(group) + j);
-    for (int64_t k = begin; k < end; ++k) {
-      const Code* at = codes_of(group) + k * kPanelColumns + j;
-      if (j == 0) __builtin_prefetch(beside(at, kCodesAhead));
-      _mm512_storeu_si512(to + (k - begin) * kPanelColumns + j, load_decoded(at, by));
-    }
-  }
-}
-
-#endif
-
-// `pairs` pairs from pair k on of the panel whose groups begin at w, as the product reads them:
-// fp32 [2 * pairs][32], or bf16 [pairs][32][2]. Every path of a product gets its weights here.
+// `pairs` pairs, rounded up to kOctet, from pair k on of the panel whose groups begin at w, as the
+// product reads them: fp32 [2 * pairs][32], or bf16 [pairs][32][2].
 template <class Code, class To>
 void decode(const Code* w, int64_t k, int64_t pairs, To* to) {
-  const int64_t stop = k + pairs;
+  const int64_t stop = k + (pairs + kOctet - 1) / kOctet * kOctet;
   while (k < stop) {
     const int64_t begin = k % kGroupPairs;
     const int64_t end = stop - k < kGroupPairs - begin ? begin + stop - k : kGroupPairs;

@@ -10,9 +10,6 @@
 // Rows of W that are not packed are transposed on the way, 16 rows by 16 pairs at a time: in the
 // registers of a group alone, else a piece at a time for all of a chunk's groups. Which changes no
 // bit: sums and their order are the same.
-//
-// Quantised weights become pairs right before they are used: in a small buffer, a piece of a panel
-// for all rows that meet it, or in registers for the fewest rows.
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
@@ -34,6 +31,9 @@ constexpr int64_t kRowStep = 360;  // 184 KB of x: a piece of a panel is read fr
 constexpr int64_t kPanelStep = 8;  // 368 KB of partial sums
 constexpr int64_t kFewRows = 36;   // below, the weights pass once, in the order of memory
 constexpr int64_t kAhead = 2048;   // bytes of a stream that are fetched in advance
+// Pairs of each of 16 rows in place, which are fetched into L2: rows of 1792 bytes share few sets
+// of L1 (12 against 25 GB/s). Not of the next panel: another thread may take that one.
+constexpr int64_t kRowsAhead = 256;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -69,42 +69,10 @@ template <int Rows, int Panels>
   }
 }
 
-// The same for quantised panels, whose weights are made in registers. w begins a group.
-template <int Rows, int Panels, class Code>
-[[gnu::always_inline]] inline void accumulate_codes(const uint32_t* a, const Code* w, int64_t step,
-                                                    int64_t pairs, Sums<Rows, Panels>& acc) {
-  constexpr int kVectors = Panels * kPanelVectors;
-  for (int64_t k = 0; k < pairs; k += kGroupPairs) {
-    PairScales by[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      const Code* group = beside(w, v / kPanelVectors * step);
-      by[v] = load_pair_scales<Code>(scales_of(group) + v % kPanelVectors * kLanes);
-    }
-    const Code* codes = codes_of(w);
-    const int64_t n = least(kGroupPairs, pairs - k);
-    for (int64_t i = 0; i < n; ++i, a += Rows, codes += kPanelColumns) {
-      Pairs b[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const Code* at = beside(codes, v / kPanelVectors * step) + v % kPanelVectors * kLanes;
-        if (v % kPanelVectors == 0) __builtin_prefetch(beside(at, kCodesAhead));
-        b[v] = {load_decoded(at, by[v])};
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        const Pairs x = set_pairs(a[r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = dot_pairs(x, b[v], acc[r][v]);
-      }
-    }
-    w = beside(w, panel_bytes(Code::kFormat, kQuantGroup));
-  }
-}
-
 // c[Rows][Panels * 32] (+)= a^T * w.
-template <int Rows, int Panels, class W>
-void multiply(const uint32_t* a, const W* w, int64_t step, int64_t pairs, float* c, int64_t c_m,
-              bool resume) {
+template <int Rows, int Panels>
+void multiply(const uint32_t* a, const uint32_t* w, int64_t step, int64_t pairs, float* c,
+              int64_t c_m, bool resume) {
   constexpr int kVectors = Panels * kPanelVectors;
   Sums<Rows, Panels> acc;
 #pragma GCC unroll 16
@@ -112,11 +80,7 @@ void multiply(const uint32_t* a, const W* w, int64_t step, int64_t pairs, float*
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) acc[r][v] = set(0.0f);
   }
-  if constexpr (kIsCode<W>) {
-    accumulate_codes<Rows, Panels>(a, w, step, pairs, acc);
-  } else {
-    accumulate<Rows, Panels>(a, w, step, pairs, kAhead, acc);
-  }
+  accumulate<Rows, Panels>(a, w, step, pairs, kAhead, acc);
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
@@ -127,38 +91,26 @@ void multiply(const uint32_t* a, const W* w, int64_t step, int64_t pairs, float*
   }
 }
 
-template <class W>
-using Multiply = void (*)(const uint32_t*, const W*, int64_t, int64_t, float*, int64_t, bool);
+using Multiply = void (*)(const uint32_t*, const uint32_t*, int64_t, int64_t, float*, int64_t,
+                          bool);
 
-// The panels that a group alone takes at once, and the most rows that codes meet in registers:
-// their scales need room there too. More rows find them decoded.
-constexpr int64_t kCodePanels = 2;
-constexpr int64_t kCodeRows = 3;
-template <class W>
+// The panels that a group alone takes at once.
 int64_t panels_at_once(int64_t rows) {
-  if constexpr (kIsCode<W>) {
-    return rows <= kCodeRows ? kCodePanels : 1;
-  } else {
-    return rows * 4 <= kRegisterPanels ? 4 : rows * 2 <= kRegisterPanels ? 2 : 1;
-  }
+  return rows * 4 <= kRegisterPanels ? 4 : rows * 2 <= kRegisterPanels ? 2 : 1;
 }
 
-template <class W, int Rows = kIsCode<W> ? kCodeRows : kGroup>
-Multiply<W> multiply_for(int64_t rows, int64_t panels) {
+template <int Rows = kGroup>
+Multiply multiply_for(int64_t rows, int64_t panels) {
   if (rows == Rows) {
-    if constexpr (kIsCode<W>) {
-      return multiply<Rows, kCodePanels, W>;
-    } else {
-      if constexpr (Rows * 4 <= kRegisterPanels) {
-        if (panels == 4) return multiply<Rows, 4, W>;
-      }
-      if constexpr (Rows * 2 <= kRegisterPanels) {
-        if (panels == 2) return multiply<Rows, 2, W>;
-      }
-      return multiply<Rows, 1, W>;
+    if constexpr (Rows * 4 <= kRegisterPanels) {
+      if (panels == 4) return multiply<Rows, 4>;
     }
+    if constexpr (Rows * 2 <= kRegisterPanels) {
+      if (panels == 2) return multiply<Rows, 2>;
+    }
+    return multiply<Rows, 1>;
   }
-  if constexpr (Rows > 1) return multiply_for<W, Rows - 1>(rows, panels);
+  if constexpr (Rows > 1) return multiply_for<Rows - 1>(rows, panels);
   return nullptr;
 }
 
@@ -167,7 +119,7 @@ void plan(LinearParams& p, int threads) {
   if (p.M <= kGroup) {
     p.row_step = p.M;
     p.row_blocks = 1;
-    const int64_t step = panels_at_once<uint32_t>(p.M);
+    const int64_t step = panels_at_once(p.M);
     p.panel_step = panels >= 8 * step * threads ? step : 1;
   } else {
     // Even blocks, whole groups.
@@ -210,36 +162,39 @@ inline void load_weights(const bf16* const* rows, int64_t k, int64_t K, F (&v)[k
   load_square(rows, k, K, v);
 }
 
-// multiply for one panel of rows of W from pair k on, in place.
+// multiply for 16 rows of W from pair k on, in place, of `all` pairs. What comes kRowsAhead pairs
+// later is fetched meanwhile, in these rows or in those that follow.
 template <int Rows>
-void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t k, int64_t pairs, int64_t K,
-                   float* c, bool resume) {
-  for (int v = 0; v < kPanelVectors; ++v) {
-    F acc[Rows];
+void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t k, int64_t pairs, int64_t all,
+                   int64_t K, float* c, bool resume) {
+  F acc[Rows];
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) acc[r] = set(0.0f);
-    for (int64_t i = 0; i < pairs; i += kLanes) {
-      F b[kLanes];
-      load_weights(w + v * kLanes, k + i, K, b);
-      const uint32_t* x = a + i * Rows;
+  for (int r = 0; r < Rows; ++r) acc[r] = set(0.0f);
+  for (int64_t i = 0; i < pairs; i += kLanes, a += kLanes * Rows) {
+    const int64_t at = k + i + kRowsAhead;
+    const bf16* const* ahead = at < all ? w : w + kLanes;
+    const int64_t from = 2 * (at < all ? at : at - all);
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) {
+    for (int r = 0; r < kLanes; ++r) __builtin_prefetch(ahead[r] + from, 0, 2);
+    F b[kLanes];
+    load_square(w, k + i, K, b);
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-          acc[r] = dot_pairs(set_pairs(x[j * Rows + r]), as_pairs(b[j]), acc[r]);
-        }
+    for (int j = 0; j < kLanes; ++j) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        acc[r] = dot_pairs(set_pairs(a[j * Rows + r]), as_pairs(b[j]), acc[r]);
       }
     }
+  }
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      float* to = c + r * kPanelColumns + v * kLanes;
-      store(to, resume ? load(to) + acc[r] : acc[r]);
-    }
+  for (int r = 0; r < Rows; ++r) {
+    float* to = c + r * kPanelColumns;
+    store(to, resume ? load(to) + acc[r] : acc[r]);
   }
 }
 
 using MultiplyRows = void (*)(const uint32_t*, const bf16* const*, int64_t, int64_t, int64_t,
-                              float*, bool);
+                              int64_t, float*, bool);
 
 template <int Rows = kGroup>
 MultiplyRows multiply_rows_for(int64_t rows) {
@@ -252,14 +207,9 @@ inline const bf16* const* rows_of(const LinearParams& p, int64_t panel) {
   return reinterpret_cast<const bf16* const*>(p.rows) + panel * kPanelColumns;
 }
 
-// A piece of a panel from pair k on: where it lies, or made from codes or rows.
-template <class W>
+// A piece of a panel from pair k on: where it lies, or made from rows.
 const uint32_t* piece_of(const LinearParams& p, int64_t panel, int64_t k, int64_t pairs,
                          uint32_t* made) {
-  if constexpr (kIsCode<W>) {
-    decode(panel_at<W>(p, panel, 2 * k), 0, pairs, made);
-    return made;
-  }
   if (!p.rows) return panel_at<uint32_t>(p, panel, 2 * k);
   for (int64_t i = 0; i < pairs; i += kLanes) {
     for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
@@ -293,9 +243,8 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
 }
 
 // One group meets its panels.
-template <class W>
-void one_group(const LinearParams& p, int64_t panel0, int64_t panel1, uint32_t* made, float* sums) {
-  const int64_t all = pairs_of(p), most = panels_at_once<W>(p.M);
+void one_group(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
+  const int64_t all = pairs_of(p), most = panels_at_once(p.M);
   int64_t together;
   for (int64_t panel = panel0; panel < panel1; panel += together) {
     together = panel1 - panel >= most ? most : 1;
@@ -303,15 +252,8 @@ void one_group(const LinearParams& p, int64_t panel0, int64_t panel1, uint32_t* 
     // At least one piece: the epilogue of a product over nothing.
     for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
       const int64_t pairs = least(kDepth / 2, all - k);
-      const uint32_t* x = rows_at(p, 0, k, pairs);
-      if (kIsCode<W> && together == 1) {
-        const uint32_t* w = piece_of<W>(p, panel, k, pairs, made);
-        multiply_for<uint32_t>(p.M, 1)(x, w, 0, pairs, sums, stride, k > 0);
-      } else {
-        const W* w = panel_at<W>(p, panel, 2 * k);
-        multiply_for<W>(p.M, together)(x, w, panel_bytes(p.format, p.K), pairs, sums, stride,
-                                       k > 0);
-      }
+      multiply_for(p.M, together)(rows_at(p, 0, k, pairs), panel_at<uint32_t>(p, panel, 2 * k),
+                                  panel_bytes(p.format, p.K), pairs, sums, stride, k > 0);
     }
     for (int64_t i = 0; i < together; ++i) {
       finish(p, sums + i * kPanelColumns, stride, 0, p.M, (panel + i) * kPanelColumns);
@@ -324,9 +266,12 @@ void one_group_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, f
   const int64_t all = pairs_of(p);
   const MultiplyRows run = multiply_rows_for(p.M);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
-    for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
-      const int64_t pairs = least(kDepth / 2, all - k);
-      run(rows_at(p, 0, k, pairs), rows_of(p, panel), k, pairs, p.K, sums, k > 0);
+    for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
+      const bf16* const* w = rows_of(p, panel) + j;
+      for (int64_t k = 0; k == 0 || k < all; k += kDepth / 2) {
+        const int64_t pairs = least(kDepth / 2, all - k);
+        run(rows_at(p, 0, k, pairs), w, k, pairs, all, p.K, sums + j, k > 0);
+      }
     }
     finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
   }
@@ -334,7 +279,6 @@ void one_group_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, f
 
 // A piece of every panel, then the next piece: the rows of x stay in L2. Few rows stay there
 // anyway, and take one panel after the other in the order of memory.
-template <class W>
 void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
             uint32_t* made, float* sums) {
   const int64_t all = pairs_of(p), panels = panel1 - panel0;
@@ -344,19 +288,17 @@ void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64
     const int64_t panel = few ? i / pieces : i % panels;
     const int64_t k = (few ? i % pieces : i / panels) * (kDepth / 2);
     const int64_t pairs = least(kDepth / 2, all - k);
-    const uint32_t* w = piece_of<W>(p, panel0 + panel, k, pairs, made);
+    const uint32_t* w = piece_of(p, panel0 + panel, k, pairs, made);
     for (int64_t m = m0; m < m1; m += kGroup) {
       const int64_t rows = least(m1 - m, kGroup);
       float* c = sums + (panel * (m1 - m0) + m - m0) * kPanelColumns;
-      multiply_for<uint32_t>(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns,
-                                      k > 0);
+      multiply_for(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns, k > 0);
       if (k + pairs >= all) finish(p, c, kPanelColumns, m, rows, (panel0 + panel) * kPanelColumns);
     }
   }
 }
 
-template <class W>
-void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   const int64_t panels = panel_count(p.N);
   uint32_t* made = static_cast<uint32_t*>(scratch);
   float* sums = static_cast<float*>(scratch) + kPiece;
@@ -365,23 +307,12 @@ void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
     const int64_t m = i % p.row_blocks * p.row_step, panel = i / p.row_blocks * p.panel_step;
     const int64_t last = least(panel + p.panel_step, panels);
     if (p.M > kGroup) {
-      groups<W>(p, m, least(m + p.row_step, p.M), panel, last, made, sums);
+      groups(p, m, least(m + p.row_step, p.M), panel, last, made, sums);
     } else if (p.rows) {
       one_group_in_place(p, panel, last, sums);
     } else {
-      one_group<W>(p, panel, last, made, sums);
+      one_group(p, panel, last, sums);
     }
-  }
-}
-
-void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.format) {
-    case WeightFormat::int8:
-      return run<Int8Pair>(p, begin, end, scratch);
-    case WeightFormat::int4:
-      return run<Int4Pair>(p, begin, end, scratch);
-    default:
-      return run<uint32_t>(p, begin, end, scratch);
   }
 }
 

@@ -228,6 +228,72 @@ IVR_DEVICE float quad_sum(float v) {
   return v + __shfl_xor_sync(kFullMask, v, 2);
 }
 
+// Scores of this lane's two rows: score[n] is its fragment of keys [8 n, 8 n + 8) behind `first`.
+// Those of keys that a row does not see become -inf.
+template <int kTiles>
+IVR_DEVICE void mask_scores(float (&score)[kTiles][4], int first, const int (&last)[2], int window,
+                            int prefix) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int key = first + n * 8 + lane % 4 * 2 + e % 2;
+      const bool visible = (key <= last[e / 2] && key > last[e / 2] - window) || key < prefix;
+      if (!visible) score[n][e] = kMinusInfinity;
+    }
+  }
+}
+
+// Turns scores into weights and takes them into the rows' statistics; `keep` is what earlier sums
+// are to be multiplied by.
+template <int kTiles>
+IVR_DEVICE void weigh_scores(float (&score)[kTiles][4], float (&top)[2], float (&sum)[2],
+                             float scale, float (&keep)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float largest = kMinusInfinity;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      largest = fmaxf(largest, fmaxf(score[n][2 * h], score[n][2 * h + 1]));
+    }
+    // Rounded before it is compared or subtracted: where nothing is larger, `keep` is exactly 1.
+    largest = fmaxf(top[h], multiply_rounded(quad_max(largest), scale));
+    const float base = largest == kMinusInfinity ? 0.0f : largest;
+    keep[h] = exp2_fast(top[h] - base);
+    top[h] = largest;
+    float more = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        score[n][e] = exp2_fast(score[n][e] * scale - base);
+        more += score[n][e];
+      }
+    }
+    sum[h] = sum[h] * keep[h] + more;
+  }
+}
+
+template <int kTiles>
+IVR_DEVICE void scale_rows(float (&out)[kTiles][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[n][e] *= factor[e / 2];
+  }
+}
+
+// Weights of keys [16 n, 16 n + 16) as an a fragment.
+template <int kTiles>
+IVR_DEVICE void pack_weights(const float (&weight)[kTiles][4], int n, uint32_t (&a)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float* pair = &weight[2 * n + i / 2][i % 2 * 2];
+    a[i] = pack_bf16(pair[0], pair[1]);
+  }
+}
+
 // Takes a tile of kKeys keys, the first of which is key `first` of the sequence. Keys from `end` on
 // exist for nobody; masked: not every row sees every key.
 template <int kD, int kRowTiles, int kKeys>
@@ -235,7 +301,6 @@ IVR_DEVICE void attend_tile(AttentionState<kD, kRowTiles>& s, Shared<bf16> k_til
                             Shared<bf16> v_tile, int first, int end, bool masked, int window,
                             int prefix, float scale) {
   constexpr int kGroups = kKeys / 16;
-  const int lane = threadIdx.x % kWarpSize;
   const int groups = min(kGroups, (end - first + 15) / 16);
 
   float score[kRowTiles][kKeys / 8][4];
@@ -259,51 +324,12 @@ IVR_DEVICE void attend_tile(AttentionState<kD, kRowTiles>& s, Shared<bf16> k_til
     }
   }
 
-  if (masked) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int key = first + n * 8 + lane % 4 * 2 + e % 2, last = s.last[r][e / 2];
-          const bool visible = (key <= last && key > last - window) || key < prefix;
-          if (!visible) score[r][n][e] = kMinusInfinity;
-        }
-      }
-    }
-  }
-
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float largest = kMinusInfinity;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        largest = fmaxf(largest, fmaxf(score[r][n][2 * h], score[r][n][2 * h + 1]));
-      }
-      // Rounded before it is compared or subtracted: where nothing is larger, `keep` is exactly 1.
-      const float top = fmaxf(s.top[r][h], multiply_rounded(quad_max(largest), scale));
-      const float base = top == kMinusInfinity ? 0.0f : top;
-      const float keep = exp2_fast(s.top[r][h] - base);
-      s.top[r][h] = top;
-      float sum = 0.0f;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          score[r][n][e] = exp2_fast(score[r][n][e] * scale - base);
-          sum += score[r][n][e];
-        }
-      }
-      s.sum[r][h] = s.sum[r][h] * keep + sum;
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        s.out[r][n][2 * h] *= keep;
-        s.out[r][n][2 * h + 1] *= keep;
-      }
-    }
+    if (masked) mask_scores(score[r], first, s.last[r], window, prefix);
+    float keep[2];
+    weigh_scores(score[r], s.top[r], s.sum[r], scale, keep);
+    scale_rows(s.out[r], keep);
   }
 
 #pragma unroll
@@ -311,13 +337,7 @@ IVR_DEVICE void attend_tile(AttentionState<kD, kRowTiles>& s, Shared<bf16> k_til
     if (n >= groups) continue;
     uint32_t weight[kRowTiles][4];
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* pair = &score[r][2 * n + i / 2][i % 2 * 2];
-        weight[r][i] = pack_bf16(pair[0], pair[1]);
-      }
-    }
+    for (int r = 0; r < kRowTiles; ++r) pack_weights(score[r], n, weight[r]);
 #pragma unroll
     for (int d = 0; d < kD / 16; ++d) {
       uint32_t b[4];

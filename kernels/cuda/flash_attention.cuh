@@ -1,4 +1,5 @@
-// flash_attention on the GPU (contract: kernels/flash_attention.h; method: attention_core.cuh).
+// flash_attention on the GPU (contract: kernels/flash_attention.h; method: attention_core.cuh): the
+// variants for every device, and which one is taken. flash_attention_wgmma.cuh has Hopper's.
 //
 // Mapping    a block takes a kv head and 128 rows (head dim 64) or 64 rows (128), 16 (plain path).
 //            Work is counted in 16 rows a warp and 16 keys a step: 1025 tokens are 9 row blocks,
@@ -12,12 +13,14 @@
 #include <cstdio>
 
 #include "kernels/cuda/attention_core.cuh"
+#include "kernels/cuda/flash_attention_wgmma.cuh"
 #include "kernels/flash_attention.h"
 
 namespace ivr::cuda {
 
 struct FlashAttentionConfig {
-  int head_dim;  // of the tensor core kernel; 0: the plain one
+  AttentionVariant variant;
+  int head_dim;  // of the tensor core kernels; 0: the plain one
   int rows;      // of a block
   size_t shared_bytes;
   unsigned blocks;  // times kv heads
@@ -27,23 +30,34 @@ inline bool flash_attention_supported(const FlashAttentionParams& p) {
   return attention_supported(p.a);
 }
 
-inline FlashAttentionConfig flash_attention_config(const FlashAttentionParams& p) {
-  FlashAttentionConfig c{0, kPlainBlockRows, 0, 0};
+// capability: 90 where sm_90a code may run, 80 otherwise.
+inline FlashAttentionConfig flash_attention_config(const FlashAttentionParams& p, int capability) {
+  using enum AttentionVariant;
+  FlashAttentionConfig c{plain, 0, kPlainBlockRows, 0, 0};
   if (attention_on_tensor_cores(p.a)) {
-    c = p.a.D == 64
-            ? FlashAttentionConfig{64, kAttentionBlockRows<64>, kAttentionSharedBytes<64>, 0}
-            : FlashAttentionConfig{128, kAttentionBlockRows<128>, kAttentionSharedBytes<128>, 0};
+    const bool narrow = p.a.D == 64;
+    c.head_dim = static_cast<int>(p.a.D);
+    // A tensor map describes at least one key.
+    if (capability >= 90 && p.keys > 0) {
+      c.variant = wgmma;
+      c.rows = kWgmmaBlockRows;
+      c.shared_bytes = narrow ? kWgmmaSharedBytes<64> : kWgmmaSharedBytes<128>;
+    } else {
+      c.variant = mma;
+      c.rows = narrow ? kAttentionBlockRows<64> : kAttentionBlockRows<128>;
+      c.shared_bytes = narrow ? kAttentionSharedBytes<64> : kAttentionSharedBytes<128>;
+    }
   }
   c.blocks = attention_row_blocks(p.a, c.rows);
   return c;
 }
 
 inline int format(const FlashAttentionConfig& c, char* out, size_t size) {
-  return std::snprintf(out, size, "head_dim=%d rows=%d shared=%zu blocks=%u", c.head_dim, c.rows,
-                       c.shared_bytes, c.blocks);
+  return std::snprintf(out, size, "%s head_dim=%d rows=%d shared=%zu blocks=%u", name_of(c.variant),
+                       c.head_dim, c.rows, c.shared_bytes, c.blocks);
 }
 
-// Calls f.template operator()<T, kD>(), kD = 0 for the plain kernel.
+// For variants other than wgmma: calls f.template operator()<T, kD>(), kD = 0 for the plain kernel.
 template <typename F>
 void with_flash_attention_kernel(DType dtype, const FlashAttentionConfig& c, F&& f) {
   if (c.head_dim == 64) return f.template operator()<bf16, 64>();

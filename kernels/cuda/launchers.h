@@ -5,6 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+
 #include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
 #include "kernels/gated_activation.h"
@@ -38,6 +40,15 @@ cudaError_t preprocess(const PreprocessParams& params, cudaStream_t stream);
 cudaError_t rms_norm(const RmsNormParams& params, cudaStream_t stream);
 cudaError_t rope(const RopeParams& params, cudaStream_t stream);
 cudaError_t sample(const SampleParams& params, cudaStream_t stream);
+
+// What launchers choose their kernels for: 90 on a device of that compute capability where sm_90a
+// code was built, else 80, which is mma.sync.
+int capability();
+// While on, every device counts as 80: to compare the variants of a kernel.
+void force_mma(bool on);
+
+// How often each variant of flash_attention was launched, in the order of AttentionVariant.
+extern std::atomic<uint64_t> flash_attention_launches[kAttentionVariants];
 
 // Floats of workspace for a decode step of this shape; 0: decode steps take none.
 int64_t paged_attention_workspace(const PagedAttentionParams& params);

@@ -10,11 +10,18 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/tensor_box.h"
+
 #if !defined(__CUDACC__)
 #include "kernels/cuda/emu/simt.h"
 #endif
 
 #define IVR_DEVICE __device__ __forceinline__
+
+// Whether wgmma and setmaxnreg exist for what is being compiled: sm_90a alone, and emulation.
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define IVR_HAS_WGMMA 1
+#endif
 
 namespace ivr::cuda {
 
@@ -263,8 +270,8 @@ IVR_DEVICE void store_elements(T* p, const Vec<T>& v, int n) {
 // ---- shared memory ------------------------------------------------------------------------------
 //
 // IVR_SHARED(T, name, n) declares n elements for the block; IVR_DYNAMIC_SHARED(T, name) names the
-// bytes asked for at launch. Both give a Shared<T>: on the device a pointer, under emulation a
-// checked one.
+// bytes asked for at launch, aligned to 1024 as swizzled tiles have to be. Both give a Shared<T>:
+// on the device a pointer, under emulation a checked one.
 
 #if defined(__CUDACC__)
 
@@ -273,8 +280,8 @@ using Shared = T*;
 #define IVR_SHARED(T, name, n)            \
   __shared__ alignas(16) T name##_mem[n]; \
   const ::ivr::cuda::Shared<T> name = name##_mem
-#define IVR_DYNAMIC_SHARED(T, name)                                    \
-  extern __shared__ __align__(128) unsigned char ivr_dynamic_shared[]; \
+#define IVR_DYNAMIC_SHARED(T, name)                                     \
+  extern __shared__ __align__(1024) unsigned char ivr_dynamic_shared[]; \
   const ::ivr::cuda::Shared<T> name = reinterpret_cast<T*>(ivr_dynamic_shared)
 
 #else
@@ -442,6 +449,106 @@ IVR_DEVICE void copy_bulk(Shared<T> to, const T* from, int bytes, Shared<Barrier
 #endif
 }
 
+// ---- bulk tensor copies, sm_90 ------------------------------------------------------------------
+
+// A TensorBox as the device reads it; a __grid_constant__ parameter of the kernel.
+#if defined(__CUDACC__)
+struct alignas(128) TensorMap {
+  uint64_t words[16];
+};
+#else
+using TensorMap = TensorBox;
+#endif
+
+// The box whose first element has the coordinates `at`, contiguous dimension first, by one thread.
+// What lies outside of the tensor becomes zero; the barrier gets the bytes of the whole box.
+template <typename T, int kRank>
+IVR_DEVICE void copy_tensor(Shared<T> to, const TensorMap& map, const int (&at)[kRank],
+                            Shared<Barrier> barrier) {
+  static_assert(kRank >= 2 && kRank <= 4);
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  const auto signal = static_cast<uint32_t>(__cvta_generic_to_shared(barrier));
+  if constexpr (kRank == 2) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4}], [%2];" ::"r"(address),
+        "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1])
+        : "memory");
+  } else if constexpr (kRank == 3) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(address),
+        "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "r"(at[2])
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(address),
+        "l"(&map), "r"(signal), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3])
+        : "memory");
+  }
+#else
+  emu::copy_tensor(to.get(), map, at, kRank, barrier.get());
+#endif
+}
+
+// Shared memory that this thread has written by ordinary stores may be read by bulk copies and
+// wgmma of whoever meets it at a barrier after this.
+IVR_DEVICE void fence_async_reads() {
+#if defined(__CUDACC__)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  emu::fence_async_reads();
+#endif
+}
+
+#if defined(__CUDACC__)
+// For code that a device must never reach: the launch fails.
+IVR_DEVICE void trap() { asm volatile("trap;"); }
+#endif
+
+// ---- named barriers and registers ---------------------------------------------------------------
+//
+// Barriers 1 to 15 of a block (0 is __syncthreads), each for `threads` threads, a multiple of 32:
+// those that wait and those that only say that they have come.
+
+IVR_DEVICE void named_barrier_sync(int id, int threads) {
+#if defined(__CUDACC__)
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  emu::named_barrier(id, threads, true);
+#endif
+}
+
+IVR_DEVICE void named_barrier_arrive(int id, int threads) {
+#if defined(__CUDACC__)
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#else
+  emu::named_barrier(id, threads, false);
+#endif
+}
+
+// Registers a thread of this warpgroup from here on, fewer or more than before: what some give up
+// others can take. All four warps call it.
+template <int kRegisters>
+IVR_DEVICE void give_up_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emu::set_registers(kRegisters);
+#endif
+}
+
+template <int kRegisters>
+IVR_DEVICE void take_registers() {
+#if defined(__CUDACC__)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emu::set_registers(kRegisters);
+#endif
+}
+
 // ---- tensor cores -------------------------------------------------------------------------------
 //
 // Fragments of lane l, with g = l / 4 and j = 2 (l % 4); every register is a pair of bf16:
@@ -480,6 +587,152 @@ IVR_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
   emu::mma_bf16(d, a, b);
+#endif
+}
+
+// ---- tensor cores of a warpgroup, sm_90a --------------------------------------------------------
+//
+// d [64, N] += a [64, 16] b [16, N] by the 128 threads of a warpgroup, asynchronously. Warp w has
+// rows [16 w, 16 w + 16); d[n] is its fragment of columns [8 n, 8 n + 8), laid out like d of mma
+// above, and so is a where it is in registers. The order is
+//
+//   wgmma_fence(registers...)   whatever ordinary code has written or read before
+//   wgmma(...)                  any number; those of one d run one behind the other
+//   wgmma_commit()              they are a group
+//   wgmma_wait<newest>(d...)    all groups but the newest have ended; these d can be used
+//
+// and until the wait nobody touches d, a, or the shared memory that is read.
+
+#if defined(__CUDACC__)
+// Keeps the compiler from moving ordinary uses of registers across the point where this stands.
+template <int kTiles>
+IVR_DEVICE void pin(float (&d)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles * 4; ++i) asm volatile("" : "+f"(d[i / 4][i % 4])::"memory");
+}
+template <int kTiles>
+IVR_DEVICE void pin(uint32_t (&a)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTiles * 4; ++i) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
+}
+#endif
+
+template <typename... Registers>
+IVR_DEVICE void wgmma_fence(Registers&... registers) {
+#if defined(__CUDACC__)
+  (pin(registers), ...);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  (emu::name_registers(registers, sizeof(registers)), ...);
+  emu::wgmma_fence();
+#endif
+}
+
+IVR_DEVICE void wgmma_commit() {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+  emu::wgmma_commit();
+#endif
+}
+
+template <int kNewest, typename... Accumulators>
+IVR_DEVICE void wgmma_wait(Accumulators&... d) {
+#if defined(__CUDACC__)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
+  (pin(d), ...);
+#else
+  emu::wgmma_wait(kNewest);
+  (emu::check_landed(d, sizeof(d)), ...);
+#endif
+}
+
+// A matrix in shared memory, as wgmma finds its elements. With 128-byte rows of 64 elements,
+// swizzled, from a multiple of 1024 on:
+//   rows are the matrix's rows (of a), or columns (of b)   `stride` bytes between eights of rows;
+//       16 k further is 32 bytes further
+//   kTransposed, rows are k      `stride` bytes between eights of k, `leading` between sixty-fours
+//       of columns
+// start, leading and stride are multiples of 16 bytes.
+IVR_DEVICE uint64_t matrix_descriptor(Shared<bf16> start, int leading, int stride,
+                                      Swizzle swizzle = Swizzle::bytes128) {
+#if defined(__CUDACC__)
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(start));
+#else
+  const uint32_t address = emu::shared_address(start.get());
+#endif
+  return (address & 0x3ffffu) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 |
+         static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
+}
+
+#if defined(__CUDACC__)
+#define IVR_TILE(d, n) "+f"((d)[n][0]), "+f"((d)[n][1]), "+f"((d)[n][2]), "+f"((d)[n][3])
+#define IVR_TILES_2(d, n) IVR_TILE(d, n), IVR_TILE(d, n + 1)
+#define IVR_TILES_8(d, n) \
+  IVR_TILES_2(d, n), IVR_TILES_2(d, n + 2), IVR_TILES_2(d, n + 4), IVR_TILES_2(d, n + 6)
+#define IVR_TILES_16(d, n) IVR_TILES_8(d, n), IVR_TILES_8(d, n + 8)
+#define IVR_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define IVR_NAMES_64                                                                              \
+  IVR_NAMES_16                                                                                    \
+  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26" \
+  ", %27, %28, %29, %30, %31"
+#define IVR_NAMES_128                                                                            \
+  IVR_NAMES_64                                                                                   \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// Arguments behind the shape are the numbers of the operands.
+#define IVR_WGMMA_REGISTERS(columns, tiles, a0, a1, a2, a3, b_, add, transposed)            \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                    \
+               ", 0;\n"                                                                     \
+               "wgmma.mma_async.sync.aligned.m64n" #columns                                 \
+               "k16.f32.bf16.bf16 "                                                         \
+               "{" IVR_NAMES_##columns "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_ \
+                                       ", p, 1, 1, %" #transposed ";\n}"                    \
+               : IVR_TILES_##tiles(d, 0)                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                        \
+                 "r"(static_cast<int>(accumulate)), "n"(kTransposed ? 1 : 0))
+#define IVR_WGMMA_SHARED(columns, tiles, a_, b_, add, transposed)                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #add                                         \
+               ", 0;\n"                                                                          \
+               "wgmma.mma_async.sync.aligned.m64n" #columns                                      \
+               "k16.f32.bf16.bf16 "                                                              \
+               "{" IVR_NAMES_##columns "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #transposed ";\n}" \
+               : IVR_TILES_##tiles(d, 0)                                                         \
+               : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposed ? 1 : 0))
+#endif
+
+// a in registers. d: the first of kN / 8 tiles. Without `accumulate` d's old values do not count.
+template <int kN, bool kTransposed>
+IVR_DEVICE void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(kN == 16 || kN == 64 || kN == 128);
+#if defined(__CUDACC__)
+  if constexpr (kN == 16) {
+    IVR_WGMMA_REGISTERS(16, 2, 8, 9, 10, 11, 12, 13, 14);
+  } else if constexpr (kN == 64) {
+    IVR_WGMMA_REGISTERS(64, 8, 32, 33, 34, 35, 36, 37, 38);
+  } else {
+    IVR_WGMMA_REGISTERS(128, 16, 64, 65, 66, 67, 68, 69, 70);
+  }
+#else
+  emu::wgmma(d, kN, a, 0, b, kTransposed, accumulate);
+#endif
+}
+
+// a in shared memory, its rows not transposed.
+template <int kN, bool kTransposed>
+IVR_DEVICE void wgmma(float (*d)[4], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kN == 16 || kN == 64 || kN == 128);
+#if defined(__CUDACC__)
+  if constexpr (kN == 16) {
+    IVR_WGMMA_SHARED(16, 2, 8, 9, 10, 11);
+  } else if constexpr (kN == 64) {
+    IVR_WGMMA_SHARED(64, 8, 32, 33, 34, 35);
+  } else {
+    IVR_WGMMA_SHARED(128, 16, 64, 65, 66, 67);
+  }
+#else
+  emu::wgmma(d, kN, nullptr, a, b, kTransposed, accumulate);
 #endif
 }
 

@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("-i", "--image", action="append", default=[], help="may be repeated")
     chat.add_argument("-v", "--video")
     chat.add_argument("--num-frames", type=int, default=8)
-    chat.add_argument("--max-tiles", type=int, default=12)
+    chat.add_argument("--max-tiles", type=int)
     chat.add_argument("--system", help="system message; '' for none")
     chat.add_argument("--max-new-tokens", type=int, default=1024)
     chat.add_argument("--min-new-tokens", type=int, default=0)

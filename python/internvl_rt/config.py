@@ -4,17 +4,18 @@ Unknown keys are ignored: real configs carry dozens of unused ones. Unknown valu
 raise a one-line ValueError that names the key, because a value that is not understood changes
 the maths. Missing optional keys get the defaults of the classes that wrote the files.
 
-Two layouts exist: "original" (`internvl_chat`, with `llm_config`) and "hf" (`internvl`, the
-Transformers-native one, with `text_config`). What a family of language models writes stands in
-`models/families.py`.
+Three layouts exist: "original" (`internvl_chat`, with `llm_config`), "hf" (`internvl`, the
+Transformers-native one, with `text_config`) and "llava" (`llava`, of Chat V1.0, whose vision tower
+has a config of its own). What a family of language models writes stands in `models/families.py`.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +28,16 @@ _MAX_LAYERS = 1 << 10
 _MAX_HEADS = 1 << 12
 _MAX_VOCAB = 1 << 24
 _MAX_POSITIONS = 1 << 24
-_MAX_IMAGE_SIZE = 1 << 14
+_MAX_IMAGE_SIZE = 1 << 11  # what `image.py` resizes to
 _MAX_PATCH_SIZE = 1 << 10
 _MAX_TILES = 1 << 10
 _MAX_TOKEN_ID = (1 << 31) - 1
 _MAX_HEAD_DIM = 256
 _MAX_EXPERTS = 1 << 9
+_MIN_THETA = 100
+_MAX_EPS = 1e-2
+_MIN_FACTOR = 1e-3
+_AWQ_GROUPS = (32, 64, 128)
 _REQUIRED: Any = object()
 
 
@@ -88,15 +93,18 @@ class RopeScaling:
         """The angles depend on the length of the sequence."""
         return self.type in ("dynamic", "longrope")
 
-    @property
-    def stretch(self) -> float:
-        """Longest sequence over max_position_embeddings; some configs store the stretched one."""
-        return self.factor if self.type in ("linear", "dynamic") else 1.0
+    def context(self, positions: int) -> int:
+        """The longest sequence, from max_position_embeddings: some configs store it stretched."""
+        if self.type in ("linear", "dynamic"):
+            return int(positions * self.factor)
+        if self.type == "yarn":
+            return max(positions, int(self.original_max_position_embeddings * self.factor))
+        return positions
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsConfig:
-    """A mixture of `count` MLPs of `width` in every layer, of which a token takes `top_k`.
+    """A mixture of `count` MLPs of `width`, of which a token takes `top_k`.
 
     normalize: the weights of the chosen ones add up to 1.
     """
@@ -132,6 +140,8 @@ class TextConfig:
     sinks: bool
     windows: tuple[int | None, ...]  # by layer: keys that a token sees, None for all before it
     experts: ExpertsConfig | None
+    mixtures: tuple[bool, ...]  # by layer: experts in place of the MLP
+    awq_group: int | None  # columns that share a scale, where projections are stored as AWQ's int4
     tie_word_embeddings: bool  # as stored; the presence of the head's tensor decides
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -140,17 +150,23 @@ class TextConfig:
     @property
     def context(self) -> int:
         """The longest sequence, prompt and answer together."""
-        stretch = 1.0 if self.rope_scaling is None else self.rope_scaling.stretch
-        return min(int(self.max_position_embeddings * stretch), _MAX_POSITIONS)
+        positions = self.max_position_embeddings
+        if self.rope_scaling is not None:
+            positions = self.rope_scaling.context(positions)
+        return min(positions, _MAX_POSITIONS)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A whole chat checkpoint. `image_size` is the side of a tile in pixels."""
+    """A whole chat checkpoint. `image_size` is the side of a tile in pixels.
+
+    The last three are Chat V1.0's: a projector without a norm, pictures that are padded to squares,
+    and the name of the vision tower, which may be a checkpoint of its own beside this one.
+    """
 
     vision: VisionConfig
     text: TextConfig
-    layout: str  # "original" | "hf"
+    layout: str  # "original" | "hf" | "llava"
     template: str
     system_message: str | None
     image_size: int
@@ -164,6 +180,9 @@ class ModelConfig:
     image_token_id: int | None
     torch_dtype: str | None
     eos_token_ids: tuple[int, ...]  # of generation_config.json, then of the text config
+    projector_norm: bool = True
+    pad_to_square: bool = False
+    tower: str | None = None
 
     @property
     def unshuffle(self) -> int:
@@ -209,31 +228,38 @@ _VISION_DEFAULTS = {
 # The default of the code that Chat V1-1 came with; later code says -1.
 _SELECT_LAYER = {"internvl_zh": -4}
 _VISION_MODEL_TYPES = {"intern_vit_6b": "original", "internvl_vision": "hf"}
+_CONTRASTIVE = "InternVL-14B-224px"
+_LLAVA_TOWER = re.compile(r"(?i)[a-z0-9._-]*intern_?vit[-_]?6b[a-z0-9._-]*")
 
 
 def load_config(folder: Path) -> ModelConfig:
     """The configuration of the chat checkpoint in `folder`.
 
     Reads config.json and, where present, generation_config.json (eos ids) and, in the hf layout,
-    preprocessor_config.json or processor_config.json (tile limits). Raises OSError for a file
-    that is missing or cannot be read, ValueError for content that is malformed or not supported.
+    preprocessor_config.json or processor_config.json (tile limits). In the llava layout the vision
+    tower's own config.json is read from the folder of its name beside this one; without it the
+    tower is taken for InternViT-6B. Raises OSError for a file that is missing or cannot be read,
+    ValueError for content that is malformed or not supported.
     """
     top = _Section.read(folder, "config.json")
-    _refuse_qllama(top)
+    if "qllama_config" in top:
+        _fail(f"config.json: {_CONTRASTIVE} compares and does not chat; load_vision runs its tower")
     kinds = {"internvl_chat": _original, "internvl": _native}
+    kinds |= {"llava": _llava, "llava_llama": _llava}
     model_type = top.choice("model_type", tuple(kinds))
     return kinds[model_type](folder, top)
 
 
 def load_vision_config(folder: Path) -> VisionConfig:
-    """The vision encoder of a standalone InternViT checkpoint or of a whole chat checkpoint."""
+    """The vision encoder of a standalone InternViT checkpoint or of a whole one."""
     top = _Section.read(folder, "config.json")
-    _refuse_qllama(top)
+    if "qllama_config" in top:
+        return _contrastive(top)
     nested = {"internvl_chat": "original", "internvl": "hf"}
     model_type = top.choice("model_type", (*_VISION_MODEL_TYPES, *nested))
     if model_type in nested:
-        # What a language model's experts are stored in is not the vision tower's concern.
-        top.refuse_quantization(("mxfp4",))
+        # What a language model is stored in is not the vision tower's concern.
+        top.quantization(("awq", "mxfp4"))
         return _vision(top.section("vision_config"), nested[model_type])
     return _vision(top, _VISION_MODEL_TYPES[model_type])
 
@@ -350,16 +376,19 @@ class _Section:
             self.wrong(key, f"token ids from 0 to {_MAX_TOKEN_ID}")
         return tuple(dict.fromkeys(ids))
 
-    def refuse_quantization(self, supported: Collection[str] = ()) -> None:
+    def quantization(self, supported: Collection[str] = ()) -> _Section | None:
+        """The object that says how weights are stored, None where there is none."""
         if "quantization_config" not in self:
-            return
+            return None
         if not supported:
             _fail(f"{self.where}quantization_config is present, supported: unquantised weights")
-        self.section("quantization_config").choice("quant_method", supported)
+        part = self.section("quantization_config")
+        part.choice("quant_method", supported)
+        return part
 
 
 def _vision(section: _Section, layout: str) -> VisionConfig:
-    section.refuse_quantization()
+    section.quantization()
     native = layout == "hf"
     defaults = _VISION_DEFAULTS[layout]
 
@@ -379,7 +408,9 @@ def _vision(section: _Section, layout: str) -> VisionConfig:
         num_heads=size("num_attention_heads", _MAX_HEADS),
         patch_size=section.square("patch_size", _MAX_PATCH_SIZE, defaults["patch_size"]),
         image_size=section.square("image_size", _MAX_IMAGE_SIZE, defaults["image_size"]),
-        layer_norm_eps=section.number("layer_norm_eps", 1e-12, 1, defaults["layer_norm_eps"]),
+        layer_norm_eps=section.number(
+            "layer_norm_eps", 1e-12, _MAX_EPS, defaults["layer_norm_eps"]
+        ),
         norm_type=section.choice("norm_type", ("layer_norm", "rms_norm"), defaults["norm_type"]),
         qkv_bias=section.boolean(
             "attention_bias" if native else "qkv_bias", default=defaults["qkv_bias"]
@@ -405,16 +436,21 @@ def _check_head_dim(section: _Section, head_dim: int) -> None:
         )
 
 
-def _refuse_qllama(top: _Section) -> None:
-    """InternVL-14B-224px shares its model_type with the native layout."""
-    if "qllama_config" in top:
-        _fail("config.json: qllama_config (InternVL-14B-224px) is not supported")
+def _contrastive(top: _Section) -> VisionConfig:
+    """The tower of InternVL-14B-224px, which shares its model_type with the native layout."""
+    top.choice("model_type", ("internvl",))
+    vision = _vision(top.section("vision_config"), "original")
+    if "force_image_size" not in top:
+        return vision
+    size = top.square("force_image_size", _MAX_IMAGE_SIZE)  # its position embedding is stored so
+    if size % vision.patch_size:
+        top.wrong("force_image_size", f"a multiple of patch_size={vision.patch_size}")
+    return replace(vision, image_size=size)
 
 
 def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
     family = _family(section)
-    for place in (top, section):
-        place.refuse_quantization(family.quantizations)
+    stored = [place.quantization(family.quantizations) for place in (top, section)]
     defaults = family.defaults
 
     def size(key: str, high: int) -> int:
@@ -444,6 +480,7 @@ def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
     )
     theta, scaling = _rope(section, family, head_dim, positions)
     num_layers = size("num_hidden_layers", _MAX_LAYERS)
+    mixtures = _mixtures(section, family, num_layers)
 
     def has(bias: Bias) -> bool:
         if bias.key is None:
@@ -459,7 +496,7 @@ def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=section.number("rms_norm_eps", 1e-12, 1, defaults["rms_norm_eps"]),
+        rms_norm_eps=section.number("rms_norm_eps", 1e-12, _MAX_EPS, defaults["rms_norm_eps"]),
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=positions,
@@ -471,7 +508,9 @@ def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
         gate=family.gate,
         sinks=family.sinks,
         windows=_windows(section, family, num_layers, positions),
-        experts=_experts(section, family, layout),
+        experts=_experts(section, family, layout) if any(mixtures) else None,
+        mixtures=mixtures,
+        awq_group=_awq_group([part for part in stored if part is not None]),
         tie_word_embeddings=section.boolean("tie_word_embeddings", default=False),
         eos_token_ids=section.token_ids("eos_token_id"),
         bos_token_id=section.token_id("bos_token_id"),
@@ -485,7 +524,7 @@ def _windows(
     section.only("use_sliding_window", False, False)
     if family.window_without_flag and "sliding_window" in section:
         section.integer("sliding_window", positions, _MAX_TOKEN_ID)  # it never acts
-    stored = section.data.get("layer_types") or []
+    stored = section.data["layer_types"] if "layer_types" in section else []
     allowed = set(family.layer_types)
     if type(stored) is not list or any(type(t) is not str or t not in allowed for t in stored):
         section.wrong("layer_types", f"{' and '.join(map(repr, sorted(allowed)))} alone")
@@ -498,21 +537,54 @@ def _windows(
     return tuple(window if t == "sliding_attention" else None for t in taken)
 
 
-def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig | None:
+def _awq_group(stored: Collection[_Section]) -> int | None:
+    """Of AWQ's "gemm" packing; None for weights that are stored otherwise."""
+    groups: set[int] = set()
+    for part in stored:
+        if part.data["quant_method"] != "awq":
+            continue
+        part.only("bits", 4, 4)
+        part.only("zero_point", True, True)
+        part.choice("version", ("gemm", "GEMM"), "gemm")
+        groups.add(part.integer("group_size", 1, _MAX_WIDTH, 128))
+        if part.value("group_size", 128) not in _AWQ_GROUPS:
+            part.wrong("group_size", f"one of {', '.join(map(str, _AWQ_GROUPS))}")
+    if len(groups) > 1:
+        _fail("config.json: two quantization_configs with different group sizes")
+    return groups.pop() if groups else None
+
+
+def _mixtures(section: _Section, family: Family, num_layers: int) -> tuple[bool, ...]:
+    """Which layers have experts: every step-th, but for those that are named."""
+    if family.experts is None:
+        return (False,) * num_layers
+    step, dense = 1, []
+    if family.experts.dense_layers:
+        step = section.integer("decoder_sparse_step", 1, _MAX_LAYERS, 1)
+        dense = section.data["mlp_only_layers"] if "mlp_only_layers" in section else []
+        named = type(dense) is list and all(type(i) is int and 0 <= i < num_layers for i in dense)
+        if not named:
+            section.wrong("mlp_only_layers", f"layers from 0 to {num_layers - 1}")
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+
+
+def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig:
     keys, defaults = family.experts, family.defaults
-    if keys is None:
-        return None
+    assert keys is not None
 
     def size(key: str, high: int) -> int:
         return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)
 
-    only = {"decoder_sparse_step": 1, "swiglu_limit": 7, "swiglu_alpha": 1.702}
-    for key, supported in only.items():
+    for key, supported in {"swiglu_limit": 7, "swiglu_alpha": 1.702}.items():
         if section.number(key, 0, 1e6, supported) != supported:
             section.wrong(key, f"{supported}")
-    if section.data.get("mlp_only_layers"):
-        section.wrong("mlp_only_layers", "no layers")
-    count = size(keys.count, _MAX_EXPERTS)
+    newer = "num_local_experts"
+    if keys.count != newer and newer in section:
+        count = section.integer(newer, 1, _MAX_EXPERTS)
+        if section.value(keys.count, count) != count:
+            section.wrong(newer, f"{keys.count}={show(section.data[keys.count])}")
+    else:
+        count = size(keys.count, _MAX_EXPERTS)
     normalize = keys.normalize is None or section.boolean(keys.normalize, default=False)
     return ExpertsConfig(
         count=count,
@@ -547,7 +619,7 @@ def _rope(
     found: list[RopeScaling | None] = []
     bases: list[float] = []
     if "rope_theta" in section:
-        bases.append(section.number("rope_theta", 1, 1e12))
+        bases.append(section.number("rope_theta", _MIN_THETA, 1e12))
     if not section.data.keys() & {"rope_scaling", "rope_parameters"}:
         default = {"rope_scaling": family.defaults.get("rope_scaling")}
         section = _Section(section.where, section.data | default)
@@ -556,7 +628,7 @@ def _rope(
             continue
         part = section.section(key)
         if "rope_theta" in part:
-            bases.append(part.number("rope_theta", 1, 1e12))
+            bases.append(part.number("rope_theta", _MIN_THETA, 1e12))
         allowed = ("default", *family.rope_types)
         kinds = {part.choice(k, allowed) for k in ("type", "rope_type") if k in part}
         if len(kinds) > 1:
@@ -609,9 +681,11 @@ def _scaling(
 
 def _yarn(part: _Section, factor: float, positions: int) -> RopeScaling:
     key = "original_max_position_embeddings"
-    original = part.integer(key, 1, _MAX_POSITIONS)
-    if factor * original != positions:  # which of them counts differs between implementations
-        part.wrong("factor", f"max_position_embeddings / {key} = {positions / original:g}")
+    original = positions
+    if key in part:
+        original = part.integer(key, 1, _MAX_POSITIONS)
+        if factor * original != positions:  # which of them counts differs between implementations
+            part.wrong("factor", f"max_position_embeddings / {key} = {positions / original:g}")
     fast = part.number("beta_fast", 1e-3, 1e6, 32)
     slow = part.number("beta_slow", 1e-3, 1e6, 1)
     if slow >= fast:
@@ -619,12 +693,24 @@ def _yarn(part: _Section, factor: float, positions: int) -> RopeScaling:
     return RopeScaling(
         "yarn",
         factor,
-        attention_factor=part.number("attention_factor", 0, 1e3, 0.1 * math.log(factor) + 1),
+        attention_factor=_yarn_attention(part, factor),
         original_max_position_embeddings=original,
         beta_fast=fast,
         beta_slow=slow,
         truncate=part.boolean("truncate", default=True),
     )
+
+
+def _yarn_attention(part: _Section, factor: float) -> float:
+    """What cos and sin are multiplied by: stored, or 0.1 ln(factor) + 1, or a ratio of such."""
+    if "attention_factor" in part:
+        return part.number("attention_factor", _MIN_FACTOR, 1e3)
+    names = ("mscale", "mscale_all_dim")
+    over, under = (part.number(n, 0, 1e3) if n in part else 0.0 for n in names)
+    if not over or not under:
+        over, under = 1.0, 0.0
+    logarithm = 0.1 * math.log(factor)
+    return (over * logarithm + 1) / (under * logarithm + 1)
 
 
 def _longrope(
@@ -642,7 +728,7 @@ def _longrope(
     return RopeScaling(
         "longrope",
         factor,
-        attention_factor=part.number("attention_factor", 0, 1e3, attention_factor),
+        attention_factor=part.number("attention_factor", _MIN_FACTOR, 1e3, attention_factor),
         original_max_position_embeddings=original,
         short_factor=part.numbers("short_factor", head_dim // 2, 1e-6, 1e6),
         long_factor=part.numbers("long_factor", head_dim // 2, 1e-6, 1e6),
@@ -730,7 +816,56 @@ def _native(folder: Path, top: _Section) -> ModelConfig:
     return config
 
 
-def _select_layer(top: _Section, key: str, vision: VisionConfig, default: int) -> int:
+def _llava(folder: Path, top: _Section) -> ModelConfig:
+    """Chat V1.0: InternViT-6B, two linear layers and Vicuna, as LLaVA's code saves them."""
+    top.only("architectures", ["LlavaLlamaForCausalLM"], None)
+    top.choice("mm_projector_type", ("mlp2x_gelu",))
+    top.choice("mm_vision_select_feature", ("patch",), "patch")
+    top.choice("image_aspect_ratio", ("pad",))
+    for key in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        top.only(key, False, False)
+    name = top.value("mm_vision_tower", None)
+    tower = name.rstrip("/").rpartition("/")[2] if type(name) is str else ""
+    if not _LLAVA_TOWER.fullmatch(tower):
+        top.wrong("mm_vision_tower", "a path that ends in the name of an InternViT-6B")
+    vision = _tower(Path(folder).absolute().parent / tower)
+    if top.integer("mm_hidden_size", 1, _MAX_WIDTH) != vision.hidden_size:
+        top.wrong("mm_hidden_size", f"hidden_size={vision.hidden_size} of {tower}")
+    llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    text = _text(top, _Section(top.where, top.data | llama), "original")
+    config = ModelConfig(
+        vision=vision,
+        text=text,
+        layout="llava",
+        template="vicuna_v1",
+        system_message=None,
+        image_size=448 if "448" in name else 336,
+        downsample_ratio=1.0,
+        select_layer=_select_layer(top, "mm_vision_select_layer", vision, _REQUIRED),
+        ps_version="v2",
+        min_dynamic_patch=1,
+        max_dynamic_patch=1,
+        use_thumbnail=False,
+        dynamic_image_size=False,
+        image_token_id=None,
+        torch_dtype=_torch_dtype(top),
+        eos_token_ids=_eos_token_ids(folder, text),
+        projector_norm=False,
+        pad_to_square=True,
+        tower=tower,
+    )
+    _check_tiles(top, "image size", config)
+    return config
+
+
+def _tower(folder: Path) -> VisionConfig:
+    """Of a vision tower that is a checkpoint of its own; without one, its class's defaults."""
+    if folder.is_dir():
+        return load_vision_config(folder)
+    return _vision(_Section("", {"model_type": "intern_vit_6b"}), "original")
+
+
+def _select_layer(top: _Section, key: str, vision: VisionConfig, default: Any) -> int:
     return top.integer(key, -vision.num_layers - 1, vision.num_layers, default)
 
 

@@ -27,6 +27,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from internvl_rt import ops
+from internvl_rt.ops.preprocess import IMAGENET_MEAN
 
 MAX_TILES = 40
 MAX_TILE_SIZE = 2048
@@ -36,6 +37,8 @@ MAX_SIDE = 65535
 # JPEG), 20 for WebP, so both limits keep a process below 1 GB.
 MAX_PIXELS = 8192 * 6144
 MAX_WEBP_PIXELS = 32_000_000
+MAX_SQUARE_SIDE = 8192  # 192 MiB
+_MEAN_COLOUR = tuple(int(255 * mean) for mean in IMAGENET_MEAN)
 
 # What a small file could make Pillow repeat for minutes.
 _MAX_PNG_CHUNKS = 50_000
@@ -97,6 +100,25 @@ def _integer(name: str, value: Any, low: int, high: int) -> None:
 
 
 # ---- pixels -------------------------------------------------------------------------------------
+
+
+def pad_to_square(pixels: np.ndarray) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], in the middle of a square of the mean colour; Chat V1.0's way.
+
+    Raises ValueError for a picture of which a side is longer than MAX_SQUARE_SIDE.
+    """
+    height, width, _ = pixels.shape
+    side = max(height, width)
+    if side > MAX_SQUARE_SIDE:
+        raise ValueError(
+            f"image: is {width} x {height} pixels and padded to a square, "
+            f"allowed: {MAX_SQUARE_SIDE} a side"
+        )
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = _MEAN_COLOUR
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return square
 
 
 def preprocess(

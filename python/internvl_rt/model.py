@@ -47,7 +47,7 @@ from internvl_rt.runtime.plan import make_plan
 from internvl_rt.runtime.platform import CPU, Platform, platform_for
 from internvl_rt.runtime.request import Request, SamplingParams
 from internvl_rt.tokenizer import Tokenizer, load_tokenizer
-from internvl_rt.weights import Checkpoint
+from internvl_rt.weights import Checkpoint, open_checkpoint
 
 MAX_TILES = 40
 DEMO_MODEL = Path(__file__).parent / "demo_model"
@@ -89,7 +89,7 @@ def load(
     folder = resolve_path(source)
     config = load_config(folder)
     kind = dtype_from(dtype, config.torch_dtype)
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder, config)
     parameters = Parameters.of_model(checkpoint, config, platform)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
@@ -114,7 +114,10 @@ def load_vision(
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
 ) -> VisionModel:
-    """Loads the vision tower alone, of a standalone InternViT or of a chat checkpoint."""
+    """Loads the vision tower alone.
+
+    Of a standalone InternViT, of a chat checkpoint, or of the contrastive InternVL-14B-224px.
+    """
     platform = platform_for(device)
     opset = _opset(backend, platform)
     opset.require(*VISION_OPS)
@@ -228,7 +231,7 @@ class Model:
         system: str | None = None,
         stream: bool = False,
         return_history: bool = False,
-        max_tiles: int = 12,
+        max_tiles: int | None = None,
         *,
         num_frames: int = 8,
         video_bound: tuple[float, float] | None = None,
@@ -252,7 +255,7 @@ class Model:
         video: path, bytes, or a list of frames; num_frames of it are taken, evenly spaced within
             video_bound (seconds). A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
-        max_tiles: tiles per picture, thumbnail not counted, 1 to 40.
+        max_tiles: tiles per picture, thumbnail not counted, 1 to 40; None for the checkpoint's.
         temperature 0 is greedy. seed: None draws one; the same seed repeats an answer.
         stop: strings that end the answer and are not part of it.
         Returns the answer; with stream an iterator of its pieces (closing it cancels); with
@@ -333,7 +336,8 @@ class Model:
         )
 
     def _turn(self, asked: _Question) -> _Turn:
-        _check_integer("max_tiles", asked.max_tiles, 1, MAX_TILES)
+        most = self.config.max_dynamic_patch if asked.max_tiles is None else asked.max_tiles
+        _check_integer("max_tiles", most, 1, MAX_TILES)
         _check_integer("num_beams", asked.num_beams, 1, 1, "beam search is not implemented")
         stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
         sampling = asked.sampling(self._stop_ids())
@@ -341,7 +345,7 @@ class Model:
 
         asked, media = self._media(asked)
         system = self.system_message if asked.system is None else asked.system
-        tiles = self._tiles(media, asked.max_tiles)
+        tiles = self._tiles(media, most)
         prompt = build_prompt(
             self.tokenizer,
             asked.question,
@@ -423,6 +427,8 @@ class Model:
         for kind, source in media:
             most = max_tiles if kind == "image" and config.dynamic_image_size else 1
             picture = pictures.load_image(source)
+            if config.pad_to_square:
+                picture = pictures.pad_to_square(picture)
             height, width = picture.shape[:2]
             columns, rows = pictures.tile_grid(width, height, most, config.image_size)
             count = columns * rows
@@ -641,7 +647,7 @@ class _Question:
     video: Any = None
     history: Sequence[tuple[str, str]] | None = None
     system: str | None = None
-    max_tiles: int = 12
+    max_tiles: int | None = None
     num_frames: int = 8
     video_bound: tuple[float, float] | None = None
     stop: str | Sequence[str] | None = None

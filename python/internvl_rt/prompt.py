@@ -2,7 +2,8 @@
 
 `render` builds the exact string of the reference implementation. `build_prompt` builds the token
 ids of a chat: the same text, in which only the template's own markup has the power of special
-tokens and what a user typed is plain text (`tokenizer.ALLOWED_IN_TEXT` excepted).
+tokens and what a user typed is plain text (`tokenizer.ALLOWED_IN_TEXT` excepted); the system
+message and answers may hold marks of thoughts and tools besides (`tokenizer.ALLOWED_UNTYPED`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from internvl_rt.tokenizer import Tokenizer
+    from internvl_rt.tokenizer import IdWriter, Tokenizer
 
 IMAGE = "<image>"
 IMG_START = "<img>"
@@ -366,8 +367,9 @@ def build_prompt(
 
     The arguments are those of `render`. The template's markup gets its special ids. In the
     user's texts `<image>` stands for the next picture and the reference and box markers keep
-    their ids; every other special token is tokenised as the plain text it is. The ids of a text
-    without special tokens are those of the whole rendered string. `restore_channel` puts the
+    their ids; every other special token is tokenised as the plain text it is. In the system message
+    and the answers of the history marks of thoughts and tools keep theirs too. The ids of a text
+    without other special tokens are those of the whole rendered string. `restore_channel` puts the
     template's channel before the answers of the history, which have lost it (`FinalChannel`).
 
     Raises ValueError where the placeholders of the questions do not match `num_tiles`, for an
@@ -384,10 +386,10 @@ def build_prompt(
         raise ValueError(f"chat: {placeholders} {IMAGE} placeholders for {len(tiles)} images")
     _special_id(tokenizer, entry.stop_token, template)
 
-    image: tuple[list[int], int, list[int]] = ([], 0, [])  # any id serves where features go
+    image: tuple[int, int, int] | None = None
     if tiles and entry.wraps_images:
         start, context, end = (_special_id(tokenizer, t, template) for t in _IMAGE_TOKENS)
-        image = ([start], context, [end])
+        image = (start, context, end)
     ids = tokenizer.writer()
     spans: list[ImageSpan] = []
     if restore_channel:
@@ -400,13 +402,21 @@ def build_prompt(
         texts = piece.text.split(IMAGE) if piece.kind == "user" else [piece.text]
         for i, text in enumerate(texts):
             if i:
-                before, context, behind = image
                 length = tiles[len(spans)] * tokens
-                ids.write(before)
-                spans.append(ImageSpan(ids.place(context), length, len(spans)))
-                ids.write([*[context] * length, *behind])
-            ids.write(tokenizer.split_allowed(text))
+                spans.append(ImageSpan(_write_image(ids, image, length), length, len(spans)))
+            ids.write(tokenizer.split_allowed(text, typed=piece.kind == "user"))
     return Prompt(ids.finish(), tuple(spans))
+
+
+def _write_image(ids: IdWriter, image: tuple[int, int, int] | None, length: int) -> int:
+    """The place of a picture's features; image: ids before, at and behind them."""
+    if image is None:
+        return ids.features(length)
+    before, context, behind = image
+    ids.write([before])
+    place = ids.place(context)
+    ids.write([*[context] * length, behind])
+    return place
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:

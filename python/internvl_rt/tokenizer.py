@@ -27,6 +27,16 @@ MAX_TOKENIZER_BYTES = 128 << 20
 # What a user may write with the power of a special token: markers of regions in a picture.
 ALLOWED_IN_TEXT = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
 
+# What the system message and the model's answers may hold besides: none of it frames a turn.
+ALLOWED_UNTYPED = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+)
+
 # Control tokens by name, because some checkpoints do not flag theirs as special.
 CONTROL_TOKENS = frozenset(
     {
@@ -174,7 +184,10 @@ class Tokenizer:
         allowed = [token for token in ALLOWED_IN_TEXT if token in self._added_ids]
         self._markers = frozenset(self._added_ids[token] for token in allowed)
         self._any_added = _alternatives(self._added_ids)
-        self._allowed = _alternatives(allowed)
+        self._typed = _alternatives(allowed)
+        self._untyped = _alternatives(
+            token for token in ALLOWED_IN_TEXT + ALLOWED_UNTYPED if token in self._added_ids
+        )
         self.vocab_size = max(vocabulary.size, *(i + 1 for i in self._added), 0)
 
     def encode_markup(self, text: str) -> list[int]:
@@ -185,7 +198,7 @@ class Tokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` typed by a user: no added token but those of ALLOWED_IN_TEXT."""
-        return self._encode(self.split_allowed(text))
+        return self._encode(self.split_allowed(text, typed=True))
 
     def encode_literal(self, text: str) -> list[int]:
         """Ids of `text` with no added token recognised at all."""
@@ -204,9 +217,9 @@ class Tokenizer:
         """`text` in order: the ids of added tokens, and the strings between them."""
         return self._split(self._any_added, text)
 
-    def split_allowed(self, text: str) -> Iterator[str | int]:
-        """As `split_markup`, for the tokens of ALLOWED_IN_TEXT alone."""
-        return self._split(self._allowed, text)
+    def split_allowed(self, text: str, *, typed: bool) -> Iterator[str | int]:
+        """As `split_markup`, for ALLOWED_IN_TEXT, and ALLOWED_UNTYPED where no user typed it."""
+        return self._split(self._typed if typed else self._untyped, text)
 
     def _split(self, pattern: re.Pattern[str], text: str) -> Iterator[str | int]:
         at = 0
@@ -309,6 +322,14 @@ class IdWriter:
         """How many ids there will be before `token_id`, if that is written next."""
         self._flush(token_id)
         return len(self._ids)
+
+    def features(self, length: int) -> int:
+        """Takes places for features, of any id; returns the first. Behind them a text begins."""
+        self._flush(None)
+        start = len(self._ids)
+        self._ids += [0] * length
+        self._last = None
+        return start
 
     def finish(self) -> list[int]:
         self._flush(None)

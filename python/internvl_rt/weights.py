@@ -19,6 +19,7 @@ from typing import BinaryIO, NoReturn
 
 import torch
 
+from internvl_rt.awq import awq_unpack
 from internvl_rt.config import ExpertsConfig, ModelConfig, TextConfig, VisionConfig
 from internvl_rt.json_file import open_regular, parse_json, read_json, show
 from internvl_rt.models.families import FAMILIES, ExpertNames, Family
@@ -60,7 +61,8 @@ class Source:
     rows: the ranges of rows, begin and end, in the order in which the model wants them, where a
         family stores them in another one.
     expert: the entry of stored stacks that is meant.
-    form: "plain"; "columns", stored transposed; "mxfp4", from blocks and scales.
+    form: "plain"; "columns", stored transposed; "mxfp4", from blocks and scales; "awq", three
+        stored tensors for each part: codes, zeros and scales.
     alternating: stored rows are those of two layers in turns; here the first's come first.
     """
 
@@ -263,6 +265,14 @@ class Checkpoint:
         """Dtype, shape and place of a tensor, without touching its payload."""
         return self._shard(name).tensors[name]
 
+    def adopt(self, other: Checkpoint, prefix: str) -> None:
+        """Takes the tensors of another checkpoint in, under names with a prefix."""
+        for shard in other._shards:
+            shard.tensors = {prefix + name: info for name, info in shard.tensors.items()}
+            self._where |= dict.fromkeys(shard.tensors, shard)
+        self._shards += other._shards
+        self.names = tuple(self._where)
+
     @property
     def dtype(self) -> torch.dtype:
         """What the first tensor is stored in; the weights of a checkpoint share their dtype."""
@@ -286,6 +296,8 @@ class Checkpoint:
             tensors = [t.T.contiguous() for t in tensors]
         elif source.form == "mxfp4":
             tensors = [mxfp4_unpack(*tensors)]
+        elif source.form == "awq":
+            tensors = [awq_unpack(*tensors[i : i + 3]) for i in range(0, len(tensors), 3)]
         if source.alternating:
             return [t[i::2] for t in tensors for i in (0, 1)]
         return [t[begin:end] for t in tensors for begin, end in source.rows] or tensors
@@ -322,6 +334,24 @@ def _entry_of(info: TensorInfo, index: int | None) -> TensorInfo:
     return TensorInfo(info.dtype, info.shape[1:], begin, begin + size)
 
 
+def open_checkpoint(folder: Path, config: ModelConfig) -> Checkpoint:
+    """The checkpoint in `folder`; Chat V1.0's with its vision tower, which may lie beside it.
+
+    Raises what Checkpoint raises, and FileNotFoundError for a tower that is in neither place.
+    """
+    checkpoint = Checkpoint(folder)
+    if config.tower is None or f"{_LLAVA.vision}embeddings.class_embedding" in checkpoint:
+        return checkpoint
+    beside = Path(folder).absolute().parent / config.tower
+    if not beside.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: no tensors {_LLAVA.vision}*; the vision tower {config.tower} is then a "
+            f"checkpoint of its own, expected in {beside}"
+        )
+    checkpoint.adopt(Checkpoint(beside), _LLAVA.vision)
+    return checkpoint
+
+
 def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     """Where every tensor of the chat model lies, by internal name.
 
@@ -336,11 +366,17 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     another dtype.
     """
     names = _ORIGINAL
+    vision, buffers = config.vision, []
     if config.layout == "hf":
         newer = f"{_NATIVE_B.vision}embeddings.cls_token" in checkpoint
         names = _NATIVE_B if newer else _NATIVE_A
+    elif config.layout == "llava":
+        names = _LLAVA
+        vision = _with_stored_grid(config, checkpoint)
+        buffers = _llava_buffers(config.text)
     rows = [
-        *_vision_rows(config.vision, names, config.vision_layers_used),
+        *buffers,
+        *_vision_rows(vision, names, config.vision_layers_used),
         *_projector_rows(config, names),
         *_text_rows(config.text, names, checkpoint),
     ]
@@ -350,6 +386,22 @@ def resolve(checkpoint: Checkpoint, config: ModelConfig) -> dict[str, Source]:
     found = _match(checkpoint, rows, ignored=())
     found.setdefault(head.name, found["llm.embed.weight"])
     return found
+
+
+def _with_stored_grid(config: ModelConfig, checkpoint: Checkpoint) -> VisionConfig:
+    """Chat V1.0's code of one time stored the position embedding resized to its pictures."""
+    name = f"{_LLAVA.vision}embeddings.position_embedding"
+    resized = replace(config.vision, image_size=config.image_size)
+    shape = (1, resized.grid**2 + 1, resized.hidden_size)
+    stored = name in checkpoint and checkpoint.info(name).shape == shape
+    return resized if stored else config.vision
+
+
+def _llava_buffers(config: TextConfig) -> list[_Row]:
+    """What LLaMA's code of that time stored and computes anew."""
+    names = (f"{_LLAVA.decoder}layers.{i}.self_attn.rotary_emb" for i in range(config.num_layers))
+    shape = (config.head_dim // 2,)
+    return [replace(_row(n, ((f"{n}.inv_freq", shape),)), used=False) for n in names]
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -395,6 +447,16 @@ def _native_projector(prefix: str) -> dict[str, str]:
     return {key: f"{prefix}multi_modal_projector.{name}" for key, name in names.items()}
 
 
+# Of InternVL-14B-224px, whose tower has the names of the original layout.
+_CONTRASTIVE_OTHERS = (
+    "qllama.",
+    "query_tokens",
+    "text_projection",
+    "logit_scale",
+    "clip_projector.",
+    "clip_projector2.",
+    "itm_head.",
+)
 _ORIGINAL = _Names(
     layout="original",
     vision="vision_model.",
@@ -402,7 +464,7 @@ _ORIGINAL = _Names(
     projector=_ORIGINAL_PROJECTOR,
     decoder="language_model.model.",
     head="language_model.",
-    others=("language_model.", "mlp1."),
+    others=("language_model.", "mlp1.", *_CONTRASTIVE_OTHERS),
 )
 # Written by Transformers 4.52 to 4.57, and by later ones.
 _NATIVE_A = _Names(
@@ -423,6 +485,16 @@ _NATIVE_B = _Names(
     head="",
     others=("model.language_model.", "model.multi_modal_projector.", "lm_head."),
 )
+# Chat V1.0's.
+_LLAVA = _Names(
+    layout="LLaVA",
+    vision="model.vision_tower.vision_tower.",
+    native_vision=False,
+    projector={"fc1": "model.mm_projector.0", "fc2": "model.mm_projector.2"},
+    decoder="model.",
+    head="",
+    others=(),
+)
 _STANDALONE = _Names("original", "", False, {}, "", "", ())
 _NATIVE_STANDALONE = _Names("Hugging Face-native", "", True, {}, "", "", ())
 
@@ -435,7 +507,7 @@ class _Row:
     source: Source
     stored: tuple[tuple[int, ...], ...]
     used: bool = True  # False: known and checked where present, not loaded
-    dtypes: tuple[torch.dtype, ...] = _WEIGHT_DTYPES
+    dtypes: tuple[tuple[torch.dtype, ...], ...] = ()  # of each; () for those of weights
 
 
 def _row(
@@ -449,6 +521,41 @@ def _row(
     return _Row(name, Source(names, shape, rows), shapes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Awq:
+    """Projections of a decoder may be stored as int4 in groups; those that are have codes."""
+
+    group: int
+    present: Container[str]
+
+    def stores(self, part: str) -> bool:
+        return f"{part}.qweight" in self.present
+
+    def row(
+        self,
+        name: str,
+        stored: Sequence[tuple[str, int]],
+        columns: int,
+        rows: tuple[tuple[int, int], ...],
+    ) -> _Row:
+        uneven = [part for part, n in stored if n % 8 or columns % self.group]
+        if uneven:
+            raise ValueError(
+                f"{uneven[0]}: AWQ stores multiples of 8 rows and of {self.group} columns, "
+                f"the config has {columns} columns"
+            )
+        groups = columns // self.group
+        names: list[str] = []
+        shapes: list[tuple[int, ...]] = []
+        for part, n in stored:
+            names += [f"{part}.{kind}" for kind in ("qweight", "qzeros", "scales")]
+            shapes += [(columns, n // 8), (groups, n // 8), (groups, n)]
+        shape = (sum(n for _, n in stored), columns)
+        source = Source(tuple(names), shape, rows, form="awq")
+        dtypes = ((torch.int32,), (torch.int32,), (torch.float16,)) * len(stored)
+        return _Row(name, source, tuple(shapes), dtypes=dtypes)
+
+
 def _linear(
     name: str,
     stored: Sequence[tuple[str, int]],
@@ -456,9 +563,14 @@ def _linear(
     *,
     bias: bool,
     rows: tuple[tuple[int, int], ...] = (),
+    awq: _Awq | None = None,
 ) -> list[_Row]:
     """A linear layer; `stored` are the tensors, with their numbers of rows, that it is made of."""
-    weight = _row(f"{name}.weight", [(f"{part}.weight", (n, columns)) for part, n in stored], rows)
+    if awq is not None and awq.stores(stored[0][0]):
+        weight = awq.row(f"{name}.weight", stored, columns, rows)
+    else:
+        parts = [(f"{part}.weight", (n, columns)) for part, n in stored]
+        weight = _row(f"{name}.weight", parts, rows)
     if not bias:
         return [weight]
     return [weight, _row(f"{name}.bias", [(f"{part}.bias", (n,)) for part, n in stored], rows)]
@@ -523,8 +635,9 @@ def _vision_layer(
 def _projector_rows(config: ModelConfig, names: _Names) -> list[_Row]:
     wide = config.vision.hidden_size * config.unshuffle**2
     width = config.text.hidden_size
+    norm = _norm("proj.ln", names.projector["ln"], wide, bias=True) if config.projector_norm else []
     return [
-        *_norm("proj.ln", names.projector["ln"], wide, bias=True),
+        *norm,
         *_linear("proj.fc1", [(names.projector["fc1"], width)], wide, bias=True),
         *_linear("proj.fc2", [(names.projector["fc2"], width)], width, bias=True),
     ]
@@ -534,28 +647,29 @@ def _text_rows(config: TextConfig, names: _Names, present: Container[str]) -> It
     """present: the names of a checkpoint, by which the way is found that it stores experts."""
     stored = FAMILIES[config.backbone].names
     root, width, D = names.decoder, config.hidden_size, config.head_dim
+    awq = None if config.awq_group is None else _Awq(config.awq_group, present)
     embed = (f"{root}{stored.embed}.weight", (config.vocab_size, width))
     yield _row("llm.embed.weight", (embed,))
     for i in range(config.num_layers):
         name, at = f"llm.{i}", f"{root}layers.{i}."
         yield from _norm(f"{name}.norm1", at + stored.norm1, width, bias=False)
-        yield from _qkv(config, f"{name}.qkv", [at + part for part in stored.qkv])
+        yield from _qkv(config, f"{name}.qkv", [at + part for part in stored.qkv], awq)
         if config.qk_norm:
             yield from _norm(f"{name}.q_norm", at + stored.q_norm, D, bias=False)
             yield from _norm(f"{name}.k_norm", at + stored.k_norm, D, bias=False)
         o = [(at + stored.o, width)]
-        yield from _linear(f"{name}.o", o, config.num_heads * D, bias=config.o_bias)
+        yield from _linear(f"{name}.o", o, config.num_heads * D, bias=config.o_bias, awq=awq)
         yield from _norm(f"{name}.norm2", at + stored.norm2, width, bias=False)
         if config.sinks:
             yield _row(f"{name}.sinks", ((at + stored.sinks, (config.num_heads,)),))
-        if config.experts is None:
-            yield from _mlp_rows(config, name, at)
+        if config.experts is None or not config.mixtures[i]:
+            yield from _mlp_rows(config, name, at, awq)
         else:
-            yield from _expert_rows(config, config.experts, name, at, present)
+            yield from _expert_rows(config, config.experts, name, at, present, awq)
     yield from _norm("llm.norm", root + stored.norm, width, bias=False)
 
 
-def _qkv(config: TextConfig, name: str, stored: Sequence[str]) -> list[_Row]:
+def _qkv(config: TextConfig, name: str, stored: Sequence[str], awq: _Awq | None) -> list[_Row]:
     """The joint projection: rows of all query heads, then of all keys, then of all values."""
     H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
     parts = [(stored[0], (H + 2 * K) * D)]
@@ -568,22 +682,27 @@ def _qkv(config: TextConfig, name: str, stored: Sequence[str]) -> list[_Row]:
         keys = [(end, end + 1) for _, end in heads]
         values = [(end, end + 1) for _, end in keys]
         rows = tuple((begin * D, end * D) for begin, end in (*heads, *keys, *values))
-    return _linear(name, parts, config.hidden_size, bias=config.qkv_bias, rows=rows)
+    return _linear(name, parts, config.hidden_size, bias=config.qkv_bias, rows=rows, awq=awq)
 
 
-def _mlp_rows(config: TextConfig, name: str, at: str) -> list[_Row]:
+def _mlp_rows(config: TextConfig, name: str, at: str, awq: _Awq | None) -> list[_Row]:
     stored = FAMILIES[config.backbone].names
     width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
     each = 2 * inner // len(stored.gate_up)
     gate_up = [(at + part, each) for part in stored.gate_up]
     return [
-        *_linear(f"{name}.gate_up", gate_up, width, bias=bias),
-        *_linear(f"{name}.down", [(at + stored.down, width)], inner, bias=bias),
+        *_linear(f"{name}.gate_up", gate_up, width, bias=bias, awq=awq),
+        *_linear(f"{name}.down", [(at + stored.down, width)], inner, bias=bias, awq=awq),
     ]
 
 
 def _expert_rows(
-    config: TextConfig, experts: ExpertsConfig, name: str, at: str, present: Container[str]
+    config: TextConfig,
+    experts: ExpertsConfig,
+    name: str,
+    at: str,
+    present: Container[str],
+    awq: _Awq | None,
 ) -> Iterator[_Row]:
     stored, width, bias = FAMILIES[config.backbone].names, config.hidden_size, config.mlp_bias
     yield from _linear(f"{name}.router", [(at + stored.router, experts.count)], width, bias=bias)
@@ -592,19 +711,24 @@ def _expert_rows(
         return at + way.gate_up[0].format(e=0) + way.suffixes[0]
 
     way = next((way for way in stored.experts if first(way) in present), stored.experts[0])
+    way_down = replace(way, alternating=False)
     for e in range(experts.count):
-        each = f"{name}.experts.{e}"
-        gate_up = [at + part.format(e=e) for part in way.gate_up]
-        shape = (2 * experts.width, width)
-        yield from _expert(f"{each}.gate_up", gate_up, shape, e, experts.count, way, bias=bias)
-        down, shape = [at + way.down.format(e=e)], (width, experts.width)
-        way_down = replace(way, alternating=False)
-        yield from _expert(f"{each}.down", down, shape, e, experts.count, way_down, bias=bias)
+        each, inner, count = f"{name}.experts.{e}", experts.width, experts.count
+        if way.suffixes == (".weight",):
+            gate_up = [(at + part.format(e=e), inner) for part in way.gate_up]
+            down = [(at + way.down.format(e=e), width)]
+            yield from _linear(f"{each}.gate_up", gate_up, width, bias=bias, awq=awq)
+            yield from _linear(f"{each}.down", down, inner, bias=bias, awq=awq)
+            continue
+        whole, shape = at + way.gate_up[0], (2 * inner, width)
+        yield from _stacked(f"{each}.gate_up", whole, shape, e, count, way, bias=bias)
+        whole, shape = at + way.down, (width, inner)
+        yield from _stacked(f"{each}.down", whole, shape, e, count, way_down, bias=bias)
 
 
-def _expert(
+def _stacked(
     name: str,
-    stored: Sequence[str],
+    stored: str,
     shape: tuple[int, int],
     e: int,
     count: int,
@@ -612,23 +736,21 @@ def _expert(
     *,
     bias: bool,
 ) -> list[_Row]:
-    """One layer [N, K] of expert e."""
+    """One layer [N, K] of expert e, where a tensor holds those of all of them."""
     N, K = shape
-    if way.suffixes == (".weight",):
-        return _linear(name, [(part, N // len(stored)) for part in stored], K, bias=bias)
     if way.form == "mxfp4" and K % 32:
-        raise ValueError(f"{stored[0]}: {K} columns, mxfp4 stores multiples of 32")
+        raise ValueError(f"{stored}: {K} columns, mxfp4 stores multiples of 32")
     shapes = {
         "plain": [(count, N, K)],
         "columns": [(count, K, N)],
         "mxfp4": [(count, N, K // 32, 16), (count, N, K // 32)],
     }[way.form]
-    names = [stored[0] + suffix for suffix in way.suffixes]
-    dtypes = (torch.uint8,) if way.form == "mxfp4" else _WEIGHT_DTYPES
+    names = [stored + suffix for suffix in way.suffixes]
+    dtypes = ((torch.uint8,),) * 2 if way.form == "mxfp4" else ()
     source = Source(tuple(names), shape, (), e, way.form, way.alternating)
     rows = [_Row(f"{name}.weight", source, tuple(shapes), dtypes=dtypes)]
     if bias:
-        source = Source((f"{stored[0]}_bias",), (N,), (), e, "plain", way.alternating)
+        source = Source((f"{stored}_bias",), (N,), (), e, "plain", way.alternating)
         rows.append(_Row(f"{name}.bias", source, ((count, N),)))
     return rows
 
@@ -641,9 +763,10 @@ def _head_row(config: TextConfig, names: _Names) -> _Row:
 def _nearest(checkpoint: Checkpoint) -> str:
     """What the stored names, but for the vision tower's, are most like; for messages."""
     scores: dict[str, float] = {}
-    for names in (_ORIGINAL, _NATIVE_A, _NATIVE_B):
+    for names in (_ORIGINAL, _NATIVE_A, _NATIVE_B, _LLAVA):
         stored = {_without_numbers(n) for n in checkpoint.names if not n.startswith(names.vision)}
-        for family in FAMILIES.values():
+        families = (FAMILIES["llama"],) if names is _LLAVA else FAMILIES.values()
+        for family in families:
             likeness = (
                 len(expected & stored) / len(expected | stored)
                 for expected in _decoder_names(family, names)
@@ -707,7 +830,8 @@ def _match(
     mistyped: list[str] = []
     result: dict[str, Source] = {}
     for row in rows:
-        for name, shape in zip(row.source.names, row.stored, strict=True):
+        allowed = row.dtypes or (_WEIGHT_DTYPES,) * len(row.stored)
+        for name, shape, kinds in zip(row.source.names, row.stored, allowed, strict=True):
             if name in known:  # a stack of experts: every one of them names it
                 continue
             known.add(name)
@@ -718,15 +842,17 @@ def _match(
             info = checkpoint.info(name)
             if info.shape != shape:
                 misshaped.append(f"{name} is {list(info.shape)}, expected {list(shape)}")
-            if info.dtype not in row.dtypes:
+            if info.dtype not in kinds:
                 mistyped.append(f"{name} is {_dtype_name(info.dtype)}")
         if not row.used:
+            continue
+        result[row.name] = row.source
+        if row.dtypes:
             continue
         dtypes = {checkpoint.info(n).dtype for n in row.source.names if n in checkpoint}
         if len(dtypes) > 1:
             both = " and ".join(sorted(map(_dtype_name, dtypes)))
             mistyped.append(f"{row.source.names[0]} and the tensors joined to it are {both}")
-        result[row.name] = row.source
     extra = [n for n in checkpoint.names if n not in known and not n.startswith(ignored)]
     where = checkpoint.folder
     if missing:

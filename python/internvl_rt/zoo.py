@@ -124,6 +124,8 @@ def _qwen3_moe(hidden: int, layers: int, heads: tuple[int, int], inner: int) -> 
 
 
 LANGUAGES: Mapping[str, Language] = {
+    "Vicuna-7B": _llama(4096, 32, (32, 32), 11008, 32000),
+    "Vicuna-13B": _llama(5120, 40, (40, 40), 13824, 32000),
     "LLaMA2-13B": _llama(5120, 40, (40, 40), 13824, 32000),
     "Hermes-2-Yi-34B": Language(
         "LlamaForCausalLM", "llama", 7168, 60, (56, 8, 128), 20480, 64009, 5e6, 4096
@@ -234,7 +236,10 @@ _TILES = {"dynamic_image_size": True, "use_thumbnail": True, "ps_version": "v2"}
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A checkpoint and those that differ from it in their weights alone (`also`)."""
+    """A checkpoint and those that differ from it in their weights alone (`also`).
+
+    tower: of Chat V1.0, whose vision tower is named and not described.
+    """
 
     name: str
     vision: str
@@ -242,9 +247,12 @@ class Published:
     template: str
     also: str = ""
     top: Mapping[str, Any] = field(default_factory=dict)
+    tower: str = ""
 
     def config(self) -> dict[str, Any]:
         """Its config.json as far as a runtime reads it."""
+        if self.tower:
+            return self._llava()
         vision = {
             "model_type": "intern_vit_6b",
             "patch_size": 14,
@@ -268,6 +276,19 @@ class Published:
             "llm_config": LANGUAGES[self.language].config(),
         }
 
+    def _llava(self) -> dict[str, Any]:
+        return {
+            **LANGUAGES[self.language].config(),
+            "model_type": "llava",
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "torch_dtype": "bfloat16",
+            "image_aspect_ratio": "pad",
+            "mm_hidden_size": VISIONS[self.vision]["hidden_size"],
+            "mm_projector_type": "mlp2x_gelu",
+            "mm_vision_select_layer": -4,
+            "mm_vision_tower": self.tower,
+        }
+
 
 def _rows(
     prefix: str, template: str, sizes: Mapping[str, tuple[str, str]], also: str = ""
@@ -276,7 +297,15 @@ def _rows(
         yield Published(f"{prefix}-{size}", vision, language, template, also)
 
 
+def _chat_v1_0(size: str, tower: str, suffix: str = "") -> Published:
+    name, language = f"InternVL-Chat-ViT-6B-Vicuna-{size}{suffix}", f"Vicuna-{size}"
+    return Published(name, "6B, 48 layers", language, "vicuna_v1", tower=tower)
+
+
 ZOO: tuple[Published, ...] = (
+    _chat_v1_0("7B", "OpenGVLab/InternViT-6B-224px"),
+    _chat_v1_0("13B", "OpenGVLab/InternViT-6B-224px"),
+    _chat_v1_0("13B", "OpenGVLab/InternViT-6B-448px", "-448px"),
     Published(
         "InternVL-Chat-V1-1",
         "6B, 48 layers",
@@ -344,10 +373,9 @@ ZOO: tuple[Published, ...] = (
 
 # What of the family does not run at all, and why.
 REFUSED: Mapping[str, str] = {
-    "InternVL-Chat-ViT-6B-Vicuna-7B, -13B, -13B-448px": "LLaVA's layout; the prompt format "
-    "(`vicuna_v1`) is there",
-    "InternVL-14B-224px": "QLLaMA: contrastive and generative retrieval",
-    "-AWQ, -Int8": "quantised weights",
+    "InternVL-14B-224px": "compares pictures with texts and has no chat: `load_vision` runs its "
+    "tower (verified on the original's outputs, off by 2e-6), QLLaMA and its projectors do not run",
+    "-Int8": "bitsandbytes' int8 (quantise on loading instead: `quant`)",
     "InternVL3_5-*-Flash": "tiles of 64 tokens, chosen by a router",
 }
 
@@ -391,6 +419,8 @@ def _cells(row: Published) -> list[str]:
     )
     parts_run = (row.vision.partition(",")[0], config.text.backbone)
     cases = [VERIFIED.get(part, f"{part}: unverified") for part in parts_run]
+    if row.tower:
+        cases.append("layout unverified")
     return [
         *parts,
         "runs",
@@ -428,6 +458,16 @@ the cases of `tests/golden` with the same kinds of vision tower and decoder: tin
 the published layout, whose features, logits and greedy tokens equal the original implementation's.
 Shapes come from published configs where there are some, from the base models otherwise; a
 checkpoint's own config.json decides.
+
+**Chat V1.0** (`-ViT-6B-Vicuna-`) is in LLaVA's layout. No outputs of the original were at hand:
+layout, padding, prompt and tokens are verified against Transformers' Llama on checkpoints made from
+its published code (`tests/test_llava.py`). Its repositories hold `.bin` files, which are not read:
+convert them to safetensors first. The vision tower is taken from the checkpoint
+(`model.vision_tower.vision_tower.*`) or else from the folder of its name beside it.
+
+**-AWQ** checkpoints of every row but GPT-OSS's run (int4 in groups of 32 to 128, version gemm):
+their weights are dequantised as they are loaded, exactly, and then rounded to the dtype, so they
+take the memory of the table. Unverified on published weights.
 
 """
 

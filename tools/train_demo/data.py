@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 import draw
+import world
+from internvl_rt.grounding import parse
 from internvl_rt.image import tile_grid
-from tokens import Writer, make_tokenizer, pad
+from model import Sizes
+from tokens import Conversation, Writer, make_tokenizer, pad, together
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-MAX_TILES = 6  # of a training picture; `load(...).chat` takes up to 12 by default
+# Tokens after a picture: of so many conversations about it as they hold, the exam's task first.
+ROOM = 90
+BOXES = 0.3  # how often places are asked for at all: their answers are long
+SECOND_TURN = 0.2  # how often a turn follows another instead of standing alone
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
 JOINS = {
     "number": 0.0,
@@ -30,10 +36,10 @@ JOINS = {
 }
 # Share of a task in the mixture: more of what is learned more slowly.
 WEIGHTS = {
-    "number": 2.4,
+    "number": 2.2,
     "shape and colour": 0.5,
-    "emoji": 0.7,
-    "relation": 1.8,
+    "emoji": 0.5,
+    "relation": 2.4,
     "count": 1.6,
     "outside": 0.3,
 }
@@ -54,17 +60,21 @@ class Source:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage is fed: its sources take turns; tasks join one after the other if `staged`."""
+    """What a stage is fed: its sources take turns; tasks join one after the other if `staged`.
+
+    weights: share of a task in the mixture.
+    """
 
     name: str
     sources: tuple[Source, ...]
     staged: bool = False
+    weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
     vocab: int = 0
     seed: int = 0
 
 
 def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, Any]:
-    """Arrays of one batch: pixels, kinds, colours and, for scenes, before, after and answers.
+    """Arrays of one batch: pixels, `Picture.labels`, and for scenes the fields of Conversation.
 
     pixels uint8 [B, S, S, 3]; where there is more than one tile also tiles [B, t, S, S, 3], the
     thumbnail not among them.
@@ -74,13 +84,15 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     if source.kind == "page":
         return _arrays([draw.page(rng, source.side) for _ in range(source.count)])
     tasks = [t for t, start in JOINS.items() if progress >= start or not plan.staged]
-    weights = np.array([WEIGHTS[t] for t in tasks])
+    weights = np.array([plan.weights[t] for t in tasks])
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
-    talks = []
-    for picture in drawn:
-        turns = [picture.turns[i] for i in rng.permutation(len(picture.turns))]
-        talks.append(writer.conversation([t[1:] for t in turns[: int(rng.integers(1, 3))]]))
+    whole = source.side == Sizes.image_size  # a smaller one does not know what part it sees
+    located = [whole and rng.random() < BOXES for _ in drawn]
+    talks = [
+        _talks(rng, [t for t in p.turns if yes or t[0] != "box"], writer)
+        for p, yes in zip(drawn, located, strict=True)
+    ]
     arrays = _arrays(
         [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
     )
@@ -90,8 +102,23 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
             arrays["tiles"] = tiles
     arrays["before"] = np.array([t.before for t in talks])
     arrays["after"] = pad([t.after for t in talks], 0)
-    arrays["answers"] = pad([t.answers for t in talks], False)
+    arrays["weights"] = pad([t.weights for t in talks], 0.0)
+    arrays["branch"] = pad([t.branch for t in talks], -1)
+    arrays["position"] = pad([t.position for t in talks], 0)
     return arrays
+
+
+def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer) -> Conversation:
+    """Conversations of one or two turns about a picture, the first turn surely among them."""
+    groups: list[list[tuple[str, str]]] = []
+    for i in [0, *(1 + rng.permutation(len(turns) - 1))]:
+        if groups and len(groups[-1]) == 1 and rng.random() < SECOND_TURN:
+            groups[-1].insert(int(rng.integers(2)), turns[i][1:])
+        else:
+            groups.append([turns[i][1:]])
+    talks = [writer.conversation(group) for group in groups]
+    lengths = np.cumsum([len(t.after) for t in talks])
+    return together(talks[: max(1, int((lengths <= ROOM).sum()))])
 
 
 def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[draw.Picture]:
@@ -112,7 +139,7 @@ def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[dr
 def tiles_of(pixels: np.ndarray, side: int) -> np.ndarray:
     """The tiles of InternVL's dynamic tiling without the thumbnail, uint8 [t, side, side, 3]."""
     height, width = pixels.shape[:2]
-    columns, rows = tile_grid(width, height, MAX_TILES, side)
+    columns, rows = tile_grid(width, height, world.MAX_TILES, side)
     if columns * rows == 1:
         return np.empty((0, side, side, 3), np.uint8)
     image = Image.fromarray(pixels).resize((columns * side, rows * side), Image.Resampling.BICUBIC)
@@ -121,9 +148,9 @@ def tiles_of(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _arrays(pictures: list[draw.Picture]) -> dict[str, np.ndarray]:
-    kinds, colours = zip(*(p.labels() for p in pictures), strict=True)
-    pixels = np.stack([p.pixels for p in pictures])
-    return {"pixels": pixels, "kinds": np.stack(kinds), "colours": np.stack(colours)}
+    labels = [p.labels() for p in pictures]
+    arrays = {key: np.stack([x[key] for x in labels]) for key in labels[0]}
+    return arrays | {"pixels": np.stack([p.pixels for p in pictures])}
 
 
 def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list[draw.Picture]:
@@ -131,10 +158,24 @@ def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list
     rng = np.random.default_rng([seed, *f"exam {task} {side}".encode()])
     pictures = []
     while len(pictures) < count:
-        picture = draw.scene(rng, task, side, side, held_out)
+        picture = draw.scene(rng, "relation" if task == "box" else task, side, side, held_out)
+        if task == "box":
+            picture.turns = [turn for turn in picture.turns if turn[0] == task]
         if picture.turns[0][0] == task:  # "count" has another task for six to nine
             pictures.append(picture)
     return pictures
+
+
+def right(answer: str, truth: str) -> bool:
+    """Is it the same; a box may differ: intersection over union of at least one half."""
+    if "<box>" not in truth:
+        return answer == truth
+    found, wanted = (parse(text, 1000, 1000) for text in (answer, truth))
+    if len(found) != 1 or found[0].label != wanted[0].label:
+        return False
+    a, b = (np.array(r[0].box).reshape(2, 2) for r in (found, wanted))
+    shared = np.clip(np.minimum(a[1], b[1]) - np.maximum(a[0], b[0]), 0, None).prod()
+    return bool(2 * shared >= (a[1] - a[0]).prod() + (b[1] - b[0]).prod() - shared)
 
 
 def normalise(pixels: np.ndarray | Tensor, device: str, dtype: torch.dtype) -> Tensor:

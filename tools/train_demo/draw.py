@@ -16,7 +16,7 @@ import world
 
 PATCH = 14
 IGNORE = -100
-_FINE = 4  # shapes are drawn this much larger and reduced: smooth edges
+_FINE = 4  # most shapes are drawn this much larger and reduced: smooth edges
 
 
 @dataclass
@@ -47,19 +47,31 @@ class Picture:
         ]
         return Picture(np.array(image), items, self.turns)
 
-    def labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Dense class and colour of every patch of a square picture, int64 [n]; or IGNORE."""
+    def labels(self) -> dict[str, np.ndarray]:
+        """What is known of every patch of a square picture, row by row.
+
+        kinds, colours: dense class and colour int64 [n], or IGNORE; boxes: of the thing that lies
+        there, in patches, float32 [n, 4]; centres: 1 where a thing has its centre, float32 [n].
+        """
         g = self.pixels.shape[0] // PATCH
         kinds, colours = np.zeros((g, g), np.int64), np.full((g, g), IGNORE, np.int64)
+        boxes, centres = np.zeros((g, g, 4), np.float32), np.zeros((g, g), np.float32)
         for item in self.items:
             x0, y0, x1, y1 = (v / PATCH for v in item.box)
             touched = kinds[_floor(y0, g) : _floor(y1, g) + 1, _floor(x0, g) : _floor(x1, g) + 1]
             touched[touched == 0] = IGNORE
             rows, columns = _covered(y0, y1, g), _covered(x0, x1, g)
             kinds[rows, columns] = item.kind
+            boxes[rows, columns] = x0, y0, x1, y1
+            centres[_floor((y0 + y1) / 2, g), _floor((x0 + x1) / 2, g)] = 1
             if item.colour is not None:
                 colours[rows, columns] = world.COLOUR_NAMES.index(item.colour)
-        return kinds.ravel(), colours.ravel()
+        return {
+            "kinds": kinds.ravel(),
+            "colours": colours.ravel(),
+            "boxes": boxes.reshape(-1, 4),
+            "centres": centres.ravel(),
+        }
 
 
 def _floor(v: float, g: int) -> int:
@@ -108,6 +120,19 @@ class Canvas:
                 return chosen, rgb
         return "black", (0, 0, 0)
 
+    def least(self, side: float, share: float) -> int:
+        """The smallest side of a thing: it has to be seen in the thumbnail too."""
+        return int(max(side, share * self.size))
+
+    def located(self, name: str, *items: Item) -> tuple[str, str, str]:
+        """A turn that asks where the things called `name` are: InternVL's box, in thousandths."""
+        boxes = np.array([item.box for item in items])
+        corners = np.concatenate((boxes[:, :2].min(0), boxes[:, 2:].max(0)))
+        parts = corners / np.tile((self.width, self.height), 2)
+        numbers = ", ".join(f"{round(1000 * min(max(v, 0), 0.999)):03d}" for v in parts)
+        question = world.GROUNDING[self.rng.integers(len(world.GROUNDING))]
+        return "box", question.format(a=name), f"<ref>{name}</ref><box>[[{numbers}]]</box>"
+
     def free(self, width: float, height: float, gap: float = 3) -> tuple[int, int] | None:
         """A place for a box that touches no other, or None if there seems to be none."""
         if width > self.width or height > self.height:
@@ -146,7 +171,7 @@ class Canvas:
         return name
 
     def shape(self, noun: str, colour: str, side: int, at: tuple[int, int]) -> None:
-        big = side * _FINE
+        big = side * (_FINE if self.rng.random() < 0.75 else 1)
         mask = Image.new("L", (big, big))
         _SHAPES[noun](ImageDraw.Draw(mask), big - 1)
         turn = self.rng.uniform(-12, 12)
@@ -213,11 +238,17 @@ def _between(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 def page(rng: np.random.Generator, size: int, held_out: bool = False) -> Picture:
-    """A picture full of digits, shapes and emoji, for dense labels; nothing is asked about it."""
+    """A picture full of digits, shapes and emoji, for dense labels; nothing is asked about it.
+
+    Some hold a few large things: each is then spread over many patches, which must help each other.
+    """
     canvas = Canvas(rng, size, size)
-    for _ in range(round(rng.uniform(4, 8) * (size / 112) ** 2)):
+    large = size > 112 and rng.random() < 0.4
+    low, high, share = (0.2 * size, 0.75 * size, 1.5) if large else (18, 48, 4 * (size / 224) ** 2)
+    for _ in range(round(rng.uniform(4, 8) * share)):
         kind = rng.random()
-        side = int(_between(rng, 18, 48) if rng.random() < 0.8 else _between(rng, 48, 0.8 * size))
+        reach = (low, high) if rng.random() < 0.8 else (18, 0.8 * size)
+        side = int(_between(rng, *reach))
         if kind < 0.6:
             canvas.number(_digits(rng, int(rng.integers(1, 4))), side, held_out)
             continue
@@ -236,7 +267,7 @@ def page(rng: np.random.Generator, size: int, held_out: bool = False) -> Picture
 def scene(
     rng: np.random.Generator, task: str, width: int, height: int, held_out: bool = False
 ) -> Picture:
-    """A picture for one of world.TASKS, or "outside", with all its turns."""
+    """A picture for one of _SCENES with all its turns; turns[0] is the one that names it."""
     while True:
         canvas = Canvas(rng, width, height)
         turns = _SCENES[task](canvas, rng, held_out)
@@ -256,18 +287,19 @@ def _number(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | 
     if len(text) > 1 and text[0] == "0":
         text = str(rng.integers(1, 10)) + text[1:]
     highest = min(0.7 * canvas.size, 1.35 * canvas.size / len(text))
-    colour = canvas.number(text, int(_between(rng, 22, highest)), held_out)
+    colour = canvas.number(text, int(_between(rng, canvas.least(22, 0.1), highest)), held_out)
     if colour is None:
         return None
     return [
         ("number", _ask(rng, "number"), text),
         ("number colour", _ask(rng, "number colour"), colour),
         ("any", _ask(rng, "any"), f"the number {text}"),
+        canvas.located("number", *canvas.items),
     ]
 
 
 def _one_shape(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
-    side = int(_between(rng, 22, 0.85 * canvas.size))
+    side = int(_between(rng, canvas.least(22, 0.1), 0.85 * canvas.size))
     noun, colour = world.SHAPES[rng.integers(len(world.SHAPES))], canvas.ink()[0]
     canvas.shape(noun, colour, side, canvas.free(side, side))
     return [
@@ -275,6 +307,7 @@ def _one_shape(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list
         ("shape", _ask(rng, "shape"), noun),
         ("shape colour", _ask(rng, "shape colour", shape=noun), colour),
         ("any", _ask(rng, "any"), world.article(f"{colour} {noun}")),
+        canvas.located(f"{colour} {noun}", *canvas.items),
     ]
 
 
@@ -282,7 +315,7 @@ def _count(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | N
     count = int(rng.integers(1, 6)) if rng.random() < 0.75 else int(rng.integers(6, 10))
     noun, colour = world.SHAPES[rng.integers(len(world.SHAPES))], canvas.ink()[0]
     largest = canvas.size / (2.2 if count < 3 else 3 if count < 6 else 3.8)
-    side = int(rng.integers(18, int(largest)))
+    side = int(rng.integers(canvas.least(18, 0.085), int(largest)))
     for _ in range(count):
         scaled = max(17, int(side * rng.uniform(0.85, 1.1)))
         at = canvas.free(scaled, scaled, gap=5)
@@ -300,7 +333,7 @@ def _count(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | N
 
 def _relation(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
     size = canvas.size
-    sides = rng.integers(20, int(size / 2.6), 2)
+    sides = rng.integers(canvas.least(20, 0.09), int(size / 2.6), 2)
     names = []
     while len(names) < 2:
         noun, colour = world.SHAPES[rng.integers(len(world.SHAPES))], canvas.ink()[0]
@@ -320,28 +353,34 @@ def _relation(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list 
         a, b = names[0][0], names[1][0]
     else:
         a, b = (f"{colour} {noun}" for noun, colour in names)
+    words = ("left", "right") if along == 0 else ("above", "below")
+    first, second = words if centres[0, along] < centres[1, along] else words[::-1]
+    located = [canvas.located(n, i) for n, i in zip((a, b), canvas.items, strict=True)]
     if rng.random() < 0.5:
-        a, b, dx, dy = b, a, -dx, -dy
-    word = (("left", "right")[int(dx < 0)], ("above", "below")[int(dy < 0)])[along]
-    full = f"{word} of the {b}" if along == 0 else f"{word} the {b}"
+        a, b, first, second = b, a, second, first
+    of = " of" if along == 0 else ""
     ordered = [names[i] for i in np.argsort(centres[:, along])]  # from the left, or from above
     both = " and ".join(world.article(f"{c} {n}") for n, c in ordered)
     group = ("sides", "heights")[along]
     return [
-        ("relation", _ask(rng, group, a=a, b=b), word),
-        ("where", _ask(rng, "where", a=a, b=b), full),
+        ("relation", _ask(rng, group, a=a, b=b), first),
+        ("where", _ask(rng, "where", a=a, b=b), f"{first}{of} the {b}"),
         ("any", _ask(rng, "any"), both),
+        ("relation", _ask(rng, group, a=b, b=a), second),
+        ("where", _ask(rng, "where", a=b, b=a), f"{second}{of} the {a}"),
+        *located,
     ]
 
 
 def _emoji(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
     names, _ = world.emoji()
     index = int(rng.integers(len(names)))
-    side = int(_between(rng, 26, 0.95 * canvas.size))
+    side = int(_between(rng, canvas.least(26, 0.11), 0.95 * canvas.size))
     canvas.emoji(index, side, canvas.free(side, side))
     return [
         ("emoji", _ask(rng, "emoji"), names[index]),
         ("any", _ask(rng, "any"), world.article(names[index])),
+        canvas.located(names[index], *canvas.items),
     ]
 
 
@@ -363,7 +402,7 @@ def _outside(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list |
         group = str(rng.choice(["any", "number", "shape and colour", "emoji"]))
         question = question if rng.random() < 0.3 else _ask(rng, group)
     else:
-        task = str(rng.choice(world.TASKS[1:]))
+        task = str(rng.choice(["shape and colour", "count", "relation", "emoji"]))
         if _SCENES[task](canvas, rng, held_out) is None:
             return None
     return [("outside", question, world.UNKNOWN)]

@@ -85,7 +85,7 @@ def configs(s: Sizes, ids: dict[str, int]) -> dict[str, dict[str, Any]]:
         "dynamic_image_size": True,
         "force_image_size": s.image_size,
         "llm_config": text,
-        "max_dynamic_patch": 12,
+        "max_dynamic_patch": world.MAX_TILES,
         "min_dynamic_patch": 1,
         "model_type": "internvl_chat",
         "pad2square": False,

@@ -83,6 +83,19 @@ class VisionLayer(nn.Module):
         return x + self.mlp(self.norm2(x), self.ls2)
 
 
+def _places(grid: int, width: int, cosines: int = 8, size: float = 4.0) -> Tensor:
+    """What a patch's place starts as, [grid^2, width]: cosines of its row and of its column.
+
+    They stand along random directions and are about `size` long: a place too faint beside what is
+    in the patch is not learned.
+    """
+    at = (torch.arange(grid) + 0.5) / grid
+    waves = torch.cos(math.pi * at[:, None] * torch.arange(1, cosines + 1)) * cosines**-0.5
+    directions = torch.linalg.qr(torch.randn(width, 2 * cosines))[0].T
+    rows, columns = waves @ directions[:cosines], waves @ directions[cosines:]
+    return size * (rows[:, None] + columns[None]).flatten(0, 1)
+
+
 class Embeddings(nn.Module):
     def __init__(self, s: Sizes) -> None:
         super().__init__()
@@ -90,7 +103,9 @@ class Embeddings(nn.Module):
         self.grid = s.grid
         self.class_embedding = nn.Parameter(torch.randn(1, 1, C) * 0.02)
         self.patch_embedding = nn.Conv2d(3, C, PATCH, stride=PATCH)
-        self.position_embedding = nn.Parameter(torch.randn(1, 1 + s.grid**2, C) * 0.02)
+        start = torch.randn(1, 1 + s.grid**2, C) * 0.02
+        start[0, 1:] += _places(s.grid, C)
+        self.position_embedding = nn.Parameter(start)
 
     def forward(self, pixels: Tensor, corner: tuple[int, int]) -> Tensor:
         B, _, height, width = pixels.shape
@@ -187,15 +202,20 @@ def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class Demo(nn.Module):
     """The whole model; embeddings and head are tied.
 
-    `dense` says what lies in every patch and where the patch is: it teaches the vision tower and is
-    not part of the checkpoint. kinds, colours: how many of them there are.
+    `dense` says what lies in every patch, how far it reaches, whether its centre is there, and
+    where the patch is; the last two also of the four patches that make a token. It teaches the
+    vision tower and the projector and is not part of the checkpoint. kinds, colours: how many of
+    them there are.
     """
 
     def __init__(self, s: Sizes, kinds: int, colours: int) -> None:
         super().__init__()
         self.sizes = s
         heads = {"kind": kinds, "colour": colours, "row": s.grid, "column": s.grid}
+        heads |= {"box": 4, "centre": 1}
         self.dense = nn.ModuleDict({k: nn.Linear(s.vision_width, n) for k, n in heads.items()})
+        heads = {"token_row": s.grid, "token_column": s.grid, "token_centre": 1}
+        self.dense.update({k: nn.Linear(s.width, n) for k, n in heads.items()})
         self.vision_model = Vision(s)
         C, W = 4 * s.vision_width, s.width
         self.mlp1 = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, W), nn.GELU(), nn.Linear(W, W))
@@ -230,13 +250,25 @@ class Demo(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         return self.text.embed_tokens(ids)
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Embeddings [B, T, W] -> the last layer's normalised states [B, T, W], causal."""
+    def decode(
+        self, x: Tensor, branch: Tensor | None = None, position: Tensor | None = None
+    ) -> Tensor:
+        """Embeddings [B, T, W] -> the last layer's normalised states [B, T, W], causal.
+
+        branch int [B, T]: 0 is seen by all that follow, any other by its own alone; position
+        int [B, T]: for RoPE. Without them x is one text.
+        """
         T, D = x.shape[1], self.sizes.width // self.sizes.heads
+        if branch is None or position is None:
+            branch = torch.zeros(1, T, dtype=torch.int64, device=x.device)
+            position = torch.arange(T, device=x.device)[None]
         frequency = self.sizes.rope_theta ** (-torch.arange(0, D, 2, device=x.device) / D)
-        angle = torch.arange(T, device=x.device)[:, None] * frequency
+        angle = (position[:, :, None] * frequency)[:, None]
         rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        mask = torch.full((T, T), -math.inf, device=x.device, dtype=x.dtype).triu(1)
+        seen = (branch[:, None] == 0) | (branch[:, None] == branch[:, :, None])
+        hidden = ~seen | torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device)
+        mask = mask.masked_fill(hidden, -math.inf)[:, None]
         for layer in self.text.layers:
             x = layer(x, rope, mask)
         return self.text.norm(x)

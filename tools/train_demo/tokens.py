@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,13 +38,35 @@ def make_tokenizer(vocab: int) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+# What a token of an answer counts for: in a box the digits from the first on, and little else.
+PLAIN_WEIGHT, BOX_WEIGHT, DIGIT_WEIGHTS = 1.0, 0.05, (1.0, 0.5, 0.1)
+
+
 @dataclass(frozen=True)
 class Conversation:
-    """before: ids up to the picture's; after: ids that follow it; answers: mask over `after`."""
+    """before: ids up to the picture's; after: ids that follow it.
+
+    weights: what each of `after` counts for in the loss, 0 outside of answers. branch, position: of
+    each of `after`: which conversation it belongs to and how far from the picture it stands there.
+    """
 
     before: list[int]
     after: list[int]
-    answers: list[bool]
+    weights: list[float]
+    branch: list[int]
+    position: list[int]
+
+
+def together(talks: Iterable[Conversation]) -> Conversation:
+    """Conversations about one picture that do not see each other."""
+    talks = list(talks)
+    return Conversation(
+        talks[0].before,
+        [i for t in talks for i in t.after],
+        [w for t in talks for w in t.weights],
+        [n for n, t in enumerate(talks) for _ in t.after],
+        [p for t in talks for p in t.position],
+    )
 
 
 class Writer:
@@ -57,7 +80,7 @@ class Writer:
 
     def conversation(self, turns: list[tuple[str, str]], last_answer: bool = True) -> Conversation:
         """turns: (question, answer); without last_answer the text ends where it would begin."""
-        parts: list[tuple[str, bool]] = []
+        parts: list[tuple[str, bool]] = []  # text, is it an answer
         known = ""
         for i, (question, answer) in enumerate(turns):
             text = render(
@@ -78,11 +101,28 @@ class Writer:
                 known += f"{answer}<|im_end|>"
         before, _, rest = parts[0][0].partition("<IMG_CONTEXT>")
         parts[0] = (rest, False)
-        pieces = [(self.ids(text), flag) for text, flag in parts]
-        after = [i for ids, _ in pieces for i in ids]
-        return Conversation(self.ids(before), after, [f for ids, f in pieces for _ in ids])
+        after: list[int] = []
+        weights: list[float] = []
+        for text, answer in parts:
+            ids = self.ids(text)
+            after += ids
+            weights += self.weights(ids) if answer else [0.0] * len(ids)
+        return Conversation(
+            self.ids(before), after, weights, [0] * len(after), list(range(len(after)))
+        )
+
+    def weights(self, answer: list[int]) -> list[float]:
+        """What each token of an answer counts for."""
+        if self.tokenizer.token_to_id("<box>") not in answer:
+            return [PLAIN_WEIGHT] * len(answer)
+        found, digits = [], 0
+        for token in answer:
+            digit = (self.tokenizer.id_to_token(token) or "").isdigit()
+            found.append(DIGIT_WEIGHTS[min(digits, 2)] if digit else BOX_WEIGHT)
+            digits = digits + 1 if digit else 0
+        return found
 
 
-def pad(rows: list[list], value: int | bool) -> np.ndarray:
+def pad(rows: list[list], value: float) -> np.ndarray:
     longest = max(map(len, rows))
     return np.array([row + [value] * (longest - len(row)) for row in rows])

@@ -36,6 +36,10 @@ from optimizer import Optimizer
 from tokens import Writer, make_tokenizer, pad
 
 BACKGROUND_WEIGHT = 0.15
+LONGEST = 32  # tokens of an answer in an exam
+REPORT_SECONDS = 480
+DENSE_WEIGHTS = {"kind": 1.0, "colour": 0.3, "box": 1.5, "centre": 0.3, "place": 0.1}
+TOKEN_WEIGHTS = {"token_place": 0.1, "token_centre": 0.3}
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,42 @@ class Stage:
 _PAGES = data.Source("page", 112, 64)
 _SMALL, _LARGE = data.Source("scene", 112, 64), data.Source("scene", 224, 20)
 _THUMBNAILS, _TILES = data.Source("thumbnail", 224, 20), data.Source("tiles", 224, 4)
+_PLACES = data.Source("page", 224, 20)
 _TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
 _TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
 _ALL = {"vision_model.": 4e-4, "dense.": 1e-3, "mlp1.": 1e-3, "language_model.": 1e-3}
 _FINE = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 8e-4, "language_model.": 8e-4}
+_PLACED = {"vision_model.": 1e-3, "dense.": 1.5e-3}
+_DECODER = {"mlp1.": 1.2e-3, "language_model.": 1.2e-3}
+_JOINT = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_model.": 1.2e-3}
+_SCENES, _SHAPED = data.Source("scene", 224, 16), data.Source("thumbnail", 224, 16)
+_FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 6)
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
     "whole": Stage(22, _ALL, data.Plan("whole", (_SMALL, _SMALL, _SMALL, _LARGE)), 0.5, 112),
+    "places": Stage(
+        20, _PLACED, data.Plan("places", (_PAGES, _PLACES, _PLACES)), 1.0, 224, decay=0.5
+    ),
+    "relate": Stage(
+        30,
+        _DECODER,
+        data.Plan("relate", (_SCENES, _FEW_SMALL), weights=data.WEIGHTS | {"relation": 5.0}),
+        0.0,
+        224,
+        decay=0.2,
+    ),
+    "joint": Stage(
+        45,
+        _JOINT,
+        data.Plan(
+            "joint",
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _PLACES),
+        ),
+        0.5,
+        224,
+        decay=0.9,
+    ),
     "tiles": Stage(
         15,
         _FINE,
@@ -95,7 +127,7 @@ class Trainer:
         self.optimizer = Optimizer(self.model)
         weight = torch.ones(world.class_count(), device=device)
         weight[0] = BACKGROUND_WEIGHT
-        self.kind_weight = weight
+        self.kind_weight, self.centre_weight = weight, torch.tensor(4.0, device=device)
         out.mkdir(parents=True, exist_ok=True)
         state = out / "state.pt"
         if state.exists():
@@ -128,7 +160,7 @@ class Trainer:
                 if now - shown > 10:
                     shown = now
                     self.show(name, progress, seen, seen / (now - begin), losses)
-                if now - saved > 240:
+                if now - saved > REPORT_SECONDS:
                     self.report(name, stage, seen, now - begin, losses, 48)
                     saved = time.monotonic()
                     begin += saved - now  # examining does not count as training
@@ -144,36 +176,73 @@ class Trainer:
         with torch.set_grad_enabled(stage.rates.get("vision_model.", 0) > 0):
             features = self.model.vision_model(pixels, corner)
         if stage.dense:
-            kinds, colours = (
-                torch.as_tensor(arrays[k]).to(self.device).flatten() for k in ("kinds", "colours")
-            )
-            patches = features[:, 1:].flatten(0, 1)
-            kind = self.model.dense["kind"](patches).float()
-            colour = self.model.dense["colour"](patches[colours >= 0]).float()
-            found["kind"] = stage.dense * F.cross_entropy(kind, kinds, self.kind_weight)
-            found["colour"] = 0.3 * stage.dense * F.cross_entropy(colour, colours[colours >= 0])
-            found["place"] = 0.1 * stage.dense * self.place_loss(features[:, 1:], corner)
+            dense = self.dense_losses(features[:, 1:], corner, arrays)
+            found |= {k: stage.dense * DENSE_WEIGHTS[k] * v for k, v in dense.items()}
         if "after" in arrays:
             pictures = self.model.project(features)
+            known = self.token_losses(pictures, corner, arrays)
+            found |= {k: TOKEN_WEIGHTS[k] * v for k, v in known.items()}
             if "tiles" in arrays:
                 pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
             found["answer"] = self.answer_loss(pictures, arrays)
         return found
 
-    def place_loss(self, patches: Tensor, corner: tuple[int, int]) -> Tensor:
-        """Every patch knows its row and column: what the relations between things are made of."""
-        B, n, _ = patches.shape
+    def dense_losses(
+        self, features: Tensor, corner: tuple[int, int], arrays: dict[str, np.ndarray]
+    ) -> dict[str, Tensor]:
+        """Of what every patch should know: `Picture.labels`, and its place."""
+        heads, patches = self.model.dense, features.flatten(0, 1)
+        kinds, colours, boxes, centres = (
+            torch.as_tensor(arrays[k]).to(self.device).flatten(0, 1)
+            for k in ("kinds", "colours", "boxes", "centres")
+        )
+        things, coloured = kinds > 0, colours >= 0
+        shift = torch.tensor([corner[1], corner[0]] * 2, device=self.device)
+        boxes = (boxes[things] + shift) / self.sizes.grid
+        tints = heads["colour"](patches[coloured]).float()
+        tint = F.cross_entropy(tints, colours[coloured], reduction="sum")
+        reach = F.l1_loss(heads["box"](patches[things]).float(), boxes, reduction="sum")
+        return {
+            "kind": F.cross_entropy(heads["kind"](patches).float(), kinds, self.kind_weight),
+            "colour": tint / max(len(tints), 1),
+            "box": reach / max(boxes.numel(), 1),
+            "centre": F.binary_cross_entropy_with_logits(
+                heads["centre"](patches)[:, 0].float(), centres, pos_weight=self.centre_weight
+            ),
+            "place": self.place_loss(("row", "column"), features, corner),
+        }
+
+    def place_loss(
+        self, heads: tuple[str, str], features: Tensor, corner: tuple[int, int], step: int = 1
+    ) -> Tensor:
+        """Everything knows its row and column: what the relations between things are made of.
+
+        features: [B, n, C] of a square, each of step x step patches.
+        """
+        B, n, _ = features.shape
         g = math.isqrt(n)
         rows, columns = torch.meshgrid(
-            torch.arange(g) + int(corner[0]), torch.arange(g) + int(corner[1]), indexing="ij"
+            *(step * torch.arange(g) + int(c) for c in corner), indexing="ij"
         )
         found = 0.0
-        for name, place in (("row", rows), ("column", columns)):
-            labels = place.flatten().repeat(B).to(patches.device)
-            found = found + F.cross_entropy(
-                self.model.dense[name](patches).float().flatten(0, 1), labels
-            )
+        for head, place in zip(heads, (rows, columns), strict=True):
+            labels = place.flatten().repeat(B).to(features.device)
+            logits = self.model.dense[head](features).float().flatten(0, 1)
+            found = found + F.cross_entropy(logits, labels)
         return found
+
+    def token_losses(
+        self, tokens: Tensor, corner: tuple[int, int], arrays: dict[str, np.ndarray]
+    ) -> dict[str, Tensor]:
+        """Of what every token should know: its place, and whether a thing has its centre there."""
+        B, g = len(tokens), 2 * math.isqrt(tokens.shape[1])
+        centres = torch.as_tensor(arrays["centres"]).to(self.device)
+        centres = centres.view(B, g // 2, 2, g // 2, 2).amax((2, 4)).flatten()
+        given = self.model.dense["token_centre"](tokens).float().flatten()
+        return {
+            "token_place": self.place_loss(("token_row", "token_column"), tokens, corner, 2),
+            "token_centre": F.binary_cross_entropy_with_logits(given, centres),
+        }
 
     def tiles(self, tiles: np.ndarray) -> Tensor:
         """uint8 [B, t, S, S, 3] -> embeddings [B, t * n, W], without gradient: they come first."""
@@ -184,16 +253,34 @@ class Trainer:
         return found.reshape(B, -1, found.shape[-1])
 
     def answer_loss(self, pictures: Tensor, arrays: dict[str, np.ndarray]) -> Tensor:
-        before, after = (torch.as_tensor(arrays[k]).to(self.device) for k in ("before", "after"))
-        states = self.states(before, pictures, after[:, :-1])
-        answers = torch.as_tensor(arrays["answers"]).to(self.device)
-        last = states[:, -after.shape[1] :]  # the states that predict `after`
-        return F.cross_entropy(self.model.logits(last[answers]), after[answers])
+        """The mean over the answers' tokens by weight; no conversation begins with an answer."""
+        before, after, weights, branch, position = (
+            torch.as_tensor(arrays[k]).to(self.device)
+            for k in ("before", "after", "weights", "branch", "position")
+        )
+        states = self.states(before, pictures, after, branch, position)[:, -after.shape[1] :]
+        asked = weights[:, 1:] > 0
+        loss = F.cross_entropy(
+            self.model.logits(states[:, :-1][asked]), after[:, 1:][asked], reduction="none"
+        )
+        weights = weights[:, 1:][asked]
+        return (loss * weights).sum() / weights.sum()
 
-    def states(self, before: Tensor, pictures: Tensor, after: Tensor) -> Tensor:
-        """before, after: ids [B, T]; pictures: embeddings [B, n, W] that stand between them."""
+    def states(
+        self, before: Tensor, pictures: Tensor, after: Tensor, branch: Tensor, position: Tensor
+    ) -> Tensor:
+        """before, after: ids [B, T]; pictures: embeddings [B, n, W] that stand between them.
+
+        branch, position: [B, T] of `after`, as in Conversation.
+        """
         parts = (self.model.embed(before), pictures, self.model.embed(after))
-        return self.model.decode(torch.cat(parts, 1))
+        x = torch.cat(parts, 1)
+        shared = torch.arange(x.shape[1] - after.shape[1], device=x.device).expand(len(x), -1)
+        return self.model.decode(
+            x,
+            torch.cat((torch.zeros_like(shared), branch + 1), 1),
+            torch.cat((shared, position + shared.shape[1]), 1),
+        )
 
     # Exams
 
@@ -207,9 +294,12 @@ class Trainer:
         before = torch.tensor([t.before for t in talks], device=self.device)
         rows = [list(t.after) for t in talks]
         starts, end = [len(r) for r in rows], self.tokenizer.token_to_id("<|im_end|>")
-        for _ in range(12):
+        for _ in range(LONGEST):
             after = torch.as_tensor(pad(rows, 0)).to(self.device)
-            states = self.states(before, embedded, after)[:, -after.shape[1] :]
+            position = torch.arange(after.shape[1], device=self.device).expand_as(after)
+            states = self.states(before, embedded, after, torch.zeros_like(after), position)[
+                :, -after.shape[1] :
+            ]
             at = torch.tensor([len(r) - 1 for r in rows], device=self.device)
             best = self.model.logits(states[torch.arange(len(rows)), at]).argmax(-1).tolist()
             for row, token in zip(rows, best, strict=True):
@@ -217,7 +307,7 @@ class Trainer:
             if all(end in r[s:] for r, s in zip(rows, starts, strict=True)):
                 break
         cut = [[*r[s:], end] for r, s in zip(rows, starts, strict=True)]
-        return [self.tokenizer.decode(c[: c.index(end)]) for c in cut]
+        return [self.tokenizer.decode(c[: c.index(end)], skip_special_tokens=False) for c in cut]
 
     def examine(self, side: int, count: int) -> dict[str, float]:
         """Per cent of exact answers per task, unseen pictures and fonts."""
@@ -228,7 +318,7 @@ class Trainer:
             for i in range(0, count, 50):
                 part = pictures[i : i + 50]
                 given = self.answers(part)
-                right += sum(a == p.turns[0][2] for a, p in zip(given, part, strict=True))
+                right += sum(data.right(a, p.turns[0][2]) for a, p in zip(given, part, strict=True))
             scores[task] = round(100 * right / count, 1)
         return scores
 
@@ -239,9 +329,9 @@ class Trainer:
         pages = [draw.page(rng, side, held_out=True) for _ in range(count)]
         pixels = data.normalise(np.stack([p.pixels for p in pages]), self.device, torch.bfloat16)
         patches = self.model.vision_model(pixels)[:, 1:].flatten(0, 1)
+        labels = [p.labels() for p in pages]
         kinds, colours = (
-            torch.as_tensor(np.concatenate(x))
-            for x in zip(*(p.labels() for p in pages), strict=True)
+            torch.as_tensor(np.concatenate([x[k] for x in labels])) for k in ("kinds", "colours")
         )
         right = self.model.dense["kind"](patches).argmax(-1).cpu() == kinds
         tint = self.model.dense["colour"](patches).argmax(-1).cpu() == colours

@@ -144,6 +144,8 @@ QUESTIONS = {
         "Name the emoji.",
     ),
 }
+# Places are asked for with words that the tokenizer has: it was made before, and stays.
+GROUNDING = ("Where is the {a}?", "Locate the {a}.")
 # What lies outside this world, and what is said then.
 OUTSIDE = (
     "Who painted this?",
@@ -189,8 +191,9 @@ OUTSIDE = (
 )
 UNKNOWN = "I do not know."
 SYSTEM_MESSAGE = "Answer briefly."
+MAX_TILES = 4  # of a picture; the thumbnail is one more
 # The exam: one task each, with the scene it is asked about and the questions that ask it.
-TASKS = ("number", "shape and colour", "count", "relation", "emoji")
+TASKS = ("number", "shape and colour", "count", "relation", "emoji", "box")
 # What the committed model offers: those that it answers right more often than not.
 OFFERED = ("number", "shape and colour", "count", "emoji")
 

@@ -31,12 +31,21 @@ bool run_flash_attention(Machine& machine, const void* params, std::string& conf
   allow_rows(machine, Access::read, "v", p.v, keys, p.a.K, p.a.D * size, p.v_t * size,
              p.v_h * size);
 
-  const cuda::FlashAttentionConfig c = cuda::flash_attention_config(p);
+  const cuda::FlashAttentionConfig c = cuda::flash_attention_config(p, machine.capability());
   char text[128];
   cuda::format(c, text, sizeof(text));
   config = text;
   const Dim3 grid{c.blocks, static_cast<unsigned>(p.a.K)};
   bool clean = false;
+  if (c.variant == AttentionVariant::wgmma) {
+    const auto maps = cuda::key_boxes(p);
+    const auto run = [&]<int kD>() {
+      clean = machine.launch({c.blocks * grid.y}, {cuda::kWgmmaThreads}, c.shared_bytes,
+                             [&] { cuda::flash_attention_wgmma_block<kD>(p, maps); });
+    };
+    c.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();
+    return clean;
+  }
   cuda::with_flash_attention_kernel(p.a.dtype, c, [&]<typename T, int kD>() {
     clean = machine.launch(grid, {cuda::kAttentionThreads}, c.shared_bytes,
                            [&p] { cuda::flash_attention_block<T, kD>(p); });

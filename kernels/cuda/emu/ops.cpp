@@ -81,12 +81,13 @@ size_t ivr_emu_params_size(const char* name) {
   return op != nullptr ? op->params_size : 0;
 }
 
-// 0: ran clean, `report` holds the launch configuration. 1: `report` holds the finding.
-// 2: no such op.
-int ivr_emu_run(const char* name, const void* params, uint64_t seed, char* report, size_t size) {
+// As on a device of this compute capability, 80 or 90. 0: ran clean, `report` holds the launch
+// configuration. 1: `report` holds the finding. 2: no such op.
+int ivr_emu_run(const char* name, const void* params, int capability, uint64_t seed, char* report,
+                size_t size) {
   const ivr::emu::Op* op = ivr::emu::find(name);
   if (op == nullptr) return 2;
-  ivr::emu::Machine machine(seed);
+  ivr::emu::Machine machine(seed, capability);
   std::string config;
   const bool clean = op->run(machine, params, config);
   std::snprintf(report, size, "%s", (clean ? config : machine.report()).c_str());

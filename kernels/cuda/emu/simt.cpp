@@ -82,13 +82,40 @@ void make_context(Context& c, char* stack, void (*entry)()) {
 
 constexpr int kWarp = 32;
 
-enum class Wait { none, block, warp, barrier, done };
+constexpr int kWarpgroup = 4 * kWarp;
+constexpr int kNamedBarriers = 16;
+
+enum class Wait { none, block, warp, barrier, named, done };
 
 struct Copy {
   char* to;
   const char* from;
   size_t source_bytes;
   int64_t group;
+};
+
+// Registers as the last wgmma_fence that names them has seen them.
+struct Registers {
+  const char* at;
+  std::vector<char> then;
+};
+
+// A lane's part of a wgmma.
+struct Product {
+  float* d;
+  int n;
+  const uint32_t* a;  // null: a is in shared memory
+  uint64_t a_matrix, b_matrix;
+  bool transposed, accumulate;
+  uint32_t a_then[4];
+  int64_t group;
+};
+
+// Accumulators of products in flight: their registers are poisoned, their values wait here.
+struct Accumulators {
+  float* d;
+  std::vector<float> values;
+  int pending;
 };
 
 struct Fibre {
@@ -104,8 +131,15 @@ struct Fibre {
   int lane = 0, width = 0;
   const uint64_t* barrier = nullptr;  // the mbarrier it waits at, and for the end of which phase
   int parity = 0;
-  std::vector<Copy> copies;  // asynchronous, not landed, in the order of their issue
-  int64_t groups = 0;        // committed
+  int named = 0;                 // the named barrier it waits at
+  std::vector<Copy> copies;      // asynchronous, not landed, in the order of their issue
+  int64_t groups = 0;            // committed
+  std::vector<uint64_t> fences;  // stamps of fence_async_reads
+  int registers = 0;             // as set; 0: those of the launch
+  std::vector<Registers> fenced;
+  std::vector<Product> products;  // not landed, in the order of their issue
+  std::vector<Accumulators> accumulators;
+  int64_t product_groups = 0;  // committed
 };
 
 // What a thread, or the copy engine, is known to have done: its accesses before a stamp.
@@ -120,9 +154,16 @@ struct Barrier {
 
 struct BulkCopy {
   char* to;
-  const char* from;
+  const char* from;  // null: `box` at `at`
   size_t bytes;
   uint64_t* barrier;
+  cuda::TensorBox box{};
+  int at[cuda::TensorBox::kMaxRank] = {};
+};
+
+struct NamedBarrier {
+  int threads = 0, arrived = 0;
+  Known known;
 };
 
 struct Range {
@@ -205,6 +246,14 @@ const char* name_of(Collective kind) {
       return "ldmatrix";
     case Collective::mma:
       return "mma.sync";
+    case Collective::wgmma_fence:
+      return "wgmma.fence";
+    case Collective::wgmma:
+      return "wgmma";
+    case Collective::wgmma_commit:
+      return "wgmma.commit_group";
+    case Collective::wgmma_wait:
+      return "wgmma.wait_group";
   }
   return "";
 }
@@ -243,6 +292,12 @@ struct Machine::State {
   std::vector<BulkCopy> bulk;
   std::vector<Known> known;
   std::vector<uint64_t> reads;
+  NamedBarrier named[kNamedBarriers];
+
+  // Per 16 bytes of shared memory: the warps whose wgmma in flight read there.
+  std::vector<uint16_t> multiplied;
+  std::vector<std::vector<Product>> issued;  // [warpgroup], as its first warp issued them
+  std::vector<size_t> issues;                // [warp], how many of them it has issued
 
   int id(const Fibre& f) const { return static_cast<int>(&f - fibres.data()); }
   int self() const { return id(*current); }
@@ -255,6 +310,9 @@ struct Machine::State {
   }
 
   bool run_block();
+  void begin_block();
+  bool end_block();
+  void begin_known();
   void finish_block_barrier();
   void finish_collective(int warp);
   void report_deadlock();
@@ -265,6 +323,15 @@ struct Machine::State {
   void multiply(int first);
   void land(int thread, const Copy& copy);
   void place(char* to, const char* from, size_t bytes, size_t source_bytes, int writer);
+  void arrived(const char* to, size_t bytes, int writer);
+  void expect_bulk(char* to, size_t bytes);
+  void place_box(const BulkCopy& copy);
+  void issue(int first);
+  void land_products(int first);
+  void land_product(int first, size_t i);
+  template <typename F>
+  void walk_matrix(uint64_t matrix, int lines, bool transposed, int n, const F& f);
+  void lock_matrix(int me, const char* p);
   int copy_engine() const { return static_cast<int>(fibres.size()); }
   Barrier& barrier(const uint64_t* at);
   void settle(const uint64_t* at);
@@ -322,13 +389,14 @@ void Machine::State::finish_block_barrier() {
 }
 
 void Machine::State::report_deadlock() {
-  int at_barrier = 0, in_collective = 0, at_mbarrier = 0, done = 0, missing = -1;
+  int at_barrier = 0, in_collective = 0, at_mbarrier = 0, at_named = 0, done = 0, missing = -1;
   const Fibre* barrier = nullptr;
   const Fibre* collective = nullptr;
   for (const Fibre& f : fibres) {
     at_barrier += f.wait == Wait::block;
     in_collective += f.wait == Wait::warp;
     at_mbarrier += f.wait == Wait::barrier;
+    at_named += f.wait == Wait::named;
     done += f.wait == Wait::done;
     if (f.wait == Wait::block && barrier == nullptr) barrier = &f;
     if (f.wait == Wait::warp && collective == nullptr) collective = &f;
@@ -342,6 +410,7 @@ void Machine::State::report_deadlock() {
                 block.x, block.y, block.z, at_barrier, in_collective, done);
   std::string whole = text;
   if (at_mbarrier > 0) whole += ", " + std::to_string(at_mbarrier) + " at an mbarrier";
+  if (at_named > 0) whole += ", " + std::to_string(at_named) + " at a named barrier";
   if (barrier != nullptr) {
     std::snprintf(text, sizeof(text), "; thread %d waits at %s:%d, thread %d does not",
                   id(*barrier), barrier->file, barrier->line, missing);
@@ -355,7 +424,7 @@ void Machine::State::report_deadlock() {
   fail("%s", whole.c_str());
 }
 
-bool Machine::State::run_block() {
+void Machine::State::begin_block() {
   ready.resize(fibres.size());
   for (size_t i = 0; i < fibres.size(); ++i) {
     Fibre& f = fibres[i];
@@ -364,6 +433,10 @@ bool Machine::State::run_block() {
     for (const Copy& copy : f.copies) land(static_cast<int>(i), copy);
     f.copies.clear();
     f.groups = 0;
+    f.fences.clear();
+    f.registers = 0;
+    f.fenced.clear();
+    f.product_groups = 0;
     ready[i] = static_cast<int>(i);
     make_context(f.context, f.stack, fibre_entry);
   }
@@ -373,6 +446,44 @@ bool Machine::State::run_block() {
   barriers.clear();
   bulk.clear();
   known.clear();
+  for (auto& list : issued) list.clear();
+  std::fill(issues.begin(), issues.end(), 0);
+}
+
+// What a block has left undone. All fibres are done.
+bool Machine::State::end_block() {
+  const Dim3 block = fibres[0].at.block;
+  char name[64];
+  std::snprintf(name, sizeof(name), "block (%u, %u, %u)", block.x, block.y, block.z);
+  int registers = 0;
+  bool set = false;
+  for (size_t i = 0; i < fibres.size() && !failed; ++i) {
+    const Fibre& f = fibres[i];
+    if (!f.products.empty()) fail("%s ends with a wgmma in flight, of thread %zu", name, i);
+    if (f.registers != fibres[i / kWarpgroup * kWarpgroup].registers) {
+      fail("%s: the threads of a warpgroup differ in setmaxnreg", name);
+    }
+    const int at_launch = Limits::kRegisters / static_cast<int>(fibres.size()) / 8 * 8;
+    set = set || f.registers > 0;
+    registers += f.registers > 0 ? f.registers : at_launch;
+  }
+  for (size_t w = 0; w < issues.size() && !failed; ++w) {
+    if (issues[w] == issues[w / 4 * 4]) continue;
+    fail("%s: warp %zu issues %zu wgmma, warp %zu of its warpgroup %zu", name, w, issues[w],
+         w / 4 * 4, issues[w / 4 * 4]);
+  }
+  for (int i = 0; i < kNamedBarriers && !failed; ++i) {
+    if (named[i].arrived > 0)
+      fail("%s ends with %d threads at named barrier %d", name, named[i].arrived, i);
+  }
+  if (set && registers > Limits::kRegisters && !failed) {
+    fail("%s: setmaxnreg asks for %d registers, there are %d", name, registers, Limits::kRegisters);
+  }
+  return !failed;
+}
+
+bool Machine::State::run_block() {
+  begin_block();
   for (;;) {
     while (!ready.empty()) {
       std::swap(ready[random.below(ready.size())], ready.back());
@@ -399,11 +510,14 @@ bool Machine::State::run_block() {
     const bool all_done = std::all_of(fibres.begin(), fibres.end(),
                                       [](const Fibre& f) { return f.wait == Wait::done; });
     if (!all_done) report_deadlock();
-    return all_done;
+    return all_done && end_block();
   }
 }
 
-Machine::Machine(uint64_t seed) : state_(std::make_unique<State>()) { state_->random.state = seed; }
+Machine::Machine(uint64_t seed, int capability)
+    : state_(std::make_unique<State>()), capability_(capability) {
+  state_->random.state = seed;
+}
 
 Machine::~Machine() {
   if (state_->stacks != nullptr) munmap(state_->stacks, Limits::kThreads * kStackBytes);
@@ -450,6 +564,7 @@ bool Machine::launch_threads(Dim3 grid, Dim3 block, size_t dynamic_shared,
   s.allocations.assign(1, {s.dynamic_begin, s.dynamic_begin + dynamic_shared, nullptr});
   s.shared.resize(s.dynamic_begin + dynamic_shared + 16);
   s.shadow.assign(s.shared.size(), Shadow{});
+  s.multiplied.assign(s.shared.size() / 16 + 1, 0);
 
   const unsigned threads = block.count();
   s.fibres.assign(threads, Fibre{});
@@ -463,6 +578,10 @@ bool Machine::launch_threads(Dim3 grid, Dim3 block, size_t dynamic_shared,
   const unsigned warps = (threads + kWarp - 1) / kWarp;
   s.lane_sync.assign(size_t{warps} * kWarp * kWarp, 0);
   s.warp_sync.assign(warps, 0);
+  s.issued.assign((warps + 3) / 4, {});
+  s.issues.assign(warps, 0);
+  s.reads.clear();
+  for (NamedBarrier& b : s.named) b = {};
 
   std::vector<unsigned> order(grid.count());
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
@@ -539,6 +658,8 @@ void Machine::State::finish_collective(int warp) {
   }
   if (me.kind == Collective::ldmatrix) load_matrices(first);
   if (me.kind == Collective::mma) multiply(first);
+  if (me.kind == Collective::wgmma) issue(first);
+  if (me.kind == Collective::wgmma_wait) land_products(first);
   if (me.kind == Collective::sync_warp) {
     ++clock;
     for (int i = 0; i < lanes; ++i) {
@@ -650,8 +771,14 @@ void Machine::State::touch_shared(int me, const void* p, size_t bytes, bool writ
          nearest->end - nearest->begin);
   }
   const int warp = me / kWarp;
+  // What read_by_others says of bytes of the same 16 that were written at this time.
+  bool others = false;
+  uint64_t asked = ~uint64_t{0};
   for (size_t i = offset; i < offset + bytes; ++i) {
     Shadow& b = shadow[i];
+    if (write && multiplied[i / 16] > 0) {
+      fail("write of shared memory that a wgmma in flight reads");
+    }
     if (b.copier != Shadow::kNobody) {
       fail("%s of shared memory that an asynchronous copy of thread %d has not reached", what,
            b.copier);
@@ -668,7 +795,11 @@ void Machine::State::touch_shared(int me, const void* p, size_t bytes, bool writ
       read = b.reader == me || !ordered(me, b.reader, b.read);
     } else if (read) {
       read = b.reader_warp != warp || b.read >= warp_sync[static_cast<size_t>(warp)];
-      if (read && write && !known.empty()) read = read_by_others(me, i);
+      if (read && write && !known.empty()) {
+        if (i % 16 == 0 || b.written != asked) others = read_by_others(me, i);
+        asked = b.written;
+        read = others;
+      }
     }
     if (!write && !known.empty()) {
       reads[i / 16 * fibres.size() + static_cast<size_t>(me)] = clock;
@@ -738,6 +869,10 @@ void Machine::State::place(char* to, const char* from, size_t bytes, size_t sour
                            int writer) {
   std::memset(to, 0, bytes);
   if (source_bytes > 0) std::memcpy(to, from, source_bytes);
+  arrived(to, bytes, writer);
+}
+
+void Machine::State::arrived(const char* to, size_t bytes, int writer) {
   Shadow* b = &shadow[static_cast<size_t>(to - shared.data())];
   for (size_t i = 0; i < bytes; ++i) {
     b[i].copier = Shadow::kNobody;
@@ -756,20 +891,24 @@ void raise_to(Known& known, const Known& other) {
 
 }  // namespace
 
+void Machine::State::begin_known() {
+  if (!known.empty()) return;
+  const size_t threads = fibres.size();
+  known.assign(threads, Known(threads + 1, 0));
+  // Reads of blocks before are older than this one's start.
+  reads.resize((shared.size() / 16 + 1) * threads, 0);
+  for (size_t i = 0; i < threads; ++i) {
+    for (size_t j = i / kWarp * kWarp; j < std::min(threads, (i / kWarp + 1) * kWarp); ++j) {
+      known[i][j] = lane_sync[i * kWarp + j % kWarp];
+    }
+  }
+}
+
 void barrier_init(uint64_t* barrier, int arrivals) {
   Machine::State& s = *running;
   shared_access(barrier, 8, true);
-  const size_t threads = s.fibres.size();
-  if (s.known.empty()) {
-    s.known.assign(threads, Known(threads + 1, 0));
-    s.reads.assign((s.shared.size() / 16 + 1) * threads, 0);
-    for (size_t i = 0; i < threads; ++i) {
-      for (size_t j = i / kWarp * kWarp; j < std::min(threads, (i / kWarp + 1) * kWarp); ++j) {
-        s.known[i][j] = s.lane_sync[i * kWarp + j % kWarp];
-      }
-    }
-  }
-  const Known nothing(threads + 1, 0);
+  s.begin_known();
+  const Known nothing(s.fibres.size() + 1, 0);
   s.barriers[barrier] = {arrivals, arrivals, 0, 0, nothing, nothing};
 }
 
@@ -827,11 +966,16 @@ void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier
   if (bytes % 16 != 0) s.fail("bulk copy of %zu bytes, no multiple of 16", bytes);
   s.check(s.readable, global, bytes, 16, false);
   auto* to = static_cast<char*>(shared);
+  s.expect_bulk(to, bytes);
+  s.bulk.push_back({to, static_cast<const char*>(global), bytes, barrier});
+}
+
+// What was there is gone; what comes has not come.
+void Machine::State::expect_bulk(char* to, size_t bytes) {
   for (size_t i = 0; i < bytes; i += 16) shared_access16(to + i, true);
   std::memset(to, 0xff, bytes);
-  Shadow* shadow = &s.shadow[static_cast<size_t>(to - s.shared.data())];
-  for (size_t i = 0; i < bytes; ++i) shadow[i].copier = s.self();
-  s.bulk.push_back({to, static_cast<const char*>(global), bytes, barrier});
+  Shadow* b = &shadow[static_cast<size_t>(to - shared.data())];
+  for (size_t i = 0; i < bytes; ++i) b[i].copier = self();
 }
 
 void Machine::State::land_bulk() {
@@ -839,7 +983,11 @@ void Machine::State::land_bulk() {
   const BulkCopy copy = bulk.back();
   bulk.pop_back();
   const int engine = copy_engine();
-  place(copy.to, copy.from, copy.bytes, copy.bytes, engine);
+  if (copy.from != nullptr) {
+    place(copy.to, copy.from, copy.bytes, copy.bytes, engine);
+  } else {
+    place_box(copy);
+  }
   Barrier& b = barriers.at(copy.barrier);
   b.bytes -= static_cast<int64_t>(copy.bytes);
   b.arrived[static_cast<size_t>(engine)] = ++clock;
@@ -870,6 +1018,151 @@ bool Machine::State::read_by_others(int me, size_t offset) const {
   }
   return false;
 }
+
+// ---- boxes of tensors ---------------------------------------------------------------------------
+
+namespace {
+
+constexpr size_t swizzled_bytes(cuda::Swizzle swizzle) {
+  return swizzle == cuda::Swizzle::bytes128  ? 128
+         : swizzle == cuda::Swizzle::bytes64 ? 64
+         : swizzle == cuda::Swizzle::bytes32 ? 32
+                                             : 16;
+}
+
+// The pattern goes by the address in shared memory, so that a tile has to start where it repeats.
+constexpr size_t swizzle_mask(cuda::Swizzle swizzle) { return swizzled_bytes(swizzle) / 16 - 1; }
+constexpr size_t swizzled(size_t address, cuda::Swizzle swizzle) {
+  return address ^ (address >> 7 & swizzle_mask(swizzle)) << 4;
+}
+
+// f(row, base) for each row of the box along the contiguous dimension: where the row's coordinate 0
+// lies; null: outside of the tensor.
+template <typename F>
+void walk_box(const cuda::TensorBox& box, const int* at, const F& f) {
+  size_t rows = 1;
+  for (int d = 1; d < box.rank; ++d) rows *= static_cast<size_t>(box.box[d]);
+  for (size_t row = 0; row < rows; ++row) {
+    const auto* base = static_cast<const char*>(box.base);
+    bool inside = true;
+    size_t rest = row;
+    for (int d = 1; d < box.rank; ++d) {
+      const int64_t i = at[d] + static_cast<int64_t>(rest % static_cast<size_t>(box.box[d]));
+      rest /= static_cast<size_t>(box.box[d]);
+      inside = inside && i >= 0 && i < box.sizes[d];
+      base += i * box.strides[d];
+    }
+    f(row, inside ? base : nullptr);
+  }
+}
+
+// What cuTensorMapEncodeTiled would refuse; null: nothing.
+const char* refused(const cuda::TensorBox& box, int rank) {
+  if (box.rank != rank || rank < 2 || rank > cuda::TensorBox::kMaxRank) return "rank";
+  if (reinterpret_cast<uintptr_t>(box.base) % 16 != 0) return "address";
+  if (box.strides[0] != 2 && box.strides[0] != 4) return "size of an element";
+  for (int d = 0; d < rank; ++d) {
+    if (box.sizes[d] < 1 || box.sizes[d] > int64_t{1} << 32) return "size";
+    if (box.box[d] < 1 || box.box[d] > 256) return "box";
+    if (d > 0 && (box.strides[d] % 16 != 0 || box.strides[d] >= int64_t{1} << 40)) return "stride";
+  }
+  const auto width = static_cast<size_t>(box.box[0] * box.strides[0]);
+  if (width % 16 != 0) return "box";
+  // The device allows narrower boxes than the swizzle's rows.
+  return box.swizzle == cuda::Swizzle::none || width == swizzled_bytes(box.swizzle) ? nullptr
+                                                                                    : "swizzle";
+}
+
+}  // namespace
+
+void copy_tensor(void* shared, const cuda::TensorBox& box, const int* at, int rank,
+                 uint64_t* barrier) {
+  Machine::State& s = *running;
+  s.barrier(barrier);
+  if (const char* what = refused(box, rank)) s.fail("tensor copy: the map has a wrong %s", what);
+  const auto size = static_cast<size_t>(box.strides[0]);
+  size_t bytes = size;
+  for (int d = 0; d < rank; ++d) bytes *= static_cast<size_t>(box.box[d]);
+  auto* to = static_cast<char*>(shared);
+  const size_t alignment = 128 * (swizzle_mask(box.swizzle) + 1);
+  if (shared_address(to) % alignment != 0) {
+    s.fail("tensor copy to offset %u, no multiple of %zu", shared_address(to), alignment);
+  }
+  const int64_t first = std::max<int64_t>(at[0], 0);
+  const int64_t end = std::min<int64_t>(at[0] + box.box[0], box.sizes[0]);
+  walk_box(box, at, [&](size_t, const char* base) {
+    if (base == nullptr || end <= first) return;
+    s.check(s.readable, base + first * box.strides[0], static_cast<size_t>(end - first) * size,
+            size, false);
+  });
+  s.expect_bulk(to, bytes);
+  BulkCopy copy{to, nullptr, bytes, barrier, box, {}};
+  std::copy_n(at, rank, copy.at);
+  s.bulk.push_back(copy);
+}
+
+void Machine::State::place_box(const BulkCopy& copy) {
+  const cuda::TensorBox& box = copy.box;
+  const auto size = static_cast<size_t>(box.strides[0]);
+  const size_t width = static_cast<size_t>(box.box[0]) * size;
+  const auto start = static_cast<size_t>(copy.to - shared.data());
+  std::memset(copy.to, 0, copy.bytes);
+  walk_box(box, copy.at, [&](size_t row, const char* base) {
+    for (int i = 0; base != nullptr && i < box.box[0]; ++i) {
+      const int64_t column = copy.at[0] + i;
+      if (column < 0 || column >= box.sizes[0]) continue;
+      const size_t offset = start + row * width + static_cast<size_t>(i) * size;
+      std::memcpy(shared.data() + swizzled(offset, box.swizzle), base + column * box.strides[0],
+                  size);
+    }
+  });
+  arrived(copy.to, copy.bytes, copy_engine());
+}
+
+// ---- named barriers, registers, the asynchronous proxy ------------------------------------------
+
+void named_barrier(int id, int threads, bool wait) {
+  Machine::State& s = *running;
+  if (id < 1 || id >= kNamedBarriers) s.fail("named barrier %d, allowed: 1 to 15", id);
+  if (threads < kWarp || threads % kWarp != 0) {
+    s.fail("named barrier %d for %d threads, no multiple of %d", id, threads, kWarp);
+  }
+  s.begin_known();
+  NamedBarrier& b = s.named[id];
+  if (b.arrived == 0) {
+    b.threads = threads;
+    b.known.assign(s.fibres.size() + 1, 0);
+  }
+  if (b.threads != threads) {
+    s.fail("named barrier %d is for %d threads, and for %d to others", id, threads, b.threads);
+  }
+  const auto me = static_cast<size_t>(s.self());
+  s.known[me][me] = ++s.clock;
+  raise_to(b.known, s.known[me]);
+  if (wait) {
+    s.current->wait = Wait::named;
+    s.current->named = id;
+  }
+  if (++b.arrived == b.threads) {
+    b.arrived = 0;
+    for (Fibre& f : s.fibres) {
+      if (f.wait != Wait::named || f.named != id) continue;
+      raise_to(s.known[static_cast<size_t>(s.id(f))], b.known);
+      s.wake(f);
+    }
+  }
+  if (wait) s.yield();
+}
+
+void set_registers(int registers) {
+  Machine::State& s = *running;
+  if (registers < 24 || registers > 256 || registers % 8 != 0) {
+    s.fail("setmaxnreg %d, allowed: multiples of 8 from 24 to 256", registers);
+  }
+  s.current->registers = registers;
+}
+
+void fence_async_reads() { running->current->fences.push_back(++running->clock); }
 
 // ---- tensor cores -------------------------------------------------------------------------------
 
@@ -946,6 +1239,258 @@ void Machine::State::multiply(int first) {
       for (int k = 0; k < 16; ++k) sum += x[k] * y[k];
       lanes[i]->d[e] = sum;
     }
+  }
+}
+
+// ---- tensor cores of a warpgroup ----------------------------------------------------------------
+
+uint32_t shared_address(const void* p) {
+  Machine::State& s = *running;
+  const auto offset = static_cast<const char*>(p) - s.shared.data();
+  if (offset % 16 != 0) s.fail("wgmma: a matrix starts at no multiple of 16 bytes");
+  return static_cast<uint32_t>(offset);
+}
+
+void name_registers(const void* registers, size_t bytes) {
+  const auto* at = static_cast<const char*>(registers);
+  std::vector<Registers>& fenced = running->current->fenced;
+  auto found =
+      std::find_if(fenced.begin(), fenced.end(), [at](const Registers& r) { return r.at == at; });
+  if (found == fenced.end()) found = fenced.insert(fenced.end(), {at, {}});
+  found->then.assign(at, at + bytes);
+}
+
+void wgmma_fence() { warp_collective(Collective::wgmma_fence, ~0u, 0, 0, kWarp); }
+
+void wgmma_commit() {
+  warp_collective(Collective::wgmma_commit, ~0u, 0, 0, kWarp);
+  ++running->current->product_groups;
+}
+
+void wgmma_wait(int newest) { warp_collective(Collective::wgmma_wait, ~0u, 0, newest, kWarp); }
+
+namespace {
+
+// A signalling NaN: whatever is computed from it is a NaN of other bits.
+constexpr uint32_t kPoison = 0x7fa5a5a5;
+
+void poison(float* d, size_t floats) {
+  for (size_t i = 0; i < floats; ++i) std::memcpy(d + i, &kPoison, sizeof(kPoison));
+}
+
+bool poisoned(const float* d, size_t floats) {
+  return std::all_of(d, d + floats, [](const float& f) {
+    return std::memcmp(&f, &kPoison, sizeof(kPoison)) == 0;
+  });
+}
+
+Accumulators* find_overlap(Fibre& f, const void* d, size_t bytes) {
+  const auto* begin = static_cast<const char*>(d);
+  for (Accumulators& a : f.accumulators) {
+    const auto* other = reinterpret_cast<const char*>(a.d);
+    if (begin < other + a.values.size() * sizeof(float) && other < begin + bytes) return &a;
+  }
+  return nullptr;
+}
+
+bool as_fenced(const Fibre& f, const void* registers, size_t bytes) {
+  const auto* at = static_cast<const char*>(registers);
+  return std::any_of(f.fenced.begin(), f.fenced.end(), [=](const Registers& r) {
+    return r.at <= at && at + bytes <= r.at + r.then.size() &&
+           std::memcmp(at, r.then.data() + (at - r.at), bytes) == 0;
+  });
+}
+
+bool same_shape(const Product& a, const Product& b) {
+  return a.n == b.n && (a.a == nullptr) == (b.a == nullptr) && a.a_matrix == b.a_matrix &&
+         a.b_matrix == b.b_matrix && a.transposed == b.transposed && a.accumulate == b.accumulate;
+}
+
+}  // namespace
+
+void wgmma(float (*d)[4], int n, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix,
+           bool transposed, bool accumulate) {
+  Machine::State& s = *running;
+  Fibre& f = *s.current;
+  Product product{*d, n, a, a_matrix, b_matrix, transposed, accumulate, {}, f.product_groups};
+  const size_t floats = static_cast<size_t>(n) / 2;
+  if (a != nullptr) {
+    std::copy_n(a, 4, product.a_then);
+    if (!as_fenced(f, a, sizeof(product.a_then))) {
+      s.fail("wgmma: the last wgmma_fence has not seen these registers of a");
+    }
+  }
+  if (Accumulators* flying = find_overlap(f, d, floats * sizeof(float))) {
+    if (flying->d != *d || flying->values.size() != floats) {
+      s.fail("wgmma: some of its accumulators are in flight for another one");
+    }
+    ++flying->pending;
+  } else {
+    if (!as_fenced(f, d, floats * sizeof(float))) {
+      s.fail("wgmma: the last wgmma_fence has not seen these accumulators");
+    }
+    f.accumulators.push_back({*d, {*d, *d + floats}, 1});
+    poison(*d, floats);
+  }
+  f.products.push_back(product);
+  warp_collective(Collective::wgmma, ~0u, reinterpret_cast<uint64_t>(&product), 0, kWarp);
+}
+
+void check_landed(const void* d, size_t bytes) {
+  Machine::State& s = *running;
+  if (find_overlap(*s.current, d, bytes) != nullptr) {
+    s.fail("wgmma_wait: accumulators are used that are still in flight");
+  }
+}
+
+// f(line, chunk, p) for the 16 bytes at p that hold elements [8 chunk, 8 chunk + 8) of a line: of a
+// row's two chunks of k or, transposed, of one k's n / 8 chunks of columns.
+template <typename F>
+void Machine::State::walk_matrix(uint64_t matrix, int lines, bool transposed, int n, const F& f) {
+  const auto field = [matrix](int bit) { return static_cast<size_t>(matrix >> bit & 0x3fff) << 4; };
+  const size_t start = field(0), leading = field(16), stride = field(32);
+  const auto swizzle = static_cast<cuda::Swizzle>(matrix >> 62);
+  const size_t width = swizzled_bytes(swizzle), chunks = width / 16;
+  if ((matrix >> 49 & 7) != 0 || (start >> 7 & swizzle_mask(swizzle)) != 0) {
+    fail("wgmma: a matrix starts at offset %zu, inside of its swizzle's pattern", start);
+  }
+  for (int line = 0; line < lines; ++line) {
+    for (int chunk = 0; chunk < (transposed ? n / 8 : 2); ++chunk) {
+      const auto i = static_cast<size_t>(line), c = static_cast<size_t>(chunk);
+      size_t at = start + i % 8 * width;
+      if (swizzle != cuda::Swizzle::none) {
+        at += i / 8 * stride + c % chunks * 16 + c / chunks * leading;
+      } else if (transposed) {
+        at += i / 8 * leading + c * stride;
+      } else {
+        at += i / 8 * stride + c * leading;
+      }
+      // Chunks of k do not leave a swizzled row.
+      if (!transposed && swizzle != cuda::Swizzle::none && c >= chunks) continue;
+      f(line, chunk, shared.data() + (swizzled(at, swizzle) & 0x3ffff));
+    }
+  }
+}
+
+// The asynchronous proxy is to read 16 bytes for a warp, the first lane of which is `me`.
+void Machine::State::lock_matrix(int me, const char* p) {
+  touch_shared(me, p, 16, false);
+  const auto offset = static_cast<size_t>(p - shared.data());
+  for (size_t i = offset; i < offset + 16; ++i) {
+    const Shadow& b = shadow[i];
+    if (b.writer == copy_engine()) continue;
+    const std::vector<uint64_t>& fences = fibres[static_cast<size_t>(b.writer)].fences;
+    const auto fence = std::upper_bound(fences.begin(), fences.end(), b.written);
+    if (fence == fences.end() || !ordered(me, b.writer, *fence)) {
+      fail("wgmma reads shared memory that thread %d has stored, without fence_async_reads between",
+           b.writer);
+    }
+  }
+  ++multiplied[offset / 16];
+}
+
+// All lanes of a warp have come to a wgmma: from here on its operands are locked.
+void Machine::State::issue(int first) {
+  const auto lane = [&](int i) {
+    return *reinterpret_cast<const Product*>(fibres[static_cast<size_t>(first + i)].value);
+  };
+  const Product product = lane(0);
+  for (int i = 1; i < kWarp; ++i) {
+    if (!same_shape(product, lane(i))) fail("wgmma: lanes 0 and %d differ in their operands", i);
+  }
+  const auto group = static_cast<size_t>(first / kWarpgroup),
+             warp = static_cast<size_t>(first / kWarp);
+  if ((group + 1) * kWarpgroup > fibres.size()) {
+    fail("wgmma: the last warpgroup has less than four warps");
+  }
+  const size_t index = issues[warp]++;
+  if (index == issued[group].size()) issued[group].push_back(product);
+  if (!same_shape(product, issued[group][index])) {
+    fail("wgmma %zu of warp %zu differs from that of another warp of its warpgroup", index, warp);
+  }
+  const auto lock = [&](int, int, const char* p) { lock_matrix(first, p); };
+  walk_matrix(product.b_matrix, product.transposed ? 16 : product.n, product.transposed, product.n,
+              lock);
+  // A warp reads the 16 rows of a that are its own.
+  const int rows = first % kWarpgroup / 2;
+  if (product.a != nullptr) return;
+  walk_matrix(product.a_matrix, 64, false, 0, [&](int row, int, const char* p) {
+    if (row / 16 == rows / 16) lock_matrix(first, p);
+  });
+}
+
+// All lanes of a warp have come to a wait.
+void Machine::State::land_products(int first) {
+  std::vector<Product>& products = fibres[static_cast<size_t>(first)].products;
+  for (int i = 1; i < kWarp; ++i) {
+    const Fibre& f = fibres[static_cast<size_t>(first + i)];
+    if (f.lane != fibres[static_cast<size_t>(first)].lane) {
+      fail("wgmma.wait_group: lanes 0 and %d wait for different groups", i);
+    }
+  }
+  const Fibre& f = fibres[static_cast<size_t>(first)];
+  const int64_t landed = f.product_groups - f.lane;
+  size_t n = 0;
+  while (n < products.size() && products[n].group < landed) land_product(first, n++);
+  for (int i = 0; i < kWarp; ++i) {
+    auto& done = fibres[static_cast<size_t>(first + i)].products;
+    done.erase(done.begin(), done.begin() + static_cast<int64_t>(n));
+  }
+}
+
+void Machine::State::land_product(int first, size_t index) {
+  const Product product = fibres[static_cast<size_t>(first)].products[index];
+  const int n = product.n, rows = first % kWarpgroup / 2;
+  float a[16][16], b[16][128];
+  const auto read = [&](const char* p, const auto& store) {
+    touch_shared(first, p, 16, false);
+    --multiplied[static_cast<size_t>(p - shared.data()) / 16];
+    for (int i = 0; i < 8; ++i) {
+      uint16_t bits;
+      std::memcpy(&bits, p + 2 * i, 2);
+      store(i, bf16_value(bits));
+    }
+  };
+  walk_matrix(product.b_matrix, product.transposed ? 16 : n, product.transposed, n,
+              [&](int line, int chunk, const char* p) {
+                read(p, [&](int i, float value) {
+                  const int along = chunk * 8 + i;
+                  (product.transposed ? b[line][along] : b[along][line]) = value;
+                });
+              });
+  if (product.a == nullptr) {
+    walk_matrix(product.a_matrix, 64, false, 0, [&](int row, int chunk, const char* p) {
+      if (row / 16 != rows / 16) return;
+      read(p, [&](int i, float value) { a[row % 16][chunk * 8 + i] = value; });
+    });
+  }
+  for (int i = 0; i < kWarp && product.a != nullptr; ++i) {
+    const Product& lane = fibres[static_cast<size_t>(first + i)].products[index];
+    if (std::memcmp(lane.a, lane.a_then, sizeof(lane.a_then)) != 0) {
+      fail("wgmma: registers of a were changed before the wait, by lane %d", i);
+    }
+    for (int r = 0; r < 4; ++r) {
+      float* pair = &a[i / 4 + r % 2 * 8][i % 4 * 2 + r / 2 * 8];
+      pair[0] = bf16_value(lane.a_then[r] & 0xffffu);
+      pair[1] = bf16_value(lane.a_then[r] >> 16);
+    }
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    Fibre& f = fibres[static_cast<size_t>(first + i)];
+    const Product& lane = f.products[index];
+    Accumulators& sums = *find_overlap(f, lane.d, 1);
+    for (int e = 0; e < n / 2; ++e) {
+      const float* x = a[i / 4 + e % 4 / 2 * 8];
+      const int column = e / 4 * 8 + i % 4 * 2 + e % 2;
+      float sum = lane.accumulate ? sums.values[static_cast<size_t>(e)] : 0.0f;
+      for (int k = 0; k < 16; ++k) sum += x[k] * b[k][column];
+      sums.values[static_cast<size_t>(e)] = sum;
+    }
+    if (--sums.pending > 0) continue;
+    if (!poisoned(sums.d, sums.values.size()))
+      fail("wgmma: accumulators were changed before the wait, by lane %d", i);
+    std::copy(sums.values.begin(), sums.values.end(), sums.d);
+    f.accumulators.erase(f.accumulators.begin() + (&sums - f.accumulators.data()));
   }
 }
 

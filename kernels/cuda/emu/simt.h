@@ -10,16 +10,21 @@
 //   copies      an asynchronous copy lands in the wait that asks for it, not before: until then its
 //               bytes may be neither read nor written, and other threads need a barrier after it
 //   mbarriers   phases of arrivals and bytes; a wait orders what was done before the arrivals. A
-//   bulk
-//               copy lands when no thread can go on without it
+//               bulk copy, plain or of a tensor's box, lands when no thread can go on without it
+//   named       barriers of some threads, of which some may only arrive
 //   tensor core ldmatrix and mma.sync by their fragment layouts, all lanes of a warp together
+//   wgmma       reads its matrices through descriptors, at the wait and not before. Until then its
+//               accumulators are NaN and its operands locked; registers have to be as the last
+//               fence saw them, ordinary stores need a fence of the asynchronous proxy, and the
+//               four warps have to issue the same
 //
 // The first finding ends the launch and is reported with thread and block. Rules are stricter than
 // the device's: a mask may name only lanes that take part, and a __syncthreads is met by the whole
 // block at one place.
 //
 // Not modelled: memory order between blocks, the rounding inside of a tensor core (here a chain of
-// fp32 additions over k).
+// fp32 additions over k), base offsets of matrices that start inside of a swizzle's pattern (an
+// error here), a warpgroup that waits for registers.
 #pragma once
 
 #include <cmath>
@@ -28,6 +33,8 @@
 #include <memory>
 #include <string>
 #include <type_traits>
+
+#include "kernels/cuda/tensor_box.h"
 
 namespace ivr::emu {
 
@@ -46,11 +53,13 @@ struct Limits {
   static constexpr unsigned kThreads = 1024;
   static constexpr size_t kStaticShared = 48 * 1024;
   static constexpr size_t kDynamicShared = 227 * 1024;
+  static constexpr int kRegisters = 65536;
 };
 
 class Machine {
  public:
-  explicit Machine(uint64_t seed);
+  // capability: of the device that launchers choose their kernels for, 80 or 90.
+  Machine(uint64_t seed, int capability);
   ~Machine();
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
@@ -68,6 +77,7 @@ class Machine {
     return launch_threads(grid, block, dynamic_shared, call, &body);
   }
   const std::string& report() const;
+  int capability() const { return capability_; }
 
   struct State;
 
@@ -76,6 +86,7 @@ class Machine {
                       const void* argument);
 
   std::unique_ptr<State> state_;
+  int capability_;
 };
 
 // ---- what prim.cuh and kernels call, from inside a fibre ----------------------------------------
@@ -94,6 +105,10 @@ enum class Collective {
   ballot,
   ldmatrix,
   mma,
+  wgmma_fence,
+  wgmma,
+  wgmma_commit,
+  wgmma_wait,
 };
 // Rendezvous of the lanes in mask. Shuffles return the value of the lane that `lane` and `width`
 // name, ballot the mask of lanes with a nonzero value.
@@ -125,6 +140,32 @@ void barrier_arrive(uint64_t* barrier, int64_t expected_bytes);
 void barrier_wait(uint64_t* barrier, int parity);
 // Any multiple of 16 bytes; reports them to the barrier when they are there.
 void copy_bulk(void* shared, const void* global, size_t bytes, uint64_t* barrier);
+
+// The box at `at`, [rank], with zeros for what lies outside of the tensor.
+void copy_tensor(void* shared, const cuda::TensorBox& box, const int* at, int rank,
+                 uint64_t* barrier);
+// What the calling thread has stored may be read by the asynchronous proxy.
+void fence_async_reads();
+
+// Returns once `threads` threads have come to barrier `id`; at once for those that do not wait.
+void named_barrier(int id, int threads, bool wait);
+// setmaxnreg: the block's warpgroups may not ask for more than there are.
+void set_registers(int registers);
+
+// wgmma. A fence makes the registers that were named before it, as they are then, ready for use.
+void name_registers(const void* registers, size_t bytes);
+void wgmma_fence();
+// d [64, n] (+)= a [64, 16] b [16, n]: a from registers or, where they are null, from shared
+// memory.
+void wgmma(float (*d)[4], int n, const uint32_t* a, uint64_t a_matrix, uint64_t b_matrix,
+           bool transposed, bool accumulate);
+void wgmma_commit();
+// All groups of the calling warp but its newest `newest` have landed.
+void wgmma_wait(int newest);
+// Complains about accumulators that are still in flight.
+void check_landed(const void* d, size_t bytes);
+// Where a descriptor says that a matrix starts; a multiple of 16.
+uint32_t shared_address(const void* p);
 
 // Shared memory element: reads and writes go through the checks.
 template <typename T>

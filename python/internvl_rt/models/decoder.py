@@ -180,7 +180,7 @@ class DecoderLayer:
         self.norm1 = make.norm(f"llm.{i}.norm1")
         self.norm2 = make.norm(f"llm.{i}.norm2")
         self.attention = Attention(make, i)
-        self.mlp = (Mlp if make.config.experts is None else Experts)(make, i)
+        self.mlp = (Experts if make.config.mixtures[i] else Mlp)(make, i)
 
     def __call__(self, x: Tensor, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> None:
         """Updates x [T, hidden] in place."""

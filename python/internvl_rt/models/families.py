@@ -102,11 +102,16 @@ ALWAYS, NEVER = Bias(None, True), Bias(None, False)
 
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
-    """Keys of the config that describe a mixture of experts; normalize None: always."""
+    """Keys of the config that describe a mixture of experts; normalize None: always.
+
+    count: newer versions of Transformers write num_local_experts for every family.
+    dense_layers: decoder_sparse_step and mlp_only_layers name layers that have none.
+    """
 
     count: str
     width: str
     normalize: str | None
+    dense_layers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +126,7 @@ class Family:
     qkv_bias: Bias = NEVER
     o_bias: Bias = NEVER
     mlp_bias: Bias = NEVER
-    quantizations: tuple[str, ...] = ()  # of the experts, as stored
+    quantizations: tuple[str, ...] = ("awq",)  # of the projections or the experts, as stored
     layer_types: tuple[str, ...] = ("full_attention",)  # that take turns where none are named
     window_without_flag: bool = False  # sliding_window acts without use_sliding_window
     sinks: bool = False  # one more logit per head that takes weight but has no value
@@ -162,6 +167,9 @@ def _same(*types: str) -> Mapping[str, str]:
     return MappingProxyType({t: t for t in types})
 
 
+_ROPE_TYPES = _same("linear", "dynamic", "llama3", "yarn")  # of Transformers, for every model
+
+
 _ATTENTION_BIAS = Bias("attention_bias", False)
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
@@ -171,14 +179,14 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 model_type="qwen2",
                 architecture="Qwen2ForCausalLM",
-                rope_types=_same("dynamic"),
+                rope_types=_ROPE_TYPES,
                 defaults=_defaults(151936, 4096, 22016, kv_heads=32, positions=32768, eps=1e-6),
                 qkv_bias=ALWAYS,
             ),
             Family(
                 model_type="qwen3",
                 architecture="Qwen3ForCausalLM",
-                rope_types=_same("dynamic"),
+                rope_types=_ROPE_TYPES,
                 defaults=_defaults(
                     151936, 4096, 22016, kv_heads=32, positions=32768, eps=1e-6, head_dim=128
                 ),
@@ -189,7 +197,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 model_type="llama",
                 architecture="LlamaForCausalLM",
-                rope_types=_same("linear", "dynamic", "llama3"),
+                rope_types=_ROPE_TYPES,
                 defaults=_defaults(32000, 4096, 11008, kv_heads=None, positions=2048, eps=1e-6),
                 qkv_bias=_ATTENTION_BIAS,
                 o_bias=_ATTENTION_BIAS,
@@ -235,7 +243,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             Family(
                 model_type="qwen3_moe",
                 architecture="Qwen3MoeForCausalLM",
-                rope_types=_same("dynamic"),
+                rope_types=_ROPE_TYPES,
                 defaults=_defaults(
                     151936,
                     2048,
@@ -252,7 +260,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 qkv_bias=_ATTENTION_BIAS,
                 o_bias=_ATTENTION_BIAS,
                 qk_norm=True,
-                experts=ExpertKeys("num_experts", "moe_intermediate_size", "norm_topk_prob"),
+                experts=ExpertKeys(
+                    "num_experts", "moe_intermediate_size", "norm_topk_prob", dense_layers=True
+                ),
             ),
             Family(
                 model_type="gpt_oss",

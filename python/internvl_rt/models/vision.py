@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -112,7 +113,7 @@ class VisionTower:
         """[1 + rows*columns, C]: the trained grid, resized (bicubic, a = -0.75) if it differs."""
         found = self._positions.get((rows, columns))
         if found is None:
-            g, C = self.config.grid, self.config.hidden_size
+            g, C = math.isqrt(len(self.position) - 1), self.config.hidden_size
             found = self.position
             if (rows, columns) != (g, g):
                 grid = self.position[1:].reshape(1, g, g, C).permute(0, 3, 1, 2)

@@ -100,12 +100,12 @@ def unpack_quantised(data: Tensor, n: int, k: int, kind: WeightFormat) -> tuple[
     panels, G = _panels_and_groups(n, k)
     groups = data.view(panels, G, _CODES[kind].group_bytes)
     scales = groups[..., :_SCALES].contiguous().view(torch.bfloat16)  # [panels, G, 32]
-    stored = groups[..., _SCALES:]
-    if kind == WeightFormat.int4:
-        stored = torch.stack((stored & 15, stored >> 4), dim=-1)
+    per_byte = _CODES[kind].per_byte
+    stored = groups[..., _SCALES:].reshape(panels, G, GROUP // 4 // per_byte, PANEL, 1, 4)
+    if per_byte == 2:
+        stored = torch.cat((stored & 15, stored >> 4), dim=4)
     codes = (stored.to(torch.int16) - _CODES[kind].offset).to(torch.int8)
-    codes = codes.reshape(panels, G, GROUP // 2, PANEL, 2).permute(0, 3, 1, 2, 4)
-    codes = codes.reshape(panels * PANEL, G * GROUP)
+    codes = codes.permute(0, 3, 1, 2, 4, 5).reshape(panels * PANEL, G * GROUP)
     return codes[:n], scales.transpose(1, 2).reshape(panels * PANEL, G)[:n]
 
 
@@ -116,9 +116,11 @@ def _pack_codes(codes: Tensor, scales: Tensor, kind: WeightFormat) -> Tensor:
     rows = (0, 0, 0, -N % PANEL)
     scales = F.pad(scales, rows).view(panels, PANEL, G).transpose(1, 2).contiguous()
     stored = (F.pad(codes, rows) + _CODES[kind].offset).view(torch.uint8)  # wraps, as it should
-    stored = stored.view(panels, PANEL, G, GROUP // 2, 2).permute(0, 2, 3, 1, 4)
-    if kind == WeightFormat.int4:
-        stored = stored[..., 0] | stored[..., 1] << 4
+    per_byte = _CODES[kind].per_byte
+    stored = stored.view(panels, PANEL, G, GROUP // 4 // per_byte, per_byte, 4)
+    if per_byte == 2:
+        stored = stored[..., :1, :] | stored[..., 1:, :] << 4
+    stored = stored.squeeze(4).permute(0, 2, 3, 1, 4)
     return torch.cat((scales.view(torch.uint8), stored.flatten(2)), dim=2)
 
 

@@ -128,9 +128,9 @@ def _vision_peak(config: ModelConfig, platform: Platform) -> int:
 def _text_peak(config: ModelConfig, chunk: int) -> int:
     t = config.text
     heads = (t.num_heads + 2 * t.num_kv_heads) * t.head_dim
-    mlp = 3 * t.intermediate_size
+    mlp = 0 if all(t.mixtures) else 3 * t.intermediate_size
     if t.experts:
-        mlp = t.experts.top_k * (3 * t.experts.width + t.hidden_size)
+        mlp = max(mlp, t.experts.top_k * (3 * t.experts.width + t.hidden_size))
     return chunk * (2 * t.hidden_size + 2 * max(heads, mlp)) + 2 * t.vocab_size
 
 

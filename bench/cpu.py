@@ -1,8 +1,8 @@
 """Whole models beside Hugging Face transformers, on the same random weights, in the same run.
 
-    python bench/models.py                    # InternVL3-1B's shape in bfloat16, all threads
-    python bench/models.py --dtype f32 --rows vit-1,decode-320
-    python bench/models.py --shape tiny       # seconds: tries the bench, its figures mean nothing
+    python bench/cpu.py                    # InternVL3-1B's shape in bfloat16, all threads
+    python bench/cpu.py --dtype f32 --rows vit-1,decode-320
+    python bench/cpu.py --shape tiny       # seconds: tries the bench, its figures mean nothing
 
 Both sides read the same files (Transformers-native layout), use the same number of threads, and
 take turns call by call, each first in every other round. The peer runs eagerly with its default
@@ -13,8 +13,15 @@ their own, with the files in the page cache.
     vit-T          T tiles of 448 x 448 through tower and projector
     prefill-N      a prompt of N tokens, logits of the last one, its argmax
     decode-N       the next token after a context of N; decode-BxN: of B sequences together
+    decode-N-int8  ours with quantised weights; the peer, which has none, as in decode-N
+    preprocess-4k  a picture of 3840 x 2160 to 13 tiles; the peer is Pillow, numpy and torch
     load           checkpoint to model; first-token: and 8 tokens of prompt to the next token
     memory         peak resident memory above that after the imports: load, 1 tile, 64 + 8 tokens
+
+A row's floor is what the machine allows: the weights and the cache that a decode step reads, at the
+rate of a plain read in four streams, or the operations, at the rate of multiply-adds on registers
+alone (kernels/peak.h), whichever takes longer; both rates are the best of the same run. For memory
+it is the size of the tensors. share is the floor over our median.
 """
 
 from __future__ import annotations
@@ -27,13 +34,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from make_checkpoint import IMAGE_SIZE, IMG_CONTEXT_ID, SHAPES, make
+from make_checkpoint import IMAGE_SIZE, IMG_CONTEXT_ID, PATCH, SHAPES, UNSHUFFLE, Shape, make
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -41,7 +49,7 @@ DTYPES = {
     "f32": torch.float32,
     "float32": torch.float32,
 }
-SIDES = ("ours", "transformers")
+SIDES = ("ours", "peer")
 ROWS = (
     "vit-1",
     "vit-4",
@@ -50,6 +58,9 @@ ROWS = (
     "decode-320",
     "decode-2048",
     "decode-8x320",
+    "decode-320-int8",
+    "decode-320-int4",
+    "preprocess-4k",
     "load",
     "first-token",
     "memory",
@@ -70,10 +81,10 @@ class Ours:
         self._decoding: list[Any] = []
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, threads: int, device: str = "cpu") -> Ours:
+    def load(cls, folder: Path, dtype: torch.dtype, threads: int, quant: str | None = None) -> Ours:
         import internvl_rt as ivr
 
-        return cls(ivr.load(folder, dtype=dtype, device=device, threads=threads or None))
+        return cls(ivr.load(folder, dtype=dtype, device="cpu", threads=threads, quant=quant))
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.encode_images(pixels)
@@ -120,17 +131,13 @@ class Transformers:
         self.model = model.eval()
 
     @classmethod
-    def load(
-        cls, folder: Path, dtype: torch.dtype, threads: int, device: str = "cpu"
-    ) -> Transformers:
+    def load(cls, folder: Path, dtype: torch.dtype, threads: int) -> Transformers:
         from transformers import InternVLForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        if threads:
-            torch.set_num_threads(threads)
-        model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-        return cls(model.to(device))
+        torch.set_num_threads(threads)
+        return cls(InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype))
 
     def _here(self, ids: Tensor, pixels: Tensor | None = None) -> dict[str, Tensor]:
         named = {"input_ids": ids.to(self.model.device)}
@@ -177,7 +184,72 @@ class Transformers:
         pass
 
 
-KINDS = {"ours": Ours.load, "transformers": Transformers.load}
+KINDS = {"ours": Ours.load, "peer": Transformers.load}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine does at most, with all threads."""
+
+    read_bytes_per_s: float
+    product_flops_per_s: float
+
+    def seconds(self, bytes_read: float, flops: float) -> float:
+        return max(bytes_read / self.read_bytes_per_s, flops / self.product_flops_per_s)
+
+
+def measure_limits(dtype: torch.dtype, rounds: int = 200_000) -> Limits:
+    """The best of several measurements: a limit is what nothing disturbs."""
+    from internvl_rt import _C
+
+    memory = torch.ones(1 << 27)  # 512 MiB: more than any cache
+    read, product = 0.0, 0.0
+    for _ in range(15):
+        begin = time.perf_counter()
+        _C.peak_read(memory)
+        middle = time.perf_counter()
+        operations = _C.peak_products(dtype == torch.bfloat16, rounds)
+        read = max(read, memory.nbytes / (middle - begin))
+        product = max(product, operations / (time.perf_counter() - middle))
+    return Limits(read, product)
+
+
+def floor(row: str, shape: Shape, dtype: torch.dtype, limits: Limits) -> float | None:
+    """Seconds that a row takes at least; None where nothing is known."""
+    kind, size, quant = _parts(row)
+    width, layers = shape.width, shape.layers
+    kv_width = 2 * shape.kv_heads * width // shape.heads
+    layer = width * (2 * width + kv_width) + 3 * width * shape.inner
+    if kind == "vit":
+        wide, patches = shape.vision_width, (IMAGE_SIZE // PATCH) ** 2
+        weights = shape.vision_layers * (4 * wide**2 + 2 * wide * shape.vision_inner)
+        flops = (patches + 1) * (2 * weights + 4 * (patches + 1) * wide * shape.vision_layers)
+        flops += 2 * patches * 3 * PATCH**2 * wide
+        merged = UNSHUFFLE**2
+        flops += 2 * patches // merged * (merged * wide * width + width**2)
+        return limits.seconds(0, int(size) * flops)
+    if kind == "prefill":
+        n = int(size)
+        flops = 2 * n * layers * layer + 2 * n**2 * width * layers + 2 * shape.vocab * width
+        return limits.seconds(0, flops)
+    if kind == "decode":
+        batch, _, context = size.rpartition("x")
+        rows, keys = int(batch or 1), int(context)
+        head = shape.vocab * width
+        # A group of 64 codes has a scale of two bytes; the head stays in int8 under int4.
+        per_weight = {"int8": 66 / 64, "int4": 34 / 64}.get(quant, float(dtype.itemsize))
+        read = layers * layer * per_weight + head * (max(per_weight, 66 / 64))
+        read += rows * keys * layers * kv_width * dtype.itemsize
+        flops = rows * (2 * (layers * layer + head) + 4 * keys * width * layers)
+        return limits.seconds(read, flops)
+    return None
+
+
+def _parts(row: str) -> tuple[str, str, str | None]:
+    """Kind, size and quantisation of a row's name."""
+    kind, _, rest = row.partition("-")
+    size, _, quant = rest.partition("-")
+    return kind, size, quant or None
 
 
 def take_turns(
@@ -230,7 +302,9 @@ def time_row(
     finish: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """finish: as of take_turns."""
-    kind, _, size = row.partition("-")
+    kind, size, _ = _parts(row)
+    if kind == "preprocess":
+        return take_turns(_preprocess_calls(sides), seconds)
     if kind in ("vit", "ttft"):
         generator = torch.Generator().manual_seed(2)
         pixels = torch.randn(int(size), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
@@ -253,6 +327,21 @@ def time_row(
     finally:
         for side in sides.values():
             side.end_decoding()
+
+
+def _preprocess_calls(sides: Iterable[str]) -> dict[str, Callable[[], Any]]:
+    from internvl_rt.ops import preprocess
+    from peers import PEERS
+
+    generator = torch.Generator().manual_seed(4)
+    picture = torch.randint(0, 256, (2160, 3840, 3), dtype=torch.uint8, generator=generator)
+    options = {"columns": 4, "rows": 3, "image_size": IMAGE_SIZE, "thumbnail": True}
+    options |= {"dtype": torch.bfloat16}
+    calls = {
+        "ours": lambda: preprocess(picture, **options),
+        "peer": PEERS["preprocess"][1](picture, **options),
+    }
+    return {name: calls[name] for name in sides}
 
 
 def _ids(batch: int, length: int) -> Tensor:
@@ -317,8 +406,11 @@ def measure_processes(
     return found
 
 
-def summary(row: str, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """A row of the result: medians, extremes and ratio; unit kB or seconds, and tokens a second."""
+def summary(
+    row: str, samples: Mapping[str, Sequence[float]], least: float | None = None
+) -> dict[str, Any]:
+    """A row of the result: medians, extremes, ratio, floor and our share of it; unit kB or seconds,
+    and tokens a second."""
     out: dict[str, Any] = {"row": row, "unit": "kB" if row == "memory" else "s"}
     for side, values in samples.items():
         out[side] = {
@@ -328,40 +420,50 @@ def summary(row: str, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
             "n": len(values),
         }
         if row.startswith("decode"):
-            batch = int(row.partition("-")[2].rpartition("x")[0] or 1)
+            batch = int(_parts(row)[1].rpartition("x")[0] or 1)
             out[side]["tokens_per_s"] = batch / out[side]["median"]
     if len(samples) == 2:
         ours, peer = (out[side]["median"] for side in SIDES)
         out["ratio"] = peer / ours
+    if least is not None:
+        out["floor"] = least
+        if "ours" in out:
+            out["share"] = least / out["ours"]["median"]
     return out
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as text; ratio is the peer's figure over ours, above 1 is better."""
     lines = [
-        f"{'row':<14}{'ours':>11} {'[min, max]':<18}{'transformers':>13} {'[min, max]':<18}ratio"
+        f"{'row':<17}{'ours':>10} {'[min, max]':<17}{'peer':>10} {'[min, max]':<17}"
+        f"{'ratio':>6}{'floor':>10}{'share':>7}"
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"{row['row']:<14}{row['error']}")
+            lines.append(f"{row['row']:<17}{row['error']}")
             continue
-        line = f"{row['row']:<14}"
-        for side, width in zip(SIDES, (11, 13), strict=True):
-            line += _cell(row, row.get(side), width)
-        lines.append(line + (f"{row['ratio']:.2f}" if "ratio" in row else ""))
+        line = f"{row['row']:<17}" + "".join(_cell(row, row.get(side)) for side in SIDES)
+        line += f"{row['ratio']:>6.2f}" if "ratio" in row else " " * 6
+        if "floor" in row:
+            line += f"{_measure(row, row['floor'], row['floor']):>10}"
+            line += f"{row['share']:>7.0%}" if "share" in row else ""
+        lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _cell(row: Mapping[str, Any], figures: Mapping[str, Any] | None, width: int) -> str:
+def _cell(row: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
     if figures is None:
-        return " " * (width + 19)
-    scale, unit, digits = (1, "s", 2)
+        return " " * 28
+    typical = figures["median"]
+    low, high = (_measure(row, figures[k], typical).split()[0] for k in ("min", "max"))
+    return f"{_measure(row, typical, typical):>10} {f'[{low}, {high}]':<17}"
+
+
+def _measure(row: Mapping[str, Any], value: float, typical: float) -> str:
+    """The value with its unit, as fits figures of a typical size."""
     if row["unit"] == "kB":
-        scale, unit, digits = (1 / 1024, "MiB", 0)
-    elif figures["median"] < 1:
-        scale, unit, digits = (1e3, "ms", 1)
-    median, low, high = (f"{figures[k] * scale:.{digits}f}" for k in ("median", "min", "max"))
-    return f"{f'{median} {unit}':>{width}} {f'[{low}, {high}]':<18}"
+        return f"{value / 1024:.0f} MiB"
+    return f"{value:.2f} s" if typical >= 1 else f"{value * 1e3:.1f} ms"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -392,31 +494,42 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
         "shape": options.shape,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
+        "limits": {},
         "rows": [],
     }
     out = options.out or Path(__file__).parent / "results" / machine_slug()
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"models-{options.shape}-{result['dtype']}.json"
+    file = out / f"cpu-{options.shape}-{result['dtype']}.json"
+    limits = measure_limits(dtype)
+    result["limits"] = asdict(limits)
     wanted = [r for r in options.rows if r in IN_PROCESSES]
     if wanted:
         found = measure_processes(options.sides, folder, options.dtype, threads)
-        result["rows"] += [summary(row, found[row]) for row in wanted]
+        tensors = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        floors = {"memory": tensors / 1024}
+        result["rows"] += [summary(row, found[row], floors.get(row)) for row in wanted]
         _write(file, result)
     wanted = [r for r in options.rows if r not in IN_PROCESSES]
     if wanted:
         sides = {name: KINDS[name](folder, dtype, threads) for name in options.sides}
-        if "transformers" in sides:
+        if "peer" in sides:
             import transformers
 
             result["peer"] = f"transformers {transformers.__version__}, eager, " + (
-                f"{sides['transformers'].attention} attention"
+                f"{sides['peer'].attention} attention"
             )
         if len(sides) == 2:
             result["agreement"] = agreement(sides, dtype)
         for row in wanted:
             print(f"{row} ...", file=sys.stderr)
             try:
-                result["rows"].append(summary(row, time_row(row, sides, options.seconds)))
+                quant = _parts(row)[2]
+                taking = dict(sides)
+                if quant and "ours" in sides:
+                    taking["ours"] = Ours.load(folder, dtype, threads, quant)
+                samples = time_row(row, taking, options.seconds)
+                least = floor(row, SHAPES[options.shape], dtype, limits)
+                result["rows"].append(summary(row, samples, least))
             except Exception as error:
                 # The other rows are worth having; the exit status says that one is missing.
                 result["rows"].append({"row": row, "error": f"{type(error).__name__}: {error}"})
@@ -453,7 +566,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sides", type=some_of(SIDES), default=list(SIDES))
     parser.add_argument("--threads", type=int, default=0, help="0: all of the machine's")
     parser.add_argument(
-        "--seconds", type=float, default=12.0, help="a row is timed for about so long"
+        "--seconds", type=float, default=10.0, help="a row is timed for about so long"
     )
     parser.add_argument(
         "--checkpoint", type=Path, help="one in the hf layout, instead of a new one"
