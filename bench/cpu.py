@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from make_checkpoint import IMAGE_SIZE, PATCH, SHAPES, UNSHUFFLE, Shape, make
+from make_checkpoint import IMAGE_SIZE, IMG_CONTEXT_ID, PATCH, SHAPES, UNSHUFFLE, Shape, make
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -69,18 +69,22 @@ IN_PROCESSES = ("load", "first-token", "memory")
 # Distance of the two sides' results, relative to their size (both root mean square), above which
 # one of them computes something else. The bfloat16 bound allows for 24 layers of rounding.
 AGREEMENT = {torch.bfloat16: 0.06, torch.float32: 1e-3}
+TILE_TOKENS = 256
 LEAST, MOST = 3, 50  # rounds of a row
 PAUSE = 0.003  # seconds between calls: the other side's worker threads stop spinning
 
 
 class Ours:
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, threads: int, quant: str | None = None
-    ) -> None:
+    def __init__(self, model: Any) -> None:
+        """model: an internvl_rt.Model."""
+        self.model = model
+        self._decoding: list[Any] = []
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, threads: int, quant: str | None = None) -> Ours:
         import internvl_rt as ivr
 
-        self.model = ivr.load(folder, dtype=dtype, device="cpu", threads=threads, quant=quant)
-        self._decoding: list[Any] = []
+        return cls(ivr.load(folder, dtype=dtype, device="cpu", threads=threads, quant=quant))
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.encode_images(pixels)
@@ -88,8 +92,9 @@ class Ours:
     def logits(self, ids: Tensor) -> Tensor:
         return self.model.forward(ids)[:, -1]
 
-    def prefill(self, ids: Tensor) -> list[int]:
-        return [tokens[0] for tokens in self.model.generate(ids, max_new_tokens=1, eos_token_id=-1)]
+    def prefill(self, ids: Tensor, pixels: Tensor | None = None) -> list[int]:
+        rows = self.model.generate(ids, pixels, max_new_tokens=1, eos_token_id=-1)
+        return [tokens[0] for tokens in rows]
 
     def decoder(self, ids: Tensor, steps: int) -> Callable[[], Any]:
         """A call runs one step of the engine: one token for each row."""
@@ -97,7 +102,8 @@ class Ours:
 
         engine = self.model.engine
         # Rows whose prompts are done first decode while the others are still read.
-        params = SamplingParams(max_new_tokens=steps + ids.numel(), stop_ids=frozenset())
+        reading = len(ids) + ids.numel() // engine.prefill_chunk
+        params = SamplingParams(max_new_tokens=steps + reading, stop_ids=frozenset())
         requests = [Request(row.tolist(), params) for row in ids]
         for request in requests:
             engine.submit(request)
@@ -120,14 +126,24 @@ class Ours:
 
 
 class Transformers:
-    def __init__(self, folder: Path, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, model: Any) -> None:
+        """model: an InternVLForConditionalGeneration."""
+        self.model = model.eval()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, threads: int) -> Transformers:
         from transformers import InternVLForConditionalGeneration
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
-        self.dtype = dtype
-        self.model = InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        return cls(InternVLForConditionalGeneration.from_pretrained(folder, dtype=dtype))
+
+    def _here(self, ids: Tensor, pixels: Tensor | None = None) -> dict[str, Tensor]:
+        named = {"input_ids": ids.to(self.model.device)}
+        if pixels is not None:
+            named["pixel_values"] = pixels.to(self.model.device, self.model.dtype)
+        return named
 
     @property
     def attention(self) -> str:
@@ -135,23 +151,24 @@ class Transformers:
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
-        out = self.model.get_image_features(pixel_values=pixels.to(self.dtype))
+        pixels = pixels.to(self.model.device, self.model.dtype)
+        out = self.model.get_image_features(pixel_values=pixels)
         return out.pooler_output
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, logits_to_keep=1).logits[:, -1]
+        return self.model(**self._here(ids), logits_to_keep=1).logits[:, -1]
 
     @torch.inference_mode()
-    def prefill(self, ids: Tensor) -> list[int]:
-        out = self.model(input_ids=ids, logits_to_keep=1, use_cache=True)
+    def prefill(self, ids: Tensor, pixels: Tensor | None = None) -> list[int]:
+        out = self.model(**self._here(ids, pixels), logits_to_keep=1, use_cache=True)
         return out.logits[:, -1].argmax(-1).tolist()
 
     @torch.inference_mode()
     def decoder(self, ids: Tensor, steps: int) -> Callable[[], Any]:
         # The rows are alike: the first one's cache serves for all, and is built in a fraction of
         # the time.
-        out = self.model(input_ids=ids[:1], logits_to_keep=1, use_cache=True)
+        out = self.model(**self._here(ids[:1]), logits_to_keep=1, use_cache=True)
         state = [out.logits[:, -1].argmax(-1, keepdim=True).repeat(len(ids), 1)]
         cache = out.past_key_values
         cache.batch_repeat_interleave(len(ids))
@@ -167,7 +184,7 @@ class Transformers:
         pass
 
 
-KINDS = {"ours": Ours, "peer": Transformers}
+KINDS = {"ours": Ours.load, "peer": Transformers.load}
 
 
 @dataclass(frozen=True)
@@ -235,9 +252,14 @@ def _parts(row: str) -> tuple[str, str, str | None]:
     return kind, size, quant or None
 
 
-def take_turns(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    finish: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
     """Seconds of each call over as many rounds as fit into the time, LEAST to MOST of them.
 
+    finish: waits until what a call began is done; part of its time.
     Where rounds are so long that LEAST would take three times the time, fewer are enough.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -250,6 +272,7 @@ def take_turns(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[s
             time.sleep(PAUSE)
             begin = time.perf_counter()
             calls[name]()
+            finish()
             samples[name].append(time.perf_counter() - begin)
     return samples
 
@@ -264,7 +287,7 @@ def agreement(sides: Mapping[str, Any], dtype: torch.dtype) -> dict[str, float]:
         ("features", lambda s: s.encode(pixels)),
         ("logits", lambda s: s.logits(ids)),
     ):
-        a, b = (call(sides[side]).double() for side in SIDES)
+        a, b = (call(sides[side]).double().cpu() for side in SIDES)
         distance = float(((a - b).square().mean() / b.square().mean()).sqrt())
         if not distance <= AGREEMENT[dtype]:
             raise ValueError(f"{name} of the two sides are {distance:.3g} of their size apart")
@@ -272,24 +295,35 @@ def agreement(sides: Mapping[str, Any], dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-def time_row(row: str, sides: Mapping[str, Any], seconds: float) -> dict[str, list[float]]:
+def time_row(
+    row: str,
+    sides: Mapping[str, Any],
+    seconds: float,
+    finish: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """finish: as of take_turns."""
     kind, size, _ = _parts(row)
     if kind == "preprocess":
         return take_turns(_preprocess_calls(sides), seconds)
-    if kind == "vit":
+    if kind in ("vit", "ttft"):
         generator = torch.Generator().manual_seed(2)
         pixels = torch.randn(int(size), 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
-        return take_turns({n: lambda s=s: s.encode(pixels) for n, s in sides.items()}, seconds)
+        picture = torch.full((1, int(size) * TILE_TOKENS), IMG_CONTEXT_ID)
+        ids = torch.cat((_ids(1, 32), picture, _ids(1, 32)), dim=1)
+        encode = {n: lambda s=s: s.encode(pixels) for n, s in sides.items()}
+        first = {n: lambda s=s: s.prefill(ids, pixels) for n, s in sides.items()}
+        return take_turns(encode if kind == "vit" else first, seconds, finish)
     if kind == "prefill":
         ids = _ids(1, int(size))
-        return take_turns({n: lambda s=s: s.prefill(ids) for n, s in sides.items()}, seconds)
+        calls = {n: lambda s=s: s.prefill(ids) for n, s in sides.items()}
+        return take_turns(calls, seconds, finish)
     batch, _, context = size.rpartition("x")
     ids = _ids(1, int(context)).repeat(int(batch or 1), 1)
     try:
         steps = {n: s.decoder(ids, steps=MOST + 2) for n, s in sides.items()}
         for step in steps.values():
             step()
-        return take_turns(steps, seconds)
+        return take_turns(steps, seconds, finish)
     finally:
         for side in sides.values():
             side.end_decoding()
@@ -492,7 +526,7 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
                 quant = _parts(row)[2]
                 taking = dict(sides)
                 if quant and "ours" in sides:
-                    taking["ours"] = Ours(folder, dtype, threads, quant)
+                    taking["ours"] = Ours.load(folder, dtype, threads, quant)
                 samples = time_row(row, taking, options.seconds)
                 least = floor(row, SHAPES[options.shape], dtype, limits)
                 result["rows"].append(summary(row, samples, least))

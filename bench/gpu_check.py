@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+import cpu
 import gpu_parts
 from internvl_rt.ops import bench, catalogue
 from internvl_rt.ops.flash_attention import offsets
@@ -45,7 +46,6 @@ DRY_OPS = ("flash_attention", "rms_norm")
 SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 150 rows
 PEER_SECONDS = 80.0  # no further peer is compiled or sought after so long
 BARRIERS = 10_000  # rounds of the grid barrier
-END_TO_END = "not measured: whole models do not run on a GPU yet"
 
 # Shapes whose time docs/performance.md predicts and the catalogue leaves out; bfloat16.
 SHAPES = {
@@ -461,8 +461,6 @@ def _captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
 def report(mode: str, parts: Path, out: Path) -> bool:
     """Joins the parts into one file and prints the table; False where a step failed."""
     document = gpu_parts.join(mode, parts)
-    if mode == "bench":
-        document["end_to_end"] = END_TO_END
     out.mkdir(parents=True, exist_ok=True)
     gpu_parts.write(out / f"{mode}.json", document)
     print(text(document))
@@ -478,7 +476,8 @@ def text(document: dict[str, Any]) -> str:
             lines += [
                 f"{kind}: " + " ".join(str(v) for v in entry.values()) for entry in document[kind]
             ]
-        lines += [f"end to end: {document['end_to_end']}"]
+        for model in document["models"]:
+            lines += [f"{model['shape']} in {model['dtype']}", cpu.table(model["rows"])]
     lines += [f"{name}: {_values(value)}" for name, value in document["probes"].items()]
     head = ("step", "result", "s")
     results = {0: "ok", 124: "out of time", 137: "killed"}

@@ -2,14 +2,16 @@
 # Two runs on a bare machine with a GPU, each of less than ten minutes:
 #
 #   bench/gpu_check.sh check OUT    build for sm_90a, GPU tests, compute-sanitizer, probes
-#   bench/gpu_check.sh bench OUT    build, probes, every op's real shapes beside torch
+#   bench/gpu_check.sh bench OUT    build, probes, whole models beside transformers, every op's real
+#                                   shapes beside torch
 #
 # OUT gets check.json or bench.json, written anew after every step, and check.log or bench.log with
 # what the steps printed; a short table comes last on stdout. Every step has its own time limit and
 # process; one that fails or hangs does not stop the others, nor does a row the other rows of its step.
 # Exit code: 0, 1 where a step failed, 2 for wrong arguments.
 #
-# The machine needs python3 with torch >= 2.10, triton, numpy, pillow, tokenizers and pytest, nvcc 13
+# The machine needs python3 with torch >= 2.10, triton, numpy, pillow, tokenizers, safetensors and
+# pytest, if possible transformers, nvcc 13
 # (on the PATH or in /usr/local/cuda/bin), a C++20 compiler and compute-sanitizer; no network. What
 # builds the package (pybind11 >= 3, scikit-build-core >= 0.11, cmake >= 3.28, ninja), and pytest or
 # tokenizers, can be carried where they are missing: put wheels for that machine's Python, with the
@@ -85,17 +87,18 @@ build() {
 run_check() {
   local tool op
   step_py probes 60 probes --out "$work"
-  for op in $ops; do
-    ((${#dry[@]})) && break
-    step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
-      -k "on_gpu[$op-"
-  done
   if ((${#dry[@]})); then
     step_py small 60 small
     return
   fi
+  for op in $ops; do
+    step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
+      -k "on_gpu[$op-"
+  done
   step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
     -k both_variants
+  step selftest 60 python3 -m internvl_rt selftest --device cuda
+  step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.
   for tool in memcheck racecheck; do
     step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
@@ -104,8 +107,11 @@ run_check() {
 }
 
 run_bench() {
-  local op
+  local op shape
   step_py probes 60 probes --out "$work"
+  for shape in $( ((${#dry[@]})) && echo tiny || echo internvl3-1b internvl3-8b); do
+    step "models $shape" 110 python3 bench/gpu_models.py "$shape" --out "$work" "${dry[@]}"
+  done
   for op in $ops; do
     step_py "bench $op" 90 ops "$op" --out "$work"
   done

@@ -42,7 +42,8 @@ def join(mode: str, parts: Path) -> dict[str, Any]:
         "probes": read(parts / "probes.json", {}),
     }
     if mode == "bench":
-        document |= {"rows": [], "refused": [], "failed": []}
+        whole = [read(file, {}) for file in sorted(parts.glob("models-*.json"))]
+        document |= {"models": whole, "rows": [], "refused": [], "failed": []}
         # The rows of peers.json beside those of the ops that they belong to.
         for file in (*sorted(parts.glob("ops-*.json")), parts / "peers.json"):
             for kind, entries in read(file, {}).items():

@@ -62,6 +62,10 @@ class OnDevice(Tensor):
         assert not self.machine.depth, "the host waits for a device's tensor"
         return self.inner.clone()
 
+    def tolist(self) -> Any:
+        assert self.machine.reads, "the host reads a device's values"
+        return self.inner.tolist()
+
     def record_stream(self, stream: Any) -> None:
         pass
 
@@ -93,6 +97,7 @@ class Machine(TorchDispatchMode):
         self.landing: list[tuple[Tensor, Tensor]] = []
         self.waits = self.copies = self.captures = self.replays = 0
         self.launches: list[str] = []
+        self.reads = False  # whether the host may look at values: plain torch does
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.run(func, args, kwargs or {})
@@ -110,7 +115,9 @@ class Machine(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")  # for the guards of torch itself
-        assert func is not aten._local_scalar_dense.default, "the host reads a device's value"
+        if func is aten._local_scalar_dense.default:
+            assert self.reads, "the host reads a device's value"
+            return func(args[0].inner)
         if func in COPIES and (len(here) < len(tensors) or wanted == "cpu"):
             return self._copy(func, args, kwargs)
         host = [x for x in tensors if not isinstance(x, OnDevice) and x.dim()]
@@ -121,11 +128,7 @@ class Machine(TorchDispatchMode):
         assert self.depth or not fresh, f"{func}: device work outside a scope"
         args, named = tree_map(_inner, (args, {k: v for k, v in kwargs.items() if k != "device"}))
         found = func(*args, **named)
-        if (
-            schema.returns
-            and schema.returns[0].alias_info
-            and schema.returns[0].alias_info.is_write
-        ):
+        if any(r.alias_info and r.alias_info.is_write for r in schema.returns):
             if self.tape is not None:
                 self.tape.append(lambda: func(*args, **named))
             return next(x for x in tensors if x.inner is found)
@@ -144,6 +147,8 @@ class Machine(TorchDispatchMode):
     def _copy(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Between the host and the device: pinned, in one direction or the other, and not waited
         for. What arrives on the host does so with the next wait."""
+        if self.reads and func is aten._to_copy.default and not isinstance(args[0], OnDevice):
+            return OnDevice(args[0].clone(), self)
         assert self.tape is None, "a copy between host and device in a graph"
         assert func is aten.copy_.default, f"{func}: a copy that the host waits for"
         to, source, *flag = args
@@ -215,7 +220,6 @@ class FakeCuda(CudaPlatform):
                 self.machine.depth -= 1
 
     def capture(self, work: Callable[[], Any]) -> _Graph:
-        work()
         self.machine.captures += 1
         return _Graph(self.machine, work)
 
@@ -234,7 +238,6 @@ class FakeCuda(CudaPlatform):
         self.machine.wait()
 
 
-# What a face of the catalogue with a launch of its own is called: the kernel's name.
 def install(monkeypatch: Any, emulator: Emulator) -> None:
     """Native faces run device tensors through the emulated CUDA kernels."""
     if torch.cuda.is_available():

@@ -47,7 +47,7 @@ def gpu_check(monkeypatch):
     for name in ("WARM_UP", "SECONDS", "_PRODUCT"):
         monkeypatch.setattr(gpu_check.bench, name, getattr(gpu_check.bench, name))
     yield gpu_check
-    for name in ("gpu_check", "gpu_parts", "peers"):
+    for name in ("gpu_check", "gpu_parts", "cpu", "make_checkpoint", "peers"):
         sys.modules.pop(name, None)
 
 
@@ -83,12 +83,16 @@ def test_dry_run_of_bench(tmp_path, gpu_check):
     document = json.loads((tmp_path / "out" / "bench.json").read_text())
     assert document["mode"] == "bench"
     assert document["machine"]["dry_run"] is True
-    assert document["end_to_end"].startswith("not measured")
-    assert document["end_to_end"] in result.stdout
+    (model,) = document["models"]
+    assert (model["shape"], model["device"]) == ("tiny", "cpu")
+    assert [row["row"] for row in model["rows"]] == ["vit-1", "ttft-1", "decode-2x20"]
+    assert all(row["ours"]["median"] > 0 for row in model["rows"])
+    assert "tiny in bfloat16" in result.stdout
     assert [s["step"] for s in document["steps"]] == [
         "carried",
         "ready",
         "probes",
+        "models tiny",
         *(f"bench {name}" for name in gpu_check.DRY_OPS),
         "bench peers",
     ]

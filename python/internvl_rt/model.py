@@ -159,8 +159,7 @@ class VisionModel:
         if output_hidden_states:
             each = lambda x: states.append(platform.hand_out(x.clone()))  # noqa: E731
         with platform.scope():
-            (pixels,) = platform.upload([pixel_values])
-            x = platform.hand_out(self._tower(pixels, each))
+            x = platform.hand_out(self._tower(platform.receive(pixel_values), each))
         return VisionOutput(x, x[:, 0], tuple(states) if output_hidden_states else None)
 
 

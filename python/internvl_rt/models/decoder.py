@@ -168,8 +168,10 @@ class Experts:
         routing = self.ops.moe_route(
             logits, top_k=self.config.top_k, normalize=self.config.normalize
         )
-        f = self.gate_up(x, routing.offsets, routing.tokens)  # [T * k, 2 * width], by expert
-        f = self.down(self.ops.gated_activation(f, kind=self.gate), routing.offsets)
+        # [T * k, 2 * width], by expert
+        f = self.gate_up(x, routing.offsets, routing.tokens, phase=phase)
+        f = self.ops.gated_activation(f, kind=self.gate)
+        f = self.down(f, routing.offsets, phase=phase)
         self.ops.moe_combine(f, routing.weights, routing.places, residual=residual, out=residual)
 
 

@@ -50,8 +50,7 @@ class InternVL:
         over the square of that.
         """
         with self.platform.scope():
-            if pixels.device != self.platform.device:
-                (pixels,) = self.platform.upload([pixels])
+            pixels = self.platform.receive(pixels)
             encode = self._tiles if self.capturable and self._tiles.fit(pixels) else self._encode
             sizes = micro_batches(len(pixels), self.platform.micro_batches)
             out = [encode(tiles) for tiles in pixels.split(sizes)]

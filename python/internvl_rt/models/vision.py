@@ -69,7 +69,12 @@ class VisionTower:
         self.config, self.dtype = config, dtype
         C, P = config.hidden_size, config.patch_size
         (patch,), bias = w.linear("vit.patch")
-        self.patch = Linear(opset, [patch.reshape(C, 3 * P * P)], bias, dtype)
+        patch = patch.reshape(C, 3 * P * P)
+        # Rows of 588 numbers begin at no multiple of 16 bytes, as kernels of a GPU want it.
+        self.filled = 0 if w.platform.device.type == "cpu" else -patch.shape[1] % 8
+        if self.filled:
+            patch = F.pad(patch, (0, self.filled))
+        self.patch = Linear(opset, [patch], bias, dtype)
         self.cls = w["vit.cls"].reshape(C).to(dtype)
         # float32: a resized position embedding is rounded once, after the interpolation.
         self.position = w["vit.pos"].reshape(-1, C).float()  # [1 + grid^2, C]
@@ -88,6 +93,8 @@ class VisionTower:
         n = rows * columns
         patches = pixels.to(self.dtype).reshape(t, 3, rows, P, columns, P)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(t * n, 3 * P * P)
+        if self.filled:
+            patches = F.pad(patches, (0, self.filled))
         position = self.position_embedding(rows, columns)
         x = torch.empty(t, 1 + n, C, dtype=self.dtype, device=patches.device)
         x[:, 0] = self.cls + position[0]

@@ -47,6 +47,9 @@ class Platform(Protocol):
     def upload(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Tensors of the host on the device, by one copy that the host does not wait for."""
 
+    def receive(self, x: Tensor) -> Tensor:
+        """A caller's tensor on the device."""
+
     def fetch(self, x: Tensor) -> Tensor:
         """x on the host, when it is there."""
 
@@ -87,6 +90,9 @@ class CpuPlatform:
 
     def upload(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
+
+    def receive(self, x: Tensor) -> Tensor:
+        return x
 
     def fetch(self, x: Tensor) -> Tensor:
         return x
@@ -154,6 +160,9 @@ class CudaPlatform:
             view.copy_(tensor)
         there = torch.empty(host.shape, dtype=torch.uint8, device=self.device)
         return _views(there.copy_(host, non_blocking=True), shapes)
+
+    def receive(self, x: Tensor) -> Tensor:
+        return x if x.device == self.device else self.upload([x])[0]
 
     def fetch(self, x: Tensor) -> Tensor:
         host = self.pinned(x.shape, x.dtype).copy_(x, non_blocking=True)

@@ -115,12 +115,19 @@ class Runner:
         if graph is None:
             graph = self._graphs[size, pages] = _DecodeGraph(self.model, self.cache, size, pages)
         logits, ids = graph(parts)
-        options = sampling([p.request for p in parts], logits.shape[1])
-        if not {"forbidden", "history"} & options.keys():
+        requests = [p.request for p in parts]
+        if not any(_looks_back(r) for r in requests):
             return ids[: len(parts)]
-        # Not in the graph: as many tokens as there are. The step's second copy.
+        # As many tokens as an answer has are not for a graph: the step's second copy.
+        options = sampling(requests, logits.shape[1])
         moved = self.platform.upload(list(options.values()))
         return self._sample(logits[: len(parts)], dict(zip(options, moved, strict=True)))
+
+
+def _looks_back(request: Request) -> bool:
+    """Whether the next token depends on those before it other than through the logits."""
+    params = request.params
+    return params.repetition_penalty != 1 or len(request.tokens) < params.min_new_tokens
 
 
 def table_width(pages: int, capacity: int) -> int:
@@ -195,11 +202,12 @@ class _DecodeGraph:
             **metadata, image=None, image_row=None, logits_rows=None, phase="decode"
         )
         self._options = {name: there[name] for name in columns}
-        self._unused = torch.tensor([cache.scratch])
-        # The pages that a row of the table shows: it is written when they are another request's.
-        self._shown: list[Tensor | None] = [None] * B
-        self._pages: list[list[int]] = [[]] * B
         self._graph: Graph | None = None
+        # Who has a row: what stays the same from step to step is written when that changes.
+        self._seated: list[Request | None] = [None] * B
+        self._pages: list[list[int]] = [[]] * B
+        for b in range(B):
+            self._seat(b, None)
 
     def __call__(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """float32 logits [B, V] and int64 ids [B], of which the first len(parts) count."""
@@ -216,33 +224,38 @@ class _DecodeGraph:
         return logits, self._model.ops.sample(logits, **self._options)
 
     def _fill(self, parts: Sequence[Part]) -> None:
-        host, requests = self._mirror.host, [p.request for p in parts]
-        unused = self._B - len(parts)
-        starts = [p.start for p in parts] + [0] * unused
-        self._show([r.pages for r in requests] + [self._unused] * unused)
-        # Slots of a call differ: unused rows share a page, which has room for all of them.
-        slots = [
-            self._pages[b][start // PAGE_SIZE] * PAGE_SIZE + start % PAGE_SIZE
-            for b, start in enumerate(starts[: len(parts)])
-        ]
-        slots += [self._cache.scratch * PAGE_SIZE + b for b in range(len(parts), self._B)]
+        requests = [p.request for p in parts]
+        for b, request in enumerate((*requests, *[None] * (self._B - len(parts)))):
+            if request is not self._seated[b]:
+                self._seat(b, request)
+        # Slots of a call differ: unused rows have places of their own in the scratch page.
+        starts = [*(p.start for p in parts), *range(len(parts), self._B)]
         lengths = [start + 1 for start in starts]
+        unused = [0] * (self._B - len(parts))
+        columns = {
+            "ids": [r.tokens[-1] for r in requests] + unused,
+            "index": [len(r.tokens) for r in requests] + unused,
+            "positions": starts,
+            "kv_lens": lengths,
+            "slots": [
+                pages[start // PAGE_SIZE] * PAGE_SIZE + start % PAGE_SIZE
+                for pages, start in zip(self._pages, starts, strict=True)
+            ],
+        }
+        for name, values in columns.items():
+            self._mirror.host[name].copy_(torch.tensor(values))
         inv_freq, scale = self._model.decoder.rotary(lengths)
-        ids = [r.tokens[-1] for r in requests] + [0] * unused
-        values = {"ids": ids, "positions": starts, "slots": slots, "kv_lens": lengths}
-        values["index"] = [len(r.tokens) for r in requests] + [0] * unused
-        params = [r.params for r in requests] + [SamplingParams()] * unused
-        for name in _COLUMNS:
-            values[name] = [getattr(p, name) for p in params]
-        for name, column in values.items():
-            host[name].copy_(torch.tensor(column))
-        host["inv_freq"].copy_(inv_freq)
-        host["scale"].copy_(scale)
+        self._mirror.host["inv_freq"].copy_(inv_freq)
+        self._mirror.host["scale"].copy_(scale)
 
-    def _show(self, tables: Sequence[Tensor | None]) -> None:
-        for b, pages in enumerate(tables):
-            if pages is None or pages is self._shown[b]:
-                continue
-            row = self._mirror.host["page_table"][b]
-            row[: len(pages)].copy_(pages[: len(row)])
-            self._shown[b], self._pages[b] = pages, pages.tolist()
+    def _seat(self, b: int, request: Request | None) -> None:
+        host, params = self._mirror.host, SamplingParams() if request is None else request.params
+        pages = torch.tensor([self._cache.scratch])
+        if request is not None:
+            assert request.pages is not None
+            pages = request.pages
+        for name in _COLUMNS:
+            host[name][b] = getattr(params, name)
+        row = host["page_table"][b]
+        row[: len(pages)].copy_(pages[: len(row)])
+        self._seated[b], self._pages[b] = request, pages.tolist()
