@@ -16,5 +16,7 @@ struct FlashAttentionParams {
 
 IVR_CPU_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
                float* scratch, int64_t begin, int64_t end)
+IVR_DOT_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
+               float* scratch, int64_t begin, int64_t end)
 
 }  // namespace ivr
