@@ -3,8 +3,9 @@
 // The bits of an output row depend on the row's query and on the keys that it sees, and on nothing
 // else: not on the other queries of the call, the batch, the threads or the memory layout.
 // Keys are taken in chunks of kAttentionChunk absolute positions; a score is one chain of fused
-// multiply-adds over d, a chunk's output one chain over its keys, and chunks are merged in
-// ascending order.
+// multiply-adds over d, a chunk's output one over its keys, and chunks are merged in ascending
+// order. Where the instruction set has dot products of bf16 pairs, bf16 is multiplied by those:
+// pairs along d, and pairs of keys from the chunk's first on.
 #pragma once
 
 #include "kernels/cpu/isa.h"

@@ -26,5 +26,7 @@ constexpr const char* name_of(AttentionVariant variant) {
 
 IVR_CPU_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
                float* scratch, int64_t begin, int64_t end)
+IVR_DOT_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
+               float* scratch, int64_t begin, int64_t end)
 
 }  // namespace ivr

@@ -24,5 +24,7 @@ struct PagedAttentionParams {
 
 IVR_CPU_KERNEL(paged_attention, const PagedAttentionParams& p, const AttentionItem* items,
                float* scratch, int64_t begin, int64_t end)
+IVR_DOT_KERNEL(paged_attention, const PagedAttentionParams& p, const AttentionItem* items,
+               float* scratch, int64_t begin, int64_t end)
 
 }  // namespace ivr

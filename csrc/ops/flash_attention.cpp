@@ -8,7 +8,7 @@
 namespace ivr {
 namespace {
 
-IVR_CPU_KERNEL_OBJECT(kernel, "flash_attention", flash_attention);
+IVR_CPU_KERNEL_OBJECT_DOT(kernel, "flash_attention", flash_attention);
 
 void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, double scale,
                      bool causal, std::optional<int64_t> window, std::optional<Tensor> sinks,

@@ -10,7 +10,7 @@
 namespace ivr {
 namespace {
 
-IVR_CPU_KERNEL_OBJECT(kernel, "paged_attention", paged_attention);
+IVR_CPU_KERNEL_OBJECT_DOT(kernel, "paged_attention", paged_attention);
 
 // Lengths within the table and every page that will be read within the cache.
 void check_pages(const Checker& check, const PagedAttentionParams& p, int64_t pages, int64_t P) {

@@ -2,11 +2,12 @@
 //
 // An item (kernels/attention.h) holds its queries packed and its outputs in scratch memory and
 // walks the keys in chunks of 256 absolute positions. A chunk's K is transposed and V widened to
-// fp32 once, then blocks of kRows rows meet it: scores (register tiles of rows x keys), softmax in
-// place, scores x V (register tiles of rows x dims) merged into the outputs. The block of scores
-// stays in L1, everything else in L2. The few rows of a decode step take K panel by panel through
-// L1 and V where it lies instead. Multiply-adds: 2 * D per score; memory traffic: q and out once, K
-// and V once per item.
+// fp32, or put into pairs of keys, once; then blocks of kRows rows meet it: scores (register tiles
+// of rows x keys), softmax in place, scores x V (register tiles of rows x dims) merged into the
+// outputs. With dot products of bf16 pairs the weights of V are rounded to bf16, their sum is not.
+// The block of scores stays in L1, everything else in L2. The few rows of a decode step take K
+// panel by panel through L1 and V where it lies instead. Multiply-adds: 2 * D per score; memory
+// traffic: q and out once, K and V once per item.
 //
 // What is masked never enters: masked scores are replaced, not multiplied, keys outside of
 // [first, end) are not read, and where a chunk's V holds infinities or NaN only visible rows of it
@@ -27,6 +28,28 @@ constexpr int kStateStride = 16;           // running max and sum of a block of 
 // Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
 constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
 constexpr float kLog2e = 1.44269504088896341f;
+
+// What is multiplied lies in words of 32 bits: a number, or a pair of bf16 where the instruction
+// set has dot products of pairs: along d for scores, along the keys for values.
+template <class T>
+constexpr bool kInPairs = false;
+#if defined(__AVX512BF16__)
+template <>
+constexpr bool kInPairs<bf16> = true;
+#endif
+template <class T>
+constexpr int64_t words_of(int64_t D) {
+  return kInPairs<T> ? D / 2 : D;
+}
+// The steps of value_tile over keys [begin, end).
+template <class T>
+constexpr int first_step(int begin) {
+  return kInPairs<T> ? begin / 2 : begin;
+}
+template <class T>
+constexpr int end_step(int end) {
+  return kInPairs<T> ? (end + 1) / 2 : end;
+}
 constexpr float kInfinity = __builtin_inff();
 
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
@@ -37,18 +60,73 @@ inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
 struct Visible {
   int first, end, prefix;
   bool any() const { return first < end || prefix > 0; }
+  bool has(int key) const { return key < prefix || (key >= first && key < end); }
 };
 
-// S[r][key] = sum over d of q[d][r] * k[d][key], one chain per score.
-template <int R, int V>
-inline void score_tile(const float* q, const float* k, int64_t D, float* s) {
+template <class T>
+inline F load_some(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_n(p, n);
+}
+
+#if defined(__AVX512BF16__)
+// Dims [d, d + n) of the values of `key` and the next one, in pairs; zeros where a row is null.
+template <class T, class Rows>
+inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
+  const T *even = values.row(key), *odd = values.row(key + 1);
+  const __mmask16 some = lanes(n < kLanes ? n : kLanes);
+  __m256i low = _mm256_setzero_si256(), high = low;
+  if (even) low = _mm256_maskz_loadu_epi16(some, even + d);
+  if (odd) high = _mm256_maskz_loadu_epi16(some, odd + d);
+  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)))};
+}
+#endif
+
+// The words with the halves of keys that are not visible set to zero.
+template <bool Pairwise>
+inline F keep_halves(F x, bool first, bool second) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairwise) {
+    const uint32_t mask = (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
+    return {_mm512_and_ps(x.v, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(mask))))};
+  }
+#endif
+  (void)first, (void)second;
+  return x;
+}
+
+// NaN for infinities and NaN, else 0.
+template <bool Pairwise>
+inline F not_finite(F x) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairwise) {
+    const __m512i u = _mm512_castps_si512(x.v);
+    const F even = {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
+    const F odd = {_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(~0xffff)))};
+    return (even - even) + (odd - odd);
+  }
+#endif
+  return x - x;
+}
+
+template <bool Pairwise>
+inline F multiply_words(F a, F b, F c) {
+#if defined(__AVX512BF16__)
+  if constexpr (Pairwise) return dot_pairs(as_pairs(a), as_pairs(b), c);
+#endif
+  return fma(a, b, c);
+}
+
+// S[r][key] = sum over words of q[word][r] * k[word][key], one chain per score.
+template <bool Pairwise, int R, int V>
+inline void score_tile(const float* q, const float* k, int64_t words, float* s) {
   F acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) acc[r][i] = set(0.0f);
   }
-  for (int64_t d = 0; d < D; ++d, q += R, k += kPanel) {
+  for (int64_t w = 0; w < words; ++w, q += R, k += kPanel) {
     F x[V];
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) x[i] = load(k + i * kLanes);
@@ -56,7 +134,7 @@ inline void score_tile(const float* q, const float* k, int64_t D, float* s) {
     for (int r = 0; r < R; ++r) {
       const F a = set(q[r]);
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) acc[r][i] = fma(a, x[i], acc[r][i]);
+      for (int i = 0; i < V; ++i) acc[r][i] = multiply_words<Pairwise>(a, x[i], acc[r][i]);
     }
   }
 #pragma GCC unroll 16
@@ -73,22 +151,32 @@ struct Merge {
   bool live[kStateStride];
 };
 
-// Where value_tile finds the values of a chunk: packed, or in their own place.
+// Values as value_tile multiplies them: a step is a key, or a pair of keys where the instruction
+// set has dot products of pairs (weights are rounded to bf16 then). Packed, or in their own place,
+// of which keys outside of [begin, end) are not read.
 struct PackedValues {
   const float* v;
   int64_t wide;
-  const float* row(int key) const { return v + key * wide; }
+  F at(int step, int64_t d, int64_t) const { return load(v + step * wide + d); }
 };
 template <class T, class Keys>
 struct ValuesInPlace {
   const Keys& keys;
   int64_t chunk;
-  const T* row(int key) const { return keys.v(chunk + key); }
+  int begin, end;
+  F at(int step, int64_t d, int64_t n) const {
+    if constexpr (kInPairs<T>) {
+      return load_value_pair<T>(*this, 2 * step, d, n);
+    } else {
+      return load_some(keys.v(chunk + step) + d, n);
+    }
+  }
+  const T* row(int key) const { return key >= begin && key < end ? keys.v(chunk + key) : nullptr; }
 };
 
-// o[r][dim] <- merge of o and the sum over keys of p[r][key] * v[key][dim], one chain per element,
-// for V vectors of dims from d on; the last has n dims.
-template <int R, int V, class Values>
+// o[r][dim] <- merge of o and the sum over steps of p[r][step] * v[step][dim], one chain per
+// element, for V vectors of dims from d on; the last has n dims.
+template <bool Pairwise, int R, int V, class Values>
 inline void value_tile(const float* p, const Values& values, int64_t d, int64_t n, int64_t wide,
                        int begin, int end, const Merge& merge, float* o) {
   F acc[R][V];
@@ -97,17 +185,17 @@ inline void value_tile(const float* p, const Values& values, int64_t d, int64_t 
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) acc[r][i] = set(0.0f);
   }
-  for (int key = begin; key < end; ++key) {
-    const auto* v = values.row(key) + d;
+  for (int step = begin; step < end; ++step) {
     F x[V];
 #pragma GCC unroll 4
-    for (int i = 0; i < V - 1; ++i) x[i] = load(v + i * kLanes);
-    x[V - 1] = n == kLanes ? load(v + (V - 1) * kLanes) : load_n(v + (V - 1) * kLanes, n);
+    for (int i = 0; i < V; ++i) {
+      x[i] = values.at(step, d + i * kLanes, i < V - 1 ? kLanes : n);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const F a = set(p[r * kScoreStride + key]);
+      const F a = set(p[r * kScoreStride + step]);
 #pragma GCC unroll 4
-      for (int i = 0; i < V; ++i) acc[r][i] = fma(a, x[i], acc[r][i]);
+      for (int i = 0; i < V; ++i) acc[r][i] = multiply_words<Pairwise>(a, x[i], acc[r][i]);
     }
   }
   o += d;
@@ -128,47 +216,52 @@ constexpr int kVectors = R * 4 <= 28 && kLanes == 16 ? 4
                          : R * 4 <= 12               ? 4
                                                      : 2;
 
-template <int R>
-void scores_of(int rows, const float* q, const float* k, int64_t D, int begin, int end, float* s) {
+template <bool Pairwise, int R>
+void scores_of(int rows, const float* q, const float* k, int64_t words, int begin, int end,
+               float* s) {
   if (rows == R) {
     constexpr int V = kVectors<R>;
     for (int key = begin / kPanel * kPanel; key < end; key += V * kLanes) {
-      const float* panel = k + (key / kPanel) * kPanel * D + key % kPanel;
-      score_tile<R, V>(q, panel, D, s + key);
+      const float* panel = k + (key / kPanel) * kPanel * words + key % kPanel;
+      score_tile<Pairwise, R, V>(q, panel, words, s + key);
     }
   } else if constexpr (R > 1) {
-    scores_of<R - 1>(rows, q, k, D, begin, end, s);
+    scores_of<Pairwise, R - 1>(rows, q, k, words, begin, end, s);
   }
 }
 
-// D: the dims that values have; o has `wide` of them.
-template <int R, class Values>
+// D: the dims that values have; o has `wide` of them. begin, end: steps.
+template <bool Pairwise, int R, class Values>
 void values_of(int rows, const float* p, const Values& values, int64_t D, int64_t wide, int begin,
                int end, const Merge& merge, float* o) {
   if (rows == R) {
     constexpr int V = kVectors<R>;
     int64_t d = 0;
     for (; d + V * kLanes <= D; d += V * kLanes) {
-      value_tile<R, V>(p, values, d, kLanes, wide, begin, end, merge, o);
+      value_tile<Pairwise, R, V>(p, values, d, kLanes, wide, begin, end, merge, o);
     }
     for (; d < D; d += kLanes) {
       const int64_t n = D - d < kLanes ? D - d : kLanes;
-      value_tile<R, 1>(p, values, d, n, wide, begin, end, merge, o);
+      value_tile<Pairwise, R, 1>(p, values, d, n, wide, begin, end, merge, o);
     }
   } else if constexpr (R > 1) {
-    values_of<R - 1>(rows, p, values, D, wide, begin, end, merge, o);
+    values_of<Pairwise, R - 1>(rows, p, values, D, wide, begin, end, merge, o);
   }
 }
 
 // The same sums over the visible keys alone, for a chunk whose V is not finite everywhere.
+template <bool Pairwise>
 void values_of_visible(const float* p, const float* v, int64_t wide, const Visible& see, float keep,
                        float take, float* o) {
+  constexpr int kKeys = Pairwise ? 2 : 1;
   for (int64_t d = 0; d < wide; d += kLanes) {
     F acc = set(0.0f);
-    for (int key = 0; key < see.end || key < see.prefix; ++key) {
-      if (key < see.prefix || key >= see.first) {
-        acc = fma(set(p[key]), load(v + key * wide + d), acc);
-      }
+    for (int key = 0; key < see.end || key < see.prefix; key += kKeys) {
+      const int step = key / kKeys;
+      const bool first = see.has(key), second = kKeys == 2 && see.has(key + 1);
+      if (!first && !second) continue;
+      const F x = keep_halves<Pairwise>(load(v + step * wide + d), first, second);
+      acc = multiply_words<Pairwise>(set(p[step]), x, acc);
     }
     store(o + d, fma(acc, set(take), load(o + d) * set(keep)));
   }
@@ -183,7 +276,9 @@ inline F visible_lanes(const Visible& see, int key) {
 }
 
 // Turns scores of [begin, end) (multiples of 4 vectors) into 2^(factor * (s - max)), 0 where
-// masked. Four accumulators in a fixed pattern: the sum does not depend on begin and end.
+// masked; pairwise rounded to bf16, one next to the other from s on. Four accumulators in a fixed
+// pattern: the sum does not depend on begin and end.
+template <bool Pairwise>
 inline void softmax_row(float* s, int begin, int end, const Visible& see, float factor, float* max,
                         float* sum) {
   constexpr int kStep = 4 * kLanes;
@@ -216,24 +311,35 @@ inline void softmax_row(float* s, int begin, int end, const Visible& see, float 
       }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      store(at + i * kLanes, x[i]);
-      total[i] = total[i] + x[i];
+    for (int i = 0; i < 4; ++i) total[i] = total[i] + x[i];
+#if defined(__AVX512BF16__)
+    if constexpr (Pairwise) {
+      // Half the bytes: what is overwritten has been read.
+      store_rounded(s + key / 2, x[0], x[1]);
+      store_rounded(s + key / 2 + kLanes, x[2], x[3]);
+      continue;
     }
+#endif
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store(at + i * kLanes, x[i]);
   }
   *sum = ivr::sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-// Loads columns [d, d + kLanes) of kLanes rows, zeros beyond D and for rows that are null, and
-// transposes them.
+// Loads words [w, w + kLanes) of kLanes rows, zeros beyond the last word and for rows that are
+// null, and transposes them.
 template <class T>
-inline void load_square(const T* const* rows, int64_t d, int64_t D, F (&x)[kLanes]) {
-  const int64_t n = D - d;
-  if (n >= kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) x[i] = rows[i] ? load(rows[i] + d) : set(0.0f);
-  } else {
-    for (int i = 0; i < kLanes; ++i) x[i] = rows[i] ? load_n(rows[i] + d, n) : set(0.0f);
+inline void load_square(const T* const* rows, int64_t w, int64_t words, F (&x)[kLanes]) {
+  const int64_t n = words - w;
+  for (int i = 0; i < kLanes; ++i) {
+    if (!rows[i]) {
+      x[i] = set(0.0f);
+    } else if constexpr (kInPairs<T>) {
+      const float* at = reinterpret_cast<const float*>(rows[i]) + w;
+      x[i] = n >= kLanes ? load(at) : load_n(at, n);
+    } else {
+      x[i] = n >= kLanes ? load(rows[i] + w) : load_n(rows[i] + w, n);
+    }
   }
   transpose(x);
 }
@@ -244,9 +350,9 @@ inline void prefetch_row(const T* row, int64_t D) {
   for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
 }
 
-// Packs keys [begin, end) of a chunk, transposed, into panels [kChunk / kPanel][D][kPanel], with
-// zeros around them up to whole squares. Rows may lie far apart (a packed qkv, pages), where no
-// hardware prefetcher helps: while a square is transposed, its values and the next keys are
+// Packs keys [begin, end) of a chunk, transposed, into panels [kChunk / kPanel][words][kPanel],
+// with zeros around them up to whole squares. Rows may lie far apart (a packed qkv, pages), where
+// no hardware prefetcher helps: while a square is transposed, its values and the next keys are
 // fetched.
 template <class T, class Keys>
 void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, float* out) {
@@ -258,27 +364,29 @@ void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, f
       if (rows[i]) prefetch_row(keys.v(chunk + key), D);
       if (key + kLanes < end) prefetch_row(keys.k(chunk + key + kLanes), D);
     }
-    float* panel = out + (first / kPanel) * kPanel * D + first % kPanel;
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const int n = static_cast<int>(D - d < kLanes ? D - d : kLanes);
+    const int64_t words = words_of<T>(D);
+    float* panel = out + (first / kPanel) * kPanel * words + first % kPanel;
+    for (int64_t w = 0; w < words; w += kLanes) {
+      const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
       F x[kLanes];
-      load_square(rows, d, D, x);
-      for (int i = 0; i < n; ++i) store(panel + (d + i) * kPanel, x[i]);
+      load_square(rows, w, words, x);
+      for (int i = 0; i < n; ++i) store(panel + (w + i) * kPanel, x[i]);
     }
   }
 }
 
-// Widens values [begin, end) of a chunk to rows of `wide` floats. Returns whether all are finite.
+// Packs values [begin, end) of a chunk to rows of `wide` words, one for a step of value_tile.
+// Returns whether all are finite.
 template <class T, class Keys>
 bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, int64_t wide,
                  float* out) {
+  const ValuesInPlace<T, Keys> values = {keys, chunk, begin, end};
   F probe = set(0.0f);
-  for (int key = begin; key < end; ++key) {
-    const T* row = keys.v(chunk + key);
+  for (int step = first_step<T>(begin); step < end_step<T>(end); ++step) {
     for (int64_t d = 0; d < wide; d += kLanes) {
-      const F x = D - d >= kLanes ? load(row + d) : load_n(row + d, clamp(D - d, 0, kLanes));
-      probe = probe + (x - x);  // NaN for infinities and NaN
-      store(out + key * wide + d, x);
+      const F x = values.at(step, d, clamp(D - d, 0, kLanes));
+      probe = probe + not_finite<kInPairs<T>>(x);
+      store(out + step * wide + d, x);
     }
   }
   return sum(probe) == 0.0f;
@@ -355,19 +463,20 @@ class Attention {
     return static_cast<const T*>(p_.q) + (first_q_ + r / p_.group) * p_.q_t + head * p_.q_h;
   }
 
-  // [block][D][rows of the block]
+  // [block][words][rows of the block]
   void pack_queries() {
     static_assert(kRows <= kLanes, "a block of queries is packed as one square");
+    const int64_t words = words_of<T>(p_.D);
     for (int64_t row = 0; row < n_; row += kRows) {
       const int rows = rows_of(row);
       const T* q[kLanes];
       for (int r = 0; r < kLanes; ++r) q[r] = r < rows ? query(row + r) : nullptr;
-      float* out = q_ + row * p_.D;
-      for (int64_t d = 0; d < p_.D; d += kLanes) {
-        const int n = static_cast<int>(p_.D - d < kLanes ? p_.D - d : kLanes);
+      float* out = q_ + row * words;
+      for (int64_t w = 0; w < words; w += kLanes) {
+        const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
         F x[kLanes];
-        load_square(q, d, p_.D, x);
-        for (int i = 0; i < n; ++i) store_n(out + (d + i) * rows, x[i], rows);
+        load_square(q, w, words, x);
+        for (int i = 0; i < n; ++i) store_n(out + (w + i) * rows, x[i], rows);
       }
     }
   }
@@ -388,17 +497,19 @@ class Attention {
       end = last > end ? last : end;
     }
     if (begin >= end) return;
-    scores_of<kRows>(rows, q_ + row * p_.D, k_, p_.D, begin, end, s_);
+    const int64_t words = words_of<T>(p_.D);
+    scores_of<kInPairs<T>, kRows>(rows, q_ + row * words, k_, words, begin, end, s_);
     const Merge merge = softmax(row, see, begin, end);
     float* o = o_ + row * wide_;
     if (finite) {
-      values_of<kRows>(rows, s_, PackedValues{v_, wide_}, wide_, wide_, begin, end, merge, o);
+      values_of<kInPairs<T>, kRows>(rows, s_, PackedValues{v_, wide_}, wide_, wide_,
+                                    first_step<T>(begin), end_step<T>(end), merge, o);
       return;
     }
     for (int r = 0; r < rows; ++r) {
       if (!merge.live[r]) continue;
-      values_of_visible(s_ + r * kScoreStride, v_, wide_, see[r], merge.keep[r], merge.take[r],
-                        o + r * wide_);
+      values_of_visible<kInPairs<T>>(s_ + r * kScoreStride, v_, wide_, see[r], merge.keep[r],
+                                     merge.take[r], o + r * wide_);
     }
   }
 
@@ -410,14 +521,16 @@ class Attention {
     for (int key = begin; key < end;) {
       const int panel = key / kPanel * kPanel, to = panel + kPanel < end ? panel + kPanel : end;
       pack_keys<T>(keys_, chunk + panel, key - panel, to - panel, p_.D, k_);
-      scores_of<kRows>(rows, q_, k_, p_.D, key - panel, to - panel, s_ + panel);
+      scores_of<kInPairs<T>, kRows>(rows, q_, k_, words_of<T>(p_.D), key - panel, to - panel,
+                                    s_ + panel);
       key = to;
     }
     Visible see[kRows];
     for (int r = 0; r < rows; ++r) see[r] = {begin, end, 0};
     const Merge merge = softmax(0, see, begin, end);
-    const ValuesInPlace<T, Keys> values = {keys_, chunk};
-    values_of<kRows>(rows, s_, values, p_.D, wide_, begin, end, merge, o_);
+    const ValuesInPlace<T, Keys> values = {keys_, chunk, begin, end};
+    values_of<kInPairs<T>, kRows>(rows, s_, values, p_.D, wide_, first_step<T>(begin),
+                                  end_step<T>(end), merge, o_);
   }
 
   // Scores of a block's rows to weights, and the running maxima and sums brought up to date.
@@ -433,8 +546,8 @@ class Attention {
       chunk_sum[r] = 0.0f;
       merge.live[r] = r < rows && see[r].any();
       if (r < rows) {
-        softmax_row(s_ + r * kScoreStride, from, to, see[r], p_.scale * kLog2e, chunk_max + r,
-                    chunk_sum + r);
+        softmax_row<kInPairs<T>>(s_ + r * kScoreStride, from, to, see[r], p_.scale * kLog2e,
+                                 chunk_max + r, chunk_sum + r);
       }
     }
     for (int r = 0; r < kStateStride; r += kLanes) {

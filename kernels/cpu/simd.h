@@ -128,6 +128,10 @@ struct Pairs {
 };
 inline Pairs set_pairs(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
 inline Pairs as_pairs(F bits) { return {_mm512_castps_si512(bits.v)}; }
+// 32 finite numbers as bf16, one after the other.
+inline void store_rounded(void* p, F first, F second) {
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+}
 inline Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the odd, then the even product of each pair to its lane, rounding after each; denormals
 // count as zero.
