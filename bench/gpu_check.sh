@@ -85,7 +85,7 @@ run_check() {
   fi
   for op in $ops; do
     step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
-      -k "test_on_gpu[$op-"
+      -k "on_gpu[$op-"
   done
   step selftest 60 python3 -m internvl_rt selftest --device cuda
   step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
