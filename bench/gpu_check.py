@@ -49,6 +49,7 @@ BARRIERS = 10_000  # rounds of the grid barrier
 
 # Shapes whose time docs/performance.md predicts and the catalogue leaves out; bfloat16.
 SHAPES = {
+    "gated_linear": ("1088x9728x896", "1088x37888x3584"),
     "layer_norm": ("13325x1024",),
     "linear": (
         "1x1152x896",
@@ -56,7 +57,13 @@ SHAPES = {
         "1x9728x896",
         "1x151674x896",
         "64x9728x896",
+        "1025x3072x1024",
+        "4100x3072x1024",
+        "13325x3072x1024",
         "13325x4096x1024",
+        "13325x1024x4096",
+        "1088x1152x896",
+        "1088x3584x18944",
     ),
     "paged_attention": ("64x2048x14x2x64", "64x2048x28x4x128"),
 }

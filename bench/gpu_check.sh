@@ -20,8 +20,13 @@
 #   pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
 #     --platform manylinux2014_x86_64 -d .whl "pybind11>=3" "scikit-build-core>=0.11" cmake ninja
 #
-# and they are installed beside the machine's packages, which stay as they are. The checkout itself
-# (tracked files) is all else that has to travel. Nothing is installed outside a temporary folder.
+# and they are installed beside the machine's packages, which stay as they are. The headers that the
+# matrix products of Hopper are compiled from are never there; they come as one wheel more, of 6 MB:
+#
+#   pip download --no-deps -d .whl nvidia-cutlass==4.2.0.0
+#
+# The checkout itself (tracked files) is all else that has to travel: 64 MiB with the wheels, which the
+# step `carried` checks. Nothing is installed outside a temporary folder.
 #
 # With --dry-run as a third argument nothing is built and the installed package runs the same steps on
 # the CPU, with small cases: it proves the script, not the kernels.
@@ -67,13 +72,16 @@ py() { python3 bench/gpu_check.py "$@" "${dry[@]}"; }
 step_py() { step "$1" "$2" python3 bench/gpu_check.py "${@:3}" "${dry[@]}"; }
 
 build() {
+  local headers=$work/tools/cutlass_library/source
   if compgen -G '.whl/*.whl' >/dev/null; then
     step wheels 60 python3 -m pip install --quiet --no-index --no-deps --no-compile --upgrade \
       --target "$work/tools" .whl/*.whl
   fi
   step build 300 python3 -m pip install --verbose --no-build-isolation --no-deps --no-index \
     --no-compile --target "$work/site" -C cmake.define.INTERNVL_RT_CUDA=ON \
-    -C cmake.define.INTERNVL_RT_CUDA_ARCHS=90a .
+    -C cmake.define.INTERNVL_RT_CUDA_ARCHS=90a \
+    -C cmake.define.INTERNVL_RT_CUTLASS_DIR="$headers" \
+    -C cmake.define.INTERNVL_RT_CUTLASS_JOBS=6 .
 }
 
 run_check() {
@@ -87,6 +95,8 @@ run_check() {
     step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
       -k "on_gpu[$op-"
   done
+  step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
+    -k both_variants
   step selftest 60 python3 -m internvl_rt selftest --device cuda
   step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.
@@ -109,6 +119,7 @@ run_bench() {
 }
 
 ((${#dry[@]})) || step gpu 20 nvidia-smi
+step carried 20 python3 bench/carried.py "${dry[@]}"
 ((${#dry[@]})) || build
 step_py ready 60 ready --out "$work"
 ops=$(py names 2>>"$log")

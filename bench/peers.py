@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from internvl_rt import _C, ops
 from internvl_rt.ops.grouped_linear import PackedExperts
 from internvl_rt.ops.linear import PackedWeight, unpack
 
@@ -148,6 +149,20 @@ def gated_activation(x: Tensor, kind: str = "silu") -> Call | None:
         return None
     gate, up = x.chunk(2, dim=-1)
     return lambda: F.silu(gate) * up
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, kind: str = "silu"
+) -> Call | None:
+    if kind != "silu":
+        return None
+    w = _plain(weight).to(x.dtype)
+
+    def call() -> Tensor:
+        gate, up = F.linear(x, w, bias).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return call
 
 
 def flash_attention(
@@ -370,6 +385,7 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         embed_scatter,
         flash_attention,
         gated_activation,
+        gated_linear,
         grouped_linear,
         layer_norm,
         linear,
@@ -402,6 +418,20 @@ def _sdpa(prepare: Callable[..., Call | None], kernel: SDPBackend) -> Callable[.
         return forced
 
     return prepared
+
+
+def _without_wgmma(**arguments: Any) -> Call:
+    """Our own kernel for devices before Hopper."""
+    out = torch.empty_like(arguments["q"], memory_format=torch.contiguous_format)
+
+    def call() -> Tensor:
+        _C.force_mma(True)
+        try:
+            return ops.flash_attention(**arguments, out=out, backend="cuda")
+        finally:
+            _C.force_mma(False)
+
+    return call
 
 
 # Op -> further peers on a GPU.
@@ -513,6 +543,7 @@ PACKAGES: dict[str, dict[str, Callable[..., Call | None]]] = {
         "rms_norm": _liger_rms_norm,
     },
 }
+GPU_PEERS["flash_attention"]["ours-mma"] = _without_wgmma
 
 
 def slow_peers(op: str, *, compiler: str) -> dict[str, Callable[..., Call | None]]:

@@ -1,4 +1,4 @@
-// What linear and grouped_linear share: the product's steps and how a call's memory is bounded.
+// What the ops with a product share: its steps and how a call's memory is bounded.
 #pragma once
 
 #include "kernels/linear.h"

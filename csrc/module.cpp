@@ -3,6 +3,10 @@
 #include "csrc/bind.h"
 #include "csrc/cuda.h"
 
+#if defined(IVR_CUDA)
+#include "kernels/cuda/gemm_launchers.h"
+#endif
+
 namespace ivr {
 namespace {
 
@@ -11,14 +15,22 @@ std::vector<Binding::Fn>& bindings() {
   return list;
 }
 
-void count_flash_attention([[maybe_unused]] std::map<std::string, uint64_t>& counts,
-                           [[maybe_unused]] bool reset) {
+// What kernels with several variants on CUDA have launched.
+void count_launches([[maybe_unused]] std::map<std::string, uint64_t>& counts,
+                    [[maybe_unused]] bool reset) {
 #if defined(IVR_CUDA)
-  for (int i = 0; i < kAttentionVariants; ++i) {
-    std::atomic<uint64_t>& launches = cuda::flash_attention_launches[i];
-    const char* name = name_of(static_cast<AttentionVariant>(i));
-    if (launches) counts[std::string("flash_attention/") + name] = launches;
+  const auto take = [&](const std::string& name, std::atomic<uint64_t>& launches) {
+    if (launches) counts[name] = launches;
     if (reset) launches = 0;
+  };
+  for (int i = 0; i < kAttentionVariants; ++i) {
+    take(std::string("flash_attention/") + name_of(static_cast<AttentionVariant>(i)),
+         cuda::flash_attention_launches[i]);
+  }
+  for (const cuda::GemmConfig& config : cuda::kGemms) {
+    char name[64];
+    cuda::format(config, name, sizeof(name));
+    take(std::string("linear/") + name, cuda::gemm_launches[cuda::gemm_index(config)]);
   }
 #endif
 }
@@ -33,8 +45,10 @@ PYBIND11_MODULE(_C, m) {
 
 #if defined(IVR_CUDA)
   m.attr("has_cuda") = true;
+  m.attr("has_gemm") = cuda::has_gemms();  // the matrix products of Hopper
 #else
   m.attr("has_cuda") = false;
+  m.attr("has_gemm") = false;
 #endif
   m.def("isa", [] { return std::string(name_of(current_isa())); });
   m.def("supported_isas", &supported_isas);
@@ -57,7 +71,7 @@ PYBIND11_MODULE(_C, m) {
           }
           if (reset) k->reset();
         }
-        count_flash_attention(counts, reset);
+        count_launches(counts, reset);
         return counts;
       },
       py::arg("reset"));

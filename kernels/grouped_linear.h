@@ -4,7 +4,8 @@
 // Each expert's product is the one of kernels/linear.h, weights and steps alike: a row has the bits
 // that linear gives it with that expert's weight, whatever else is in the call. On the CPU the
 // steps of all experts run as one list of chunks; on CUDA a block looks up which expert's rows are
-// its own (kernels/cuda/grouped_linear.cuh).
+// its own (kernels/cuda/grouped_linear.cuh), and its bits are those of linear's kernels there, not
+// those of Hopper's matrix products, which know no experts.
 #pragma once
 
 #include "kernels/linear.h"

@@ -73,6 +73,10 @@ def _linear(make: Inputs) -> Arguments:
     }
 
 
+def _gated_linear(make: Inputs) -> Arguments:
+    return {"x": make.normal(ROWS, 296), "weight": ops.pack(make.normal(144, 296))}
+
+
 def _grouped_linear(make: Inputs) -> Arguments:
     counts = (0, 20, 1, 0, 10, 2)
     return {
@@ -201,6 +205,7 @@ BATCHES = {
     "embed_scatter": Batches(_embed_scatter, _rows("ids", "image_row")),
     "flash_attention": Batches(_flash_attention, _flash_sequences),
     "gated_activation": Batches(_gated_activation, _rows("x")),
+    "gated_linear": Batches(_gated_linear, _rows("x"), PHASES),
     "grouped_linear": Batches(_grouped_linear, _grouped_rows, PHASES),
     "layer_norm": Batches(_layer_norm, _rows("x")),
     "linear": Batches(_linear, _rows("x", "residual"), PHASES),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from internvl_rt import ops
+from internvl_rt import _C, ops
 from internvl_rt.ops.preprocess import _weights as reference_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -326,6 +326,23 @@ def linear(
     )
 
 
+def gated_linear(
+    x: Tensor,
+    packed: Tensor,
+    N: int,
+    K: int,
+    weight_format: Any,
+    bias: Tensor | None,
+    gate: Any,
+    decode: bool | None,
+    out: Tensor,
+) -> ctypes.Structure:
+    assert int(gate) == 0, "the one gate that a product has"
+    swiglu = _C.Activation.swiglu
+    weight = (packed, N, K, weight_format)
+    return linear(x, *weight, bias, swiglu, None, None, decode, out)
+
+
 def grouped_linear(
     x: Tensor,
     packed: Tensor,
@@ -394,6 +411,7 @@ PARAMS: dict[str, Callable[..., ctypes.Structure]] = {
     "embed_scatter": embed_scatter,
     "flash_attention": flash_attention,
     "gated_activation": gated_activation,
+    "gemm": linear,
     "grouped_linear": grouped_linear,
     "layer_norm": layer_norm,
     "linear": linear,

@@ -42,6 +42,12 @@ class Emulator:
         names = (self._library.ivr_emu_op(i) for i in itertools.count())
         return [name.decode() for name in itertools.takewhile(bool, names)]
 
+    def gemm_config(self, params: ctypes.Structure) -> str:
+        """The matrix product of Hopper that takes a call of linear, or "none"."""
+        name = ctypes.create_string_buffer(128)
+        self._library.ivr_emu_gemm_config(ctypes.byref(params), name, ctypes.c_size_t(len(name)))
+        return name.value.decode()
+
     def run(self, op: str, params: ctypes.Structure, seed: int = 0, *, capability: int = 80) -> str:
         """Runs an op and returns its launch configuration; Finding if something is wrong."""
         size = self._library.ivr_emu_params_size(op.encode())

@@ -8,10 +8,11 @@ import torch
 import internvl_rt
 from internvl_rt import _C, ops
 from internvl_rt.ops.flash_attention import attend, offsets
-from internvl_rt.ops.registry import Inputs
+from internvl_rt.ops.registry import Inputs, check
 from isas import ISAS
 
 FLOATS = (torch.float32, torch.bfloat16)
+FLASH = ops.catalogue()["flash_attention"]
 
 
 @pytest.fixture(params=ISAS)
@@ -200,6 +201,26 @@ def test_pages_before_the_window_may_be_gone(isa, first):
     s.k_cache[s.table[0, :2].long()] = math.nan
     s.table[0, :2] = -1
     assert torch.equal(s.paged(parts, window=128), before)
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.skipif(not (_C.has_cuda and HOPPER), reason="there is no Hopper, or no CUDA build")
+@pytest.mark.parametrize("mma", [False, True])
+@pytest.mark.parametrize(
+    "case", [c for c in FLASH.cases if c.name != "empty"], ids=lambda c: c.name
+)
+def test_both_variants_of_hopper(case, mma):
+    _C.force_mma(mma)
+    _C.kernel_counts(reset=True)
+    try:
+        check(FLASH, case, torch.bfloat16, "cuda", "cuda")
+    finally:
+        _C.force_mma(False)
+    D = case.build(Inputs(case.name, torch.bfloat16))["q"].shape[2]
+    variant = "plain" if D not in (64, 128) else "mma" if mma else "wgmma"
+    assert set(_C.kernel_counts(reset=True)) == {f"flash_attention/{variant}"}
 
 
 def test_out_may_be_q(isa):

@@ -22,6 +22,7 @@ import emulated
 from batches import ALONE, BATCHES, TABLE, check_batches
 from emulator import SOURCES, Emulator, Finding, compile_units, link
 from internvl_rt import _C, ops
+from internvl_rt.ops.flash_attention import _case as attention_case
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 
 SEEDS = (0, 1, 2)
@@ -80,22 +81,31 @@ def test_catalogue(op, case, dtype, emulate):
 
 def test_every_cuda_source_is_emulated(emulator):
     sources = {path.stem for path in SOURCES.glob("*.cu")}
-    assert sources == set(emulator.ops()) == set(emulated.PARAMS)
+    gemms = {path.stem for path in (SOURCES / "cutlass").glob("*.cuh")}
+    assert sources | gemms == set(emulator.ops()) == set(emulated.PARAMS)
     assert sources <= set(ops.catalogue())
 
 
 # ---- bits depend on the row alone ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("op", "phase", "dtype"), TABLE, ids=_id)
-def test_bits_do_not_depend_on_the_batch(op, phase, dtype, emulator, monkeypatch):
+# gated_linear is emulated in test_gemm.py.
+EMULATED = [(*row, 80) for row in TABLE if row[0] in emulated.PARAMS]
+# Ops with kernels of their own on sm_90a, and how these name themselves.
+HOPPER = {"flash_attention": "wgmma"}
+ON_HOPPER = [(*row, 90) for row in TABLE if row[0] in HOPPER and row[2] == torch.bfloat16]
+
+
+@pytest.mark.parametrize(("op", "phase", "dtype", "capability"), EMULATED + ON_HOPPER, ids=_id)
+def test_bits_do_not_depend_on_the_batch(op, phase, dtype, capability, emulator, monkeypatch):
     op = ops.catalogue()[op]
     params = emulated.PARAMS[op.name]
     if (op.name, phase) == ("paged_attention", "decode"):
         params = _decode_params
 
     def face(*arguments: Any, **named: Any) -> None:
-        emulator.run(op.name, params(*arguments, **named), seed=2)
+        config = emulator.run(op.name, params(*arguments, **named), seed=2, capability=capability)
+        assert capability == 80 or config.startswith(HOPPER[op.name])
 
     monkeypatch.setitem(op.faces, "emulated", face)
     check_batches(op, phase, dtype, "emulated")
@@ -119,6 +129,99 @@ def test_flash_attention_on_sm_90a(case, emulate):
     config = emulate(FLASH, case, torch.bfloat16, seed=2, capability=90)
     expected = "wgmma" if q.shape[2] in (64, 128) else "plain"
     assert config.split()[0] == (expected if len(q) else "empty")
+
+
+# Last tiles of 1 to 16, 17 to 64 and more keys, alone and behind others; one and two warpgroups.
+WGMMA_CASES = [
+    attention_case("one_query", [1], (3, 1), 64, kv_lens=[7]),
+    attention_case("tails", [65, 64, 128], (2, 2), 64, kv_lens=[144, 40, 260]),
+    attention_case("tails_128", [129, 1, 3], (2, 1), 128, kv_lens=[17, 130, 256]),
+    attention_case("ring_128", [40], (1, 1), 128, kv_lens=[1100]),
+    attention_case("causal_128", [70, 9], (7, 1), 128, kv_lens=[200, 9], causal=True),
+    attention_case("window_128", [150], (3, 1), 128, causal=True, window=40, sinks=True),
+    attention_case("prefix_128", [90], (2, 1), 128, causal=True, prefix=[33]),
+]
+
+
+@pytest.mark.parametrize("case", WGMMA_CASES, ids=_id)
+def test_flash_attention_tiles_of_sm_90a(case, emulate):
+    for seed in SEEDS[:2]:
+        assert "wgmma" in emulate(FLASH, case, torch.bfloat16, seed, capability=90)
+
+
+def _flash(emulator: Emulator, capability: int, arguments: dict[str, Any]) -> tuple[str, Tensor]:
+    names = ("q", "k", "v", "cu_q", "cu_kv", "scale", "causal", "window", "sinks", "prefix")
+    out = torch.full_like(arguments["q"], float("nan"), memory_format=torch.contiguous_format)
+    params = emulated.flash_attention(*(arguments.get(n) for n in names), out)
+    return emulator.run("flash_attention", params, capability=capability), out
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("group", [1, 3])
+def test_flash_attention_variant_follows_the_device(emulator, D, group):
+    make = Inputs(f"variant/{D}", torch.bfloat16)
+    # Keys whose heads lie behind each other's tokens, and one whose strides are never used.
+    k, v = (make.normal(2, 90, D).transpose(0, 1) for _ in range(2))
+    q = make.normal(90, 2 * group, D)
+    cu = torch.tensor([0, 90], dtype=torch.int32)
+    many = {"q": q, "k": k, "v": v, "cu_q": cu, "cu_kv": cu, "scale": D**-0.5, "causal": True}
+    odd = [torch.as_strided(make.normal(2 * D), (1, 1, D), (D + 1, D + 3, 1)) for _ in range(2)]
+    one = many | {"k": odd[0], "v": odd[1], "cu_kv": torch.tensor([0, 1], dtype=torch.int32)}
+    none = many | {"k": k[:0], "v": v[:0], "cu_kv": torch.tensor([0, 0], dtype=torch.int32)}
+    for arguments, on_hopper in ((many, "wgmma"), (one, "wgmma"), (none, "mma")):
+        config, hopper = _flash(emulator, 90, arguments)
+        assert config.startswith(f"{on_hopper} head_dim={D} rows=")
+        config, other = _flash(emulator, 80, arguments)
+        assert config.startswith(f"mma head_dim={D} rows=")
+        assert torch.allclose(hopper.float(), other.float(), atol=0.02)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_flash_attention_bits_on_sm_90a_depend_on_the_row_alone(emulator, D):
+    # Alone, in company and in chunks: other row blocks, other last tiles.
+    make = Inputs(f"wgmma/{D}", torch.bfloat16)
+    q, k, v = make.normal(300, 3, D), make.normal(300, 1, D), make.normal(300, 1, D)
+    lengths = (37, 213, 50)
+    cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    options = {"scale": D**-0.5, "causal": True, "window": 190}
+    together = {"q": q, "k": k, "v": v, "cu_q": cu, "cu_kv": cu} | options
+    y = _flash(emulator, 90, together)[1]
+    for begin, end in ((0, 213), (0, 100), (100, 130), (212, 213)):
+        rows = slice(37 + begin, 37 + end)
+        chunk = {"q": q[rows], "k": k[37 : 37 + end], "v": v[37 : 37 + end]}
+        chunk["cu_q"] = torch.tensor([0, end - begin], dtype=torch.int32)
+        chunk["cu_kv"] = torch.tensor([0, end], dtype=torch.int32)
+        assert torch.equal(_flash(emulator, 90, chunk | options)[1], y[rows])
+
+
+@pytest.mark.parametrize("keys", [1, 16, 17, 63, 128, 129])
+@pytest.mark.parametrize("D", [64, 128])
+def test_another_sequence_cannot_spoil_a_tile_of_sm_90a(emulator, D, keys):
+    # Bulk copies fetch what lies behind a sequence, here infinities and NaN.
+    make = Inputs(f"spoiled/{D}", torch.bfloat16)
+    k, v = make.normal(keys + 40, 1, D), make.normal(keys + 40, 1, D)
+    cu_q = torch.tensor([0, 20, 21], dtype=torch.int32)
+    cu_kv = torch.tensor([0, keys, keys + 40], dtype=torch.int32)
+    arguments = {"q": make.normal(21, 1, D), "k": k, "v": v, "cu_q": cu_q, "cu_kv": cu_kv}
+    arguments |= {"scale": D**-0.5, "causal": False}
+    y = _flash(emulator, 90, arguments)[1]
+    k[keys:], v[keys:] = float("inf"), float("nan")
+    spoiled = _flash(emulator, 90, arguments)[1]
+    assert torch.equal(spoiled[:20], y[:20])
+    assert bool(y.isfinite().all())
+    assert bool(spoiled[20].isnan().all())
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_flash_attention_on_sm_90a_in_place(emulator, D):
+    make = Inputs(f"wgmma_in_place/{D}", torch.bfloat16)
+    q, k, v = make.normal(150, 2, D), make.normal(140, 2, D), make.normal(140, 2, D)
+    cu_q, cu_kv = (torch.tensor([0, n], dtype=torch.int32) for n in (150, 140))
+    given = (q, k, v, cu_q, cu_kv, D**-0.5, False, None, None, None)
+    arguments = dict(zip(("q", "k", "v", "cu_q", "cu_kv", "scale", "causal"), given, strict=False))
+    y = _flash(emulator, 90, arguments)[1]
+    emulator.run("flash_attention", emulated.flash_attention(*given, q), capability=90)
+    assert torch.equal(q, y)
 
 
 # ---- attention: decode, broken page tables, who shares the batch --------------------------------

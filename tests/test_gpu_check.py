@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,7 @@ def test_dry_run_of_bench(tmp_path, gpu_check):
     assert all(row["ours"]["median"] > 0 for row in model["rows"])
     assert "tiny in bfloat16" in result.stdout
     assert [s["step"] for s in document["steps"]] == [
+        "carried",
         "ready",
         "probes",
         "models tiny",
@@ -105,6 +108,42 @@ def test_dry_run_of_bench(tmp_path, gpu_check):
             assert isinstance(row[key], kind), key
         assert row["max_error"] is None or 0 <= row["max_error"] < 0.1
     assert result.stdout.splitlines()[-1].startswith("bench peers")
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with what bench/carried.py looks at, and a wheel with the headers."""
+    name = Path("kernels/cuda/cutlass/headers.cmake")
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text((BENCH.parent / name).read_text())
+    (tmp_path / ".whl").mkdir()
+    return tmp_path
+
+
+def add_wheel(checkout, name, member, size=10):
+    with zipfile.ZipFile(checkout / ".whl" / name, "w") as wheel:
+        wheel.writestr(member, b"x" * size)
+
+
+def test_what_is_carried(checkout, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import carried
+
+    name = carried.headers_wheel(checkout)
+    assert carried.main(["--dry-run"], checkout) == 0
+    assert carried.main([], checkout) == 1
+    assert ".whl has no nvidia_cutlass-" in capsys.readouterr().err
+    (checkout / ".whl" / "ninja-1.whl").touch()
+    assert carried.main(["--dry-run"], checkout) == 1
+    add_wheel(checkout, name, "something/else.h")
+    assert carried.main(["--dry-run"], checkout) == 1
+    assert f"has no {carried.HEADER}" in capsys.readouterr().err
+    add_wheel(checkout, name, carried.HEADER)
+    assert carried.main([], checkout) == 0
+    add_wheel(checkout, name, carried.HEADER, size=65 << 20)
+    assert carried.main(["--dry-run"], checkout) == 1
+    assert re.fullmatch(r"65\.0 MiB travel, allowed: 64\n", capsys.readouterr().err)
+    assert carried.tree_bytes(BENCH.parent) > 1 << 20 or not (BENCH.parent / ".git").exists()
 
 
 def test_a_failing_step_is_named_and_stops_nothing(tmp_path, gpu_check, capsys):

@@ -210,16 +210,75 @@ extern "C" __global__ void bulk_kernel(const float* x, float* y) {
 """
 
 
-def test_bulk_copies_assemble(tmp_path):
-    # No kernel uses them yet.
+# a and b from shared memory; boxes of two and four dimensions.
+SHARED = r"""
+#include "kernels/cuda/prim.cuh"
+
+using namespace ivr::cuda;
+
+template <int kN>
+__device__ float product(Shared<bf16> tile, bool transposed) {
+  float d[kN / 8][4] = {};
+  const uint64_t a = matrix_descriptor(tile, 16, 1024);
+  const uint64_t b = matrix_descriptor(tile + 4096, 8192, 1024);
+  wgmma_fence(d);
+  transposed ? wgmma<kN, true>(d, a, b, false) : wgmma<kN, false>(d, a, b, false);
+  wgmma_commit();
+  wgmma_wait<0>(d);
+  float sum = 0.0f;
+  for (int i = 0; i < kN / 2; ++i) sum += d[i / 4][i % 4];
+  return sum;
+}
+
+extern "C" __global__ void shared_kernel(const __grid_constant__ TensorMap map, float* y) {
+  IVR_DYNAMIC_SHARED(bf16, tile);
+  IVR_SHARED(Barrier, full, 1);
+  if (threadIdx.x == 0) barrier_init(full, 1);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    barrier_expect(full, 49152);
+    copy_tensor(tile, map, {0, 0}, full);
+    copy_tensor(tile + 4096, map, {0, 0, 0, 0}, full);
+  }
+  barrier_wait(full, 0);
+  y[threadIdx.x] = product<16>(tile, false) + product<64>(tile, true) + product<128>(tile, false);
+}
+"""
+
+
+@pytest.fixture
+def assembled(tmp_path):
+    """kernel(source): the only kernel of some source, for sm_90a."""
     nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin") or shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    source, cubin = tmp_path / "bulk.cu", tmp_path / "bulk.cubin"
-    source.write_text(BULK)
-    output(
-        *(nvcc, "-std=c++20", "-O3", "-cubin", "-arch=sm_90a", f"-I{ROOT}"), *(source, "-o", cubin)
-    )
-    kernel = read_kernels(cubin)["bulk_kernel"]
+
+    def assemble(text: str) -> Kernel:
+        source, cubin = tmp_path / "kernel.cu", tmp_path / "kernel.cubin"
+        source.write_text(text)
+        said = output(
+            *(nvcc, "-std=c++20", "-O3", "-cubin", "-arch=sm_90a", f"-I{ROOT}"),
+            *(source, "-o", cubin),
+        )
+        assert not said, said
+        (kernel,) = read_kernels(cubin).values()
+        return kernel
+
+    return assemble
+
+
+# What no kernel uses yet.
+
+
+def test_bulk_copies_assemble(assembled):
+    kernel = assembled(BULK)
     assert kernel.count(r"\bUBLKCP\b") == 1
     assert kernel.count(r"\bSYNCS\b") >= 3
+
+
+def test_products_from_shared_memory_assemble(assembled):
+    kernel = assembled(SHARED)
+    assert kernel.count(r"\bUTMALDG\.2D\b") == kernel.count(r"\bUTMALDG\.4D\b") == 1
+    for columns, transposed in ((16, ""), (64, r".*\btnspB\b"), (128, "")):
+        assert kernel.count(rf"\bHGMMA\.64x{columns}x16\b.*gdesc{transposed}") >= 1
+    kernel.check_local_memory("shared_kernel")

@@ -189,19 +189,37 @@ IVR_DEVICE int64_t query_offset(const AttentionRows& rows, int kv_head, int row,
   return (rows.first_query + query) * stride_t + (kv_head * rows.group + head) * stride_h;
 }
 
+// All but q. Rows behind the last repeat it and are never written.
 template <int kD, int kRowTiles>
-IVR_DEVICE void begin_rows(const AttentionParams& a, const AttentionRows& rows, int kv_head,
-                           int first_row, AttentionState<kD, kRowTiles>& s) {
-  const int column = threadIdx.x % 4 * 2;
+IVR_DEVICE void begin_sums(const AttentionRows& rows, int first_row,
+                           AttentionState<kD, kRowTiles>& s) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      // Rows behind the last repeat it and are never written.
       const int row = min(lane_row(first_row, r, h), rows.row_count() - 1);
       s.last[r][h] = rows.last_key(row / rows.group);
       s.top[r][h] = kMinusInfinity;
       s.sum[r][h] = 0.0f;
+    }
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s.out[r][n][e] = 0.0f;
+    }
+  }
+}
+
+template <int kD, int kRowTiles>
+IVR_DEVICE void begin_rows(const AttentionParams& a, const AttentionRows& rows, int kv_head,
+                           int first_row, AttentionState<kD, kRowTiles>& s) {
+  const int column = threadIdx.x % 4 * 2;
+  begin_sums(rows, first_row, s);
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = min(lane_row(first_row, r, h), rows.row_count() - 1);
       const bf16* q =
           static_cast<const bf16*>(a.q) + query_offset(rows, kv_head, row, a.q_t, a.q_h) + column;
 #pragma unroll
@@ -209,11 +227,6 @@ IVR_DEVICE void begin_rows(const AttentionParams& a, const AttentionRows& rows, 
         s.q[r][k][h] = load_raw<uint32_t>(q + k * 16);
         s.q[r][k][h + 2] = load_raw<uint32_t>(q + k * 16 + 8);
       }
-    }
-#pragma unroll
-    for (int n = 0; n < kD / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s.out[r][n][e] = 0.0f;
     }
   }
 }

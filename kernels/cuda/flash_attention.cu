@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 }
 
 template <int kD>
-__global__ void __launch_bounds__(kWgmmaThreads, 1)
+__global__ void __launch_bounds__(kWgmmaThreads<kD>, 1)
     flash_attention_wgmma_kernel(const __grid_constant__ FlashAttentionParams params,
                                  const __grid_constant__ KeyMaps<TensorMap> maps) {
 #if defined(IVR_HAS_WGMMA)
@@ -34,7 +34,8 @@ cudaError_t launch_wgmma(const FlashAttentionParams& params, const FlashAttentio
   }
   if (error != cudaSuccess) return error;
   const unsigned blocks = c.blocks * static_cast<unsigned>(params.a.K);
-  flash_attention_wgmma_kernel<kD><<<blocks, kWgmmaThreads, c.shared_bytes, stream>>>(params, maps);
+  flash_attention_wgmma_kernel<kD>
+      <<<blocks, kWgmmaThreads<kD>, c.shared_bytes, stream>>>(params, maps);
   return cudaGetLastError();
 }
 

@@ -37,10 +37,13 @@ inline FlashAttentionConfig flash_attention_config(const FlashAttentionParams& p
   if (attention_on_tensor_cores(p.a)) {
     const bool narrow = p.a.D == 64;
     c.head_dim = static_cast<int>(p.a.D);
-    // A tensor map describes at least one key.
-    if (capability >= 90 && p.keys > 0) {
+    constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+    // Its blocks are counted in one dimension, and a tensor map describes at least one key.
+    const int rows = narrow ? kWgmmaBlockRows<64> : kWgmmaBlockRows<128>;
+    const bool fits = attention_row_blocks(p.a, rows) * p.a.K <= kMax && p.keys > 0;
+    if (capability >= 90 && fits) {
       c.variant = wgmma;
-      c.rows = kWgmmaBlockRows;
+      c.rows = rows;
       c.shared_bytes = narrow ? kWgmmaSharedBytes<64> : kWgmmaSharedBytes<128>;
     } else {
       c.variant = mma;

@@ -1,14 +1,14 @@
 // flash_attention on sm_90a: warpgroups, wgmma, bulk tensor copies (rows, keys, softmax and bits as
 // attention_core.cuh has them; pipeline after Shah et al., FlashAttention-3, 2024).
 //
-// Mapping    a block takes a kv head and 128 rows. One warp asks for tiles of 128 keys and values,
-//            two warpgroups of 64 rows work on them. A warpgroup without rows leaves at once and
-//            the last tile is taken in groups of 16 keys, so that 1025 tokens are 1088 rows and
-//            1040 keys, not 1152 squared.
+// Mapping    a block takes a kv head and 192 rows (head dim 64) or 128 (128). One warp asks for
+//            tiles of 128 keys and values, three or two warpgroups of 64 rows work on them. A
+//            warpgroup without rows leaves at once, and a last tile of up to 16 or 64 keys is
+//            multiplied as such: 1025 tokens are 1088 rows and 1040 keys, not 1152 squared.
 // Overlap    the scores of a tile are multiplied beside the weighted values of the tile before, and
-//            the warpgroups take turns at asking for both: one's softmax runs beside the other's
+//            the warpgroups take turns at asking for both: one's softmax runs beside the others'
 //            products.
-// Operands   Q and the weights stay in registers; K and V come from shared memory.
+// Operands   the weights stay in registers; Q, K and V come from shared memory.
 // Bytes      as flash_attention.cuh.
 #pragma once
 
@@ -19,16 +19,30 @@ namespace ivr::cuda {
 
 constexpr int kWarpgroup = 4 * kWarpSize;
 constexpr int kWgmmaRows = 64;  // of a warpgroup
-constexpr int kWgmmaBlockRows = 2 * kWgmmaRows;
-constexpr int kWgmmaThreads = 3 * kWarpgroup;
+
+// Warpgroups that multiply. With head dim 128 the registers allow two.
+template <int kD>
+constexpr int kWgmmaWorkers = kD == 64 ? 3 : 2;
+template <int kD>
+constexpr int kWgmmaBlockRows = kWgmmaWorkers<kD> * kWgmmaRows;
+template <int kD>
+constexpr int kWgmmaThreads = kWarpgroup * (1 + kWgmmaWorkers<kD>);
+// Registers of a thread that copies, and of one that multiplies.
+template <int kD>
+constexpr int kCopyRegisters = kD == 64 ? 32 : 24;
+template <int kD>
+constexpr int kMultiplyRegisters = kD == 64 ? 160 : 240;
+
 constexpr int kWgmmaKeys = 128;
+constexpr int kTurnBarrier = 1, kQueriesBarrier = 4;  // the first of a warpgroup each
 constexpr int kWgmmaColumns = 64;  // of a swizzled row; head dim 128 lies in two halves
 
 // Tiles of K or V that are there or on their way.
 template <int kD>
 constexpr int kWgmmaSlots = kD == 64 ? 8 : 6;
 template <int kD>
-constexpr size_t kWgmmaSharedBytes = sizeof(bf16) * kWgmmaSlots<kD> * kWgmmaKeys * kD;
+constexpr size_t kWgmmaSharedBytes =
+    sizeof(bf16) * kD * (kWgmmaSlots<kD> * kWgmmaKeys + kWgmmaBlockRows<kD>);
 
 template <typename Map>
 struct KeyMaps {
@@ -58,7 +72,7 @@ inline KeyMaps<TensorBox> key_boxes(const FlashAttentionParams& p) {
 template <int kD>
 struct KeyRing {
   static constexpr int kSlots = kWgmmaSlots<kD>, kTile = kWgmmaKeys * kD;
-  Shared<bf16> tiles;
+  Shared<bf16> tiles, queries;
   Shared<Barrier> full, empty;
 
   IVR_DEVICE Shared<bf16> tile(int i) const { return tiles + i % kSlots * kTile; }
@@ -120,20 +134,43 @@ IVR_DEVICE void load_keys(const KeyMaps<TensorMap>& maps, const KeyRing<kD>& rin
   barrier_arrive(cleared);
 }
 
-// One warpgroup, the first row of which exists; `worker` is 0 or 1, `both`: there are two.
+// A warpgroup's queries, laid out as bulk copies lay keys.
+template <int kD>
+IVR_DEVICE void stage_queries(const AttentionParams& a, const AttentionRows& rows, int kv_head,
+                              int first_row, Shared<bf16> tile) {
+  constexpr int kChunks = kD / 8;
+#pragma unroll
+  for (int i = 0; i < kWgmmaRows * kChunks / kWarpgroup; ++i) {
+    const int at = static_cast<int>(threadIdx.x % kWarpgroup) + i * kWarpgroup;
+    const int row = at / kChunks, chunk = at % kChunks;
+    // Rows behind the last repeat it and are never written.
+    const int from = min(first_row + row, rows.row_count() - 1);
+    const bf16* q =
+        static_cast<const bf16*>(a.q) + query_offset(rows, kv_head, from, a.q_t, a.q_h) + chunk * 8;
+    store16_shared(
+        tile + chunk / 8 * kWgmmaRows * kWgmmaColumns + tile_offset<kWgmmaColumns>(row, chunk % 8),
+        load16(q));
+  }
+  fence_async_reads();
+}
+
+// One warpgroup, the first row of which exists: `worker` of `workers` that have rows.
 template <int kD>
 IVR_DEVICE void attend_keys(const AttentionParams& a, const AttentionRows& rows, int kv_head,
                             const KeyRing<kD>& ring, const AttentionKeys& keys,
-                            Shared<Barrier> cleared, int worker, bool both) {
+                            Shared<Barrier> cleared, int worker, int workers) {
   constexpr int kGroups = kWgmmaKeys / 16;
   constexpr int kEight = 8 * kWgmmaColumns * sizeof(bf16);  // bytes of eight rows
   constexpr int kHalf = kWgmmaKeys * kWgmmaColumns;
   const int warp = static_cast<int>(threadIdx.x % kWarpgroup) / kWarpSize;
-  const int first_row = rows.first_row + worker * kWgmmaRows + warp * 16;
+  const int first_row = rows.first_row + worker * kWgmmaRows;
+  const Shared<bf16> queries = ring.queries + worker * kWgmmaRows * kD;
   const KeySteps steps = key_steps(keys);
   const float scale = a.scale * kLog2E;
   AttentionState<kD, 1> s;
-  begin_rows(a, rows, kv_head, first_row, s);
+  begin_sums(rows, first_row + warp * 16, s);
+  stage_queries<kD>(a, rows, kv_head, first_row, queries);
+  named_barrier_sync(kQueriesBarrier + worker, kWarpgroup);
   uint32_t weight[kGroups][4] = {};
   float keep[2] = {};
 
@@ -142,11 +179,14 @@ IVR_DEVICE void attend_keys(const AttentionParams& a, const AttentionRows& rows,
   const auto multiply_keys = [&]<int kKeys>(float (&score)[kKeys / 8][4], int i) {
     ring.wait_full(2 * i);
     const Shared<bf16> tile = ring.tile(2 * i);
-    wgmma_fence(score, s.q[0]);
+    wgmma_fence(score);
 #pragma unroll
     for (int k = 0; k < kD / 16; ++k) {
-      wgmma<kKeys, false>(score, s.q[0][k],
-                          matrix_descriptor(tile + k / 4 * kHalf + k % 4 * 16, 16, kEight), k > 0);
+      const int half = k / 4, column = k % 4 * 16;
+      wgmma<kKeys, false>(
+          score,
+          matrix_descriptor(queries + half * kWgmmaRows * kWgmmaColumns + column, 16, kEight),
+          matrix_descriptor(tile + half * kHalf + column, 16, kEight), k > 0);
     }
     wgmma_commit();
   };
@@ -166,13 +206,13 @@ IVR_DEVICE void attend_keys(const AttentionParams& a, const AttentionRows& rows,
     wgmma_commit();
   };
   const auto step = [&]<bool kFirst, int kKeys>(int i) {
-    if (both) named_barrier_sync(1 + worker, 2 * kWarpgroup);
+    if (workers > 1) named_barrier_sync(kTurnBarrier + worker, 2 * kWarpgroup);
     float score[kKeys / 8][4] = {};
     multiply_keys.template operator()<kKeys>(score, i);
     if constexpr (!kFirst) multiply_values.template operator()<kWgmmaKeys>(i - 1);
-    // The last turn is the second worker's, and nobody waits for one after it.
-    if (both && (worker == 0 || i + 1 < steps.count)) {
-      named_barrier_arrive(2 - worker, 2 * kWarpgroup);
+    // Nobody waits for a turn after the last worker's last.
+    if (workers > 1 && (worker + 1 < workers || i + 1 < steps.count)) {
+      named_barrier_arrive(kTurnBarrier + (worker + 1 < workers ? worker + 1 : 0), 2 * kWarpgroup);
     }
     wgmma_wait<kFirst ? 0 : 1>(score);
     ring.release(2 * i);
@@ -199,7 +239,7 @@ IVR_DEVICE void attend_keys(const AttentionParams& a, const AttentionRows& rows,
   };
 
   if (steps.count > 0) {
-    if (both && worker == 1) named_barrier_arrive(1, 2 * kWarpgroup);
+    if (workers > 1 && worker + 1 == workers) named_barrier_arrive(kTurnBarrier, 2 * kWarpgroup);
     if (steps.count > 1) step.template operator()<true, kWgmmaKeys>(0);
     for (int i = 1; i + 1 < steps.count; ++i) step.template operator()<false, kWgmmaKeys>(i);
     if (steps.multiplied == 16) {
@@ -210,7 +250,7 @@ IVR_DEVICE void attend_keys(const AttentionParams& a, const AttentionRows& rows,
       finish.template operator()<kWgmmaKeys>();
     }
   }
-  store_rows(a, rows, kv_head, first_row, s);
+  store_rows(a, rows, kv_head, first_row + warp * 16, s);
 }
 
 template <int kD>
@@ -219,37 +259,38 @@ IVR_DEVICE void flash_attention_wgmma_block(const FlashAttentionParams& p,
   constexpr int kSlots = kWgmmaSlots<kD>;
   IVR_DYNAMIC_SHARED(bf16, tiles);
   IVR_SHARED(Barrier, barriers, 2 * kSlots + 1);
-  const KeyRing<kD> ring{tiles, barriers, barriers + kSlots};
+  const KeyRing<kD> ring{tiles, tiles + kSlots * KeyRing<kD>::kTile, barriers, barriers + kSlots};
   const Shared<Barrier> cleared = barriers + 2 * kSlots;
 
-  // Heads first: row blocks of few rows, which come last, fill what full ones leave.
+  // Heads first: a sequence's last block, which may have few rows, starts when the others run.
   const auto heads = static_cast<unsigned>(p.a.K);
   const int kv_head = static_cast<int>(blockIdx.x % heads);
   const unsigned block = blockIdx.x / heads;
   // Causal blocks at the end of a sequence see the most keys and come first.
   const unsigned index = p.a.causal ? gridDim.x / heads - 1 - block : block;
-  AttentionRows rows = find_rows<kWgmmaBlockRows>(p.a, static_cast<int>(index));
+  AttentionRows rows = find_rows<kWgmmaBlockRows<kD>>(p.a, static_cast<int>(index));
   if (rows.sequence < 0) return;
   const int first_key = load_raw<int32_t>(p.cu_kv + rows.sequence);
   describe_rows(p.a, load_raw<int32_t>(p.cu_kv + rows.sequence + 1) - first_key, rows);
-  const AttentionKeys keys = visible_keys<kWgmmaBlockRows>(rows);
-  const bool both = rows.first_row + kWgmmaRows < rows.row_count();
+  const AttentionKeys keys = visible_keys<kWgmmaBlockRows<kD>>(rows);
+  const int workers =
+      min(kWgmmaWorkers<kD>, (rows.row_count() - rows.first_row + kWgmmaRows - 1) / kWgmmaRows);
 
-  const int i = static_cast<int>(threadIdx.x), workers = (both ? 2 : 1) * kWarpgroup / kWarpSize;
+  const int i = static_cast<int>(threadIdx.x), warps = workers * kWarpgroup / kWarpSize;
   if (i <= 2 * kSlots) {
-    barrier_init(barriers + i, i < kSlots ? 1 : i < 2 * kSlots ? workers : kWarpSize);
+    barrier_init(barriers + i, i < kSlots ? 1 : i < 2 * kSlots ? warps : kWarpSize);
   }
   __syncthreads();
 
   // The same for a whole warp, and the compiler is told so.
   const int role = __shfl_sync(kFullMask, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
   if (role == 0) {
-    give_up_registers<24>();
+    give_up_registers<kCopyRegisters<kD>>();
     if (threadIdx.x < kWarpSize) load_keys<kD>(maps, ring, kv_head, first_key, keys, cleared);
   } else {
-    take_registers<240>();
-    if (role == 1 || both) {
-      attend_keys<kD>(p.a, rows, kv_head, ring, keys, cleared, role - 1, both);
+    take_registers<kMultiplyRegisters<kD>>();
+    if (role <= workers) {
+      attend_keys<kD>(p.a, rows, kv_head, ring, keys, cleared, role - 1, workers);
     }
   }
 }

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 # An int32 holds the codes of eight rows of the weight; its nibbles, the lowest first, are those of
-# rows 0, 2, 4, 6, 1, 3, 5, 7. Here: which nibble a row has.
-_NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)
+# rows 0, 2, 4, 6, 1, 3, 5, 7. Here: where a row's begins.
+_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 
 
 def awq_unpack(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
@@ -16,17 +16,16 @@ def awq_unpack(codes: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
     codes: int32 [K, N / 8], transposed and packed. zeros: int32 [G, N / 8], packed alike. scales:
     float16 [G, N]. Each group is of K / G columns.
     """
-    K, N = codes.shape[0], scales.shape[1]
-    G = len(scales)
-    q = _nibbles(codes).view(G, K // G, N).float()
-    q -= _nibbles(zeros).view(G, 1, N)
-    q *= scales.unsqueeze(1)
-    return q.view(K, N).T.contiguous()
+    K, (G, N) = len(codes), scales.shape
+    out = torch.empty(N, K)
+    zero, scale = _rows(zeros), scales.T.float()  # [N, G]
+    for g in range(G):  # one after the other: unpacked codes are as large as the weight
+        columns = slice(g * (K // G), (g + 1) * (K // G))
+        out[:, columns] = (_rows(codes[columns]) - zero[:, g, None]) * scale[:, g, None]
+    return out
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    """uint8 [n, 8 * m], in the order of the weight's rows, from int32 [n, m]."""
-    n, m = packed.shape
-    pairs = packed.contiguous().view(torch.uint8).view(n, m, 4)  # little-endian
-    nibbles = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(2)  # [n, m, 8]
-    return nibbles[:, :, list(_NIBBLE)].flatten(1)
+def _rows(packed: Tensor) -> Tensor:
+    """Codes in the order of the weight's rows: int32 [n, m] -> int32 [8 * m, n]."""
+    shifts = torch.tensor(_SHIFTS, dtype=torch.int32)
+    return ((packed.T.contiguous().unsqueeze(1) >> shifts[:, None]) & 15).flatten(0, 1)

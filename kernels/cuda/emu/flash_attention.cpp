@@ -40,7 +40,7 @@ bool run_flash_attention(Machine& machine, const void* params, std::string& conf
   if (c.variant == AttentionVariant::wgmma) {
     const auto maps = cuda::key_boxes(p);
     const auto run = [&]<int kD>() {
-      clean = machine.launch({c.blocks * grid.y}, {cuda::kWgmmaThreads}, c.shared_bytes,
+      clean = machine.launch({c.blocks * grid.y}, {cuda::kWgmmaThreads<kD>}, c.shared_bytes,
                              [&] { cuda::flash_attention_wgmma_block<kD>(p, maps); });
     };
     c.head_dim == 64 ? run.template operator()<64>() : run.template operator()<128>();

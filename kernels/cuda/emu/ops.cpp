@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "kernels/cuda/emu/planted.h"
+#include "kernels/cuda/gemm.h"
 #include "kernels/embed_scatter.h"
 #include "kernels/flash_attention.h"
 #include "kernels/gated_activation.h"
@@ -43,6 +44,7 @@ constexpr Op kOps[] = {
     {"embed_scatter", sizeof(EmbedScatterParams), run_embed_scatter},
     {"flash_attention", sizeof(FlashAttentionParams), run_flash_attention},
     {"gated_activation", sizeof(GatedActivationParams), run_gated_activation},
+    {"gemm", sizeof(LinearParams), run_gemm},
     {"grouped_linear", sizeof(GroupedLinearParams), run_grouped_linear},
     {"layer_norm", sizeof(LayerNormParams), run_layer_norm},
     {"linear", sizeof(LinearParams), run_linear},
@@ -79,6 +81,12 @@ const char* ivr_emu_op(size_t i) {
 size_t ivr_emu_params_size(const char* name) {
   const ivr::emu::Op* op = ivr::emu::find(name);
   return op != nullptr ? op->params_size : 0;
+}
+
+// The matrix product of Hopper for a call of linear, which is not run: addresses may be made up.
+void ivr_emu_gemm_config(const void* params, char* name, size_t size) {
+  const auto c = ivr::cuda::gemm_config(*static_cast<const ivr::LinearParams*>(params));
+  c ? ivr::cuda::format(*c, name, size) : std::snprintf(name, size, "none");
 }
 
 // As on a device of this compute capability, 80 or 90. 0: ran clean, `report` holds the launch

@@ -31,6 +31,7 @@ void allow_attention(Machine& machine, const AttentionParams& a);
 bool run_embed_scatter(Machine& machine, const void* params, std::string& config);
 bool run_flash_attention(Machine& machine, const void* params, std::string& config);
 bool run_gated_activation(Machine& machine, const void* params, std::string& config);
+bool run_gemm(Machine& machine, const void* params, std::string& config);
 bool run_grouped_linear(Machine& machine, const void* params, std::string& config);
 bool run_layer_norm(Machine& machine, const void* params, std::string& config);
 bool run_linear(Machine& machine, const void* params, std::string& config);

@@ -52,10 +52,10 @@ enum class Planted {
   tile_swapped_matrices,     // finds nothing, multiplies the wrong halves
   tile_not_transposed,       // likewise
 
-  box_copy,        // correct
-  box_no_wait,     // what is copied is used at once
-  box_more_bytes,  // more bytes are expected than come
-  box_fewer_bytes,
+  box_copy,              // correct
+  box_no_wait,           // what is copied is used at once
+  box_more_bytes,        // more bytes are expected than come
+  box_fewer_bytes,       // or fewer
   box_row_too_many,      // the box is larger than the tile
   box_misplaced_tile,    // the tile starts inside of the swizzle's pattern
   box_wrong_stride,      // 16 bytes too many a row

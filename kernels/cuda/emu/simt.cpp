@@ -274,11 +274,12 @@ struct Machine::State {
   std::vector<int> ready;
   bool failed = false;
 
-  // Shared memory of the block: static arrays from 0, dynamic bytes behind them.
+  // Shared memory of the block: dynamic bytes from 0, so that descriptors reach all of them, static
+  // arrays behind them.
   std::vector<char> shared;
   std::vector<Shadow> shadow;
   std::vector<Allocation> allocations;
-  size_t static_end = 0, dynamic_begin = 0;
+  size_t static_begin = 0, static_end = 0;
 
   uint64_t clock = 1;        // counts completed synchronisations
   uint64_t block_start = 0;  // clock values
@@ -559,10 +560,9 @@ bool Machine::launch_threads(Dim3 grid, Dim3 block, size_t dynamic_shared,
   s.writable.prepare();
   s.body = body;
   s.argument = argument;
-  s.dynamic_begin = Limits::kStaticShared;
-  s.static_end = 0;
-  s.allocations.assign(1, {s.dynamic_begin, s.dynamic_begin + dynamic_shared, nullptr});
-  s.shared.resize(s.dynamic_begin + dynamic_shared + 16);
+  s.static_begin = s.static_end = (dynamic_shared + 63) / 64 * 64 + 64;
+  s.allocations.assign(1, {0, dynamic_shared, nullptr});
+  s.shared.resize(s.static_begin + Limits::kStaticShared + 16);
   s.shadow.assign(s.shared.size(), Shadow{});
   s.multiplied.assign(s.shared.size() / 16 + 1, 0);
 
@@ -734,14 +734,14 @@ void* shared_bytes(size_t bytes, const void* site) {
   // The gap keeps an overrun of one array out of the next.
   const size_t begin = s.static_end;
   s.static_end = (begin + bytes + 63) / 64 * 64 + 64;
-  if (begin + bytes > Limits::kStaticShared) {
+  if (begin + bytes > s.static_begin + Limits::kStaticShared) {
     s.fail("static shared memory exceeds %zu bytes", Limits::kStaticShared);
   }
   s.allocations.push_back({begin, begin + bytes, site});
   return s.shared.data() + begin;
 }
 
-void* dynamic_shared_bytes() { return running->shared.data() + running->dynamic_begin; }
+void* dynamic_shared_bytes() { return running->shared.data(); }
 
 // Whether a synchronisation lies between what thread `other` did at `stamp` and what `me` does now.
 bool Machine::State::ordered(int me, int other, uint64_t stamp) const {

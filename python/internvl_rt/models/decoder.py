@@ -40,7 +40,8 @@ def require_quantisable(config: TextConfig, quant: str | None) -> None:
 
 def decoder_ops(config: TextConfig) -> tuple[str, ...]:
     """The ops that a decoder with this config calls."""
-    names = ("embed_scatter", "rms_norm", "linear", "rope", "paged_attention", "gated_activation")
+    names = ("embed_scatter", "rms_norm", "linear", "rope", "paged_attention", "gated_linear")
+    names += ("gated_activation",)
     experts = ("moe_route", "grouped_linear", "moe_combine")
     return names + ("sample",) + (() if config.experts is None else experts)
 
@@ -140,7 +141,8 @@ class Mlp:
 
     def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
         """Adds mlp(x [T, hidden]) to residual."""
-        f = self.ops.gated_activation(self.gate_up(x, phase=phase), kind=self.gate)
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        f = self.ops.gated_linear(x, weight, bias=bias, kind=self.gate, phase=phase)
         self.down(f, residual=residual, phase=phase, out=residual)
 
 

@@ -31,7 +31,7 @@ def flash_attention(
 
     Keys are taken in chunks of 256 positions that are merged in ascending order (online softmax,
     Milakov and Gimelshein, 2018; Dao et al., 2022). The bits of an output row depend on its query
-    and the keys it sees alone, and equal those of paged_attention.
+    and the keys it sees alone, and equal those of paged_attention (but for its kernel on Hopper).
 
     q: [T, H, D]; k, v: [Tkv, K, D], float32 or bfloat16, contiguous in D; the other dimensions may
         be strided (slices of a packed qkv row). H is a multiple of K: query head h uses kv head

@@ -11,7 +11,7 @@ from torch import Tensor
 from internvl_rt import _C
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register, triton_kernel
 
-_KINDS = dict(_C.Gate.__members__)
+KINDS = dict(_C.Gate.__members__)
 
 
 def gated_activation(
@@ -29,13 +29,13 @@ def gated_activation(
     Returns [T, I]. out may be the first half of x. Raises ValueError for what does not fit.
     """
     run = _op.face(backend)
-    if kind not in _KINDS:
-        raise ValueError(f"gated_activation: kind is {kind!r}, allowed: {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise ValueError(f"gated_activation: kind is {kind!r}, allowed: {', '.join(KINDS)}")
     if run is None:
         return give("gated_activation", reference(x, kind=kind), out)
     if out is None:
         out = torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=x.device)
-    run(x, out, _KINDS[kind])
+    run(x, out, KINDS[kind])
     return out
 
 

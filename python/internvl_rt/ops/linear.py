@@ -373,6 +373,12 @@ _op = register(
             _case("tail_250", 250, 300, 800, scale=True, residual=True, packed=True, slow=True),
             _case("all", 37, 64, 64, bias=True, activation="gelu", scale=True, residual=True),
             Case("strided", _strided),
+            # What Hopper's matrix products take: a case for each.
+            _case("aligned_bias", 37, 136, 72, bias=True),
+            _case("aligned_bias_wide", 20, 3080, 24, bias=True),
+            _case("aligned_gelu", 37, 136, 72, bias=True, activation="gelu"),
+            _case("aligned_residual", 130, 136, 72, bias=True, scale=True, residual=True),
+            _case("aligned_residual_wide", 20, 3080, 24, residual=True),
             _case("logits", 4, 100, 64, out_dtype=torch.float32, residual=True),
             _case("empty_int8", 0, 64, 32, quant="int8"),
             _case("empty_columns_int4", 3, 0, 32, quant="int4"),

@@ -1,0 +1,7 @@
+#include "kernels/cuda/cutlass/gemm.cuh"
+
+namespace ivr::cuda {
+
+template cudaError_t launch_gemm<GemmEpilogue::swiglu, 256>(const LinearParams&, int, cudaStream_t);
+
+}  // namespace ivr::cuda
