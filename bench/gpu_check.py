@@ -1,10 +1,11 @@
 """The Python part of bench/gpu_check.sh: a subcommand is a step, in a process of its own.
 
     python bench/gpu_check.py names                   # the ops with a kernel for a GPU
-    python bench/gpu_check.py ready                   # fails where their tests would be skipped
+    python bench/gpu_check.py ready --out DIR         # machine.json; fails where tests would skip
     python bench/gpu_check.py small                   # few small cases, for compute-sanitizer
     python bench/gpu_check.py probes --out DIR        # the device and its rates: DIR/probes.json
     python bench/gpu_check.py ops rms_norm --out DIR  # DIR/ops-rms_norm.json
+    python bench/gpu_check.py peers --out DIR         # what compiles or may be missing: peers.json
     python bench/gpu_check.py report check --parts DIR --out DIR2  # DIR2/check.json and the table
 
 --dry-run takes the CPU instead, with small cases: the same code on the native kernels. The rows are
@@ -15,26 +16,35 @@ calls, replayed on a warm L2, null where there is none.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import ctypes
+import itertools
+import shutil
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import gpu_parts
 from internvl_rt.ops import bench, catalogue
 from internvl_rt.ops.flash_attention import offsets
 from internvl_rt.ops.registry import Inputs, Op, check, missing, on_device, outputs_of
-from peers import GPU_PEERS, OTHER_DRAWS, PEERS
+from peers import GPU_PEERS, OTHER_DRAWS, PEERS, slow_peers
 
 BACKENDS = ("cuda", "triton")
 GRAPH = 20  # calls in a graph
 SMALL = 4  # cases of an op under compute-sanitizer
 DRY_OPS = ("flash_attention", "rms_norm")
 SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 150 rows
+PEER_SECONDS = 80.0  # no further peer is compiled or sought after so long
+BARRIERS = 10_000  # rounds of the grid barrier
 END_TO_END = "not measured: whole models do not run on a GPU yet"
 
 # Shapes whose time docs/performance.md predicts and the catalogue leaves out; bfloat16.
@@ -82,15 +92,27 @@ def on_gpu_ops() -> list[Op]:
 # ---- check -------------------------------------------------------------------------------------
 
 
-def ready(place: Place) -> None:
+@contextlib.contextmanager
+def _noted(failures: list[dict[str, str]], label: dict[str, str]) -> Iterator[None]:
+    """Whatever kernels, compilers and drivers raise becomes an entry, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(label | {"why": _first_line(error)})
+        print("failed", *failures[-1].values(), flush=True)
+
+
+def ready(place: Place, out: Path) -> None:
+    gpu_parts.write(out / "machine.json", bench.machine() | {"dry_run": place.dry})
     for backend in () if place.dry else BACKENDS:
         why = missing(backend)
         if why is not None:
             raise RuntimeError(f"{backend}: {why}")
 
 
-def small(place: Place) -> None:
-    """The first cases of every op against the catalogue's law."""
+def small(place: Place) -> bool:
+    """The first cases of every op against the catalogue's law; False where one broke it."""
+    failed: list[dict[str, str]] = []
     for op in on_gpu_ops():
         for backend in place.backends_of(op):
             for case in [c for c in op.cases if not c.slow and not c.name.startswith("empty")][
@@ -98,7 +120,10 @@ def small(place: Place) -> None:
             ]:
                 for dtype in case.dtypes:
                     print(op.name, backend, case.name, dtype, flush=True)
-                    check(op, case, dtype, bench.BACKENDS[backend][0], place.device)
+                    label = {"op": op.name, "backend": backend, "case": case.name}
+                    with _noted(failed, label):
+                        check(op, case, dtype, bench.BACKENDS[backend][0], place.device)
+    return not failed
 
 
 def _device(place: Place) -> dict[str, Any]:
@@ -186,6 +211,50 @@ def _graph(place: Place) -> dict[str, Any]:
     return {"replayed": not place.dry}
 
 
+def build_grid_barrier(folder: Path, arch: str) -> Path:
+    """bench/grid_barrier.cu as a shared library."""
+    source, library = Path(__file__).with_name("grid_barrier.cu"), folder / "grid_barrier.so"
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise RuntimeError("no nvcc")
+    command = [nvcc, "-std=c++20", "-O3", "-shared", "-Xcompiler=-fPIC", f"-arch={arch}"]
+    done = subprocess.run(
+        [*command, str(source), "-o", str(library)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"nvcc: {done.stdout}{done.stderr}")
+    return library
+
+
+def call_grid_barrier(library: Path, device: int, rounds: int) -> dict[str, Any]:
+    """Microseconds that a barrier over all multiprocessors takes: that of cooperative groups, and
+    one counter in global memory."""
+    barrier = ctypes.CDLL(str(library)).grid_barrier
+    barrier.restype = ctypes.c_char_p
+    cooperative, counting, blocks = ctypes.c_float(), ctypes.c_float(), ctypes.c_int()
+    results = (ctypes.byref(r) for r in (cooperative, counting, blocks))
+    error = barrier(device, rounds, *results)
+    if error is not None:
+        raise RuntimeError(f"CUDA: {error.decode()}")
+    found = {"cooperative_us": cooperative.value, "counting_us": counting.value}
+    for name, us in found.items():
+        if us < 0:
+            raise RuntimeError(
+                f"{name.removesuffix('_us')}: a block read before another had written"
+            )
+    return found | {"blocks": blocks.value}
+
+
+def _grid_barrier(place: Place) -> dict[str, Any]:
+    if place.dry:
+        return {"measured": False}
+    device = torch.cuda.current_device()
+    major, minor = torch.cuda.get_device_capability(device)
+    with tempfile.TemporaryDirectory() as folder:
+        library = build_grid_barrier(Path(folder), f"sm_{major}{minor}")
+        return call_grid_barrier(library, device, BARRIERS)
+
+
 PROBES = {
     "device": _device,
     "dlpack": _dlpack,
@@ -193,6 +262,8 @@ PROBES = {
     "product_bf16": _product,
     "empty": _empty,
     "graph": _graph,
+    # Last: blocks that wait for each other could wait forever.
+    "grid_barrier": _grid_barrier,
 }
 
 
@@ -200,12 +271,13 @@ def probes(place: Place, out: Path) -> bool:
     """Writes what every probe found; False where one failed."""
     found: dict[str, Any] = {}
     for name, probe in PROBES.items():
-        try:
+        failures: list[dict[str, str]] = []
+        with _noted(failures, {"probe": name}):
             found[name] = probe(place)
-        except (RuntimeError, ValueError, AssertionError) as error:
-            found[name] = {"error": _first_line(error)}
+        if failures:
+            found[name] = {"error": failures[0]["why"]}
         print(name, found[name], flush=True)
-        _write(out / "probes.json", found)
+        gpu_parts.write(out / "probes.json", found)
     return not any("error" in value for value in found.values())
 
 
@@ -250,53 +322,104 @@ def time_op(op: Op, place: Place, out: Path) -> bool:
     for case, dtype, build in work(op, place):
         label = {"op": op.name, "case": case, "dtype": str(dtype).removeprefix("torch.")}
         print(*label.values(), flush=True)
-        try:
+        with _noted(found["failed"], label):
             arguments = build(dtype)
-            peers = _peers(op, arguments, place, label, found["refused"])
+            backends = _running(op, arguments, place, label, found["failed"])
+            peers = _peers(_known_peers(op, place), arguments, place, label, found["refused"])
             # Every backend and peer copies these; to make them again would cost more than to time.
             rows = bench.time_case(
-                *(op, case, dtype, lambda d, a=arguments: a, place.backends_of(op), rates),
+                *(op, case, dtype, lambda d, a=arguments: a, backends, rates),
                 *(peers, place.device),
             )
+            found["rows"] += rows
             for row in rows:
                 ours = row["backend"] in place.backends
                 if op.name in OTHER_DRAWS and not ours:
                     row["max_error"] = None
-                row["graph_us"] = (
-                    _graph_us(op, arguments, row["backend"], place)
-                    if ours and not place.dry
-                    else None
-                )
-            found["rows"] += rows
-        except (RuntimeError, ValueError, AssertionError) as error:
-            found["failed"].append(label | {"why": _first_line(error)})
-        _write(out / f"ops-{op.name}.json", found)
+                row["graph_us"] = None
+                if ours and not place.dry:
+                    with _noted(found["failed"], label | {"graph": row["backend"]}):
+                        row["graph_us"] = _graph_us(op, arguments, row["backend"], place)
+        gpu_parts.write(out / f"ops-{op.name}.json", found)
     return not found["failed"]
 
 
-def _peers(
+def _running(
     op: Op,
+    arguments: dict[str, Any],
+    place: Place,
+    label: dict[str, str],
+    failed: list[dict[str, str]],
+) -> list[str]:
+    """Our backends that take these arguments: one that fails does not take the others' rows."""
+    running = []
+    for name in place.backends_of(op):
+        with _noted(failed, label | {"backend": name}):
+            backend, device = bench.BACKENDS[name]
+            op.function(**{k: on_device(v, device) for k, v in arguments.items()}, backend=backend)
+            if not place.dry:
+                torch.cuda.synchronize()
+            running.append(name)
+    return running
+
+
+def _known_peers(op: Op, place: Place) -> dict[str, Callable[..., Any]]:
+    known = GPU_PEERS.get(op.name, {}) if not place.dry else {}
+    if op.name in PEERS:
+        name, prepare = PEERS[op.name]
+        known = {name: prepare} | known
+    return known
+
+
+def _peers(
+    known: dict[str, Callable[..., Any]],
     arguments: dict[str, Any],
     place: Place,
     label: dict[str, str],
     refused: list[dict[str, str]],
 ) -> dict[str, Callable[..., Any]]:
     """The peers that take these arguments; those that refuse a call are listed with the reason."""
-    known = GPU_PEERS.get(op.name, {}) if not place.dry else {}
-    if op.name in PEERS:
-        name, prepare = PEERS[op.name]
-        known = {name: prepare} | known
     usable = {}
     for name, prepare in known.items():
-        try:
+        with _noted(refused, label | {"peer": name}):
             call = prepare(**{k: on_device(v, place.device) for k, v in arguments.items()})
             if call is None:
                 continue
             call()
             usable[name] = prepare
-        except RuntimeError as error:
-            refused.append(label | {"peer": name, "why": _first_line(error)})
     return usable
+
+
+def time_slow_peers(place: Place, out: Path) -> bool:
+    """Times what compiles with its first call, and packages that few machines have, on real shapes
+    in bfloat16, and writes the rows after each. What they refuse is listed and no failure of ours;
+    nothing is begun after PEER_SECONDS."""
+    rates, began = bench.Rates(), time.perf_counter()
+    found: dict[str, list[dict[str, Any]]] = {"rows": [], "refused": [], "failed": []}
+    chosen = [op for op in on_gpu_ops() if op.name in DRY_OPS or not place.dry]
+    each = [[(op, *item) for item in work(op, place)] for op in chosen]
+    # The first case of every op before the second of any.
+    for item in itertools.chain.from_iterable(itertools.zip_longest(*each)):
+        if item is None or item[2] != torch.bfloat16:
+            continue
+        op, case, dtype, build = item
+        known = slow_peers(op.name, compiler="eager" if place.dry else "inductor")
+        if not known:
+            continue
+        label = {"op": op.name, "case": case, "dtype": "bfloat16"}
+        print(*label.values(), flush=True)
+        if time.perf_counter() - began > PEER_SECONDS:
+            found["refused"] += [label | {"peer": name, "why": "no time left"} for name in known]
+        else:
+            with _noted(found["refused"], label | {"peer": "any"}):
+                arguments = build(dtype)
+                peers = _peers(known, arguments, place, label, found["refused"])
+                rows = bench.time_case(
+                    *(op, case, dtype, lambda d, a=arguments: a, (), rates), *(peers, place.device)
+                )
+                found["rows"] += [row | {"graph_us": None} for row in rows]
+        gpu_parts.write(out / "peers.json", found)
+    return not found["failed"]
 
 
 def _graph_us(op: Op, arguments: dict[str, Any], backend: str, place: Place) -> float:
@@ -335,27 +458,15 @@ def _captured(call: Callable[[], Any], times: int) -> torch.cuda.CUDAGraph:
 # ---- report ------------------------------------------------------------------------------------
 
 
-def report(mode: str, parts: Path, out: Path, place: Place) -> bool:
+def report(mode: str, parts: Path, out: Path) -> bool:
     """Joins the parts into one file and prints the table; False where a step failed."""
-    steps = [
-        {"step": name, "code": int(code), "seconds": int(seconds)}
-        for name, code, seconds in (
-            line.split("\t") for line in (parts / "steps.tsv").read_text().splitlines()
-        )
-    ]
-    document: dict[str, Any] = bench.machine() | {"dry_run": place.dry}
-    document = {"mode": mode, "machine": document, "steps": steps, "probes": {}}
-    if (parts / "probes.json").exists():
-        document["probes"] = json.loads((parts / "probes.json").read_text())
+    document = gpu_parts.join(mode, parts)
     if mode == "bench":
-        document |= {"end_to_end": END_TO_END, "rows": [], "refused": [], "failed": []}
-        for file in sorted(parts.glob("ops-*.json")):
-            for kind, entries in json.loads(file.read_text()).items():
-                document[kind] += entries
+        document["end_to_end"] = END_TO_END
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / f"{mode}.json", document)
+    gpu_parts.write(out / f"{mode}.json", document)
     print(text(document))
-    return all(step["code"] == 0 for step in steps)
+    return all(step["code"] == 0 for step in document["steps"])
 
 
 def text(document: dict[str, Any]) -> str:
@@ -407,16 +518,12 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _write(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("names", "ready", "small", "probes", "ops", "report"):
+    for name in ("names", "ready", "small", "probes", "ops", "peers", "report"):
         command = commands.add_parser(name)
         command.add_argument("--dry-run", action="store_true")
         if name == "ops":
@@ -424,7 +531,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "report":
             command.add_argument("mode", choices=("check", "bench"))
             command.add_argument("--parts", type=Path, required=True)
-        if name in ("probes", "ops", "report"):
+        if name not in ("names", "small"):
             command.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     place = DRY if options.dry_run else GPU
@@ -434,14 +541,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "names":
         ops = [op.name for op in on_gpu_ops() if op.name in DRY_OPS or not place.dry]
         print("\n".join(ops))
-    elif options.command in ("ready", "small"):
-        {"ready": ready, "small": small}[options.command](place)
+    elif options.command == "ready":
+        ready(place, options.out)
+    elif options.command == "small":
+        good = small(place)
     elif options.command == "probes":
         good = probes(place, options.out)
     elif options.command == "ops":
         good = time_op(catalogue()[options.op], place, options.out)
+    elif options.command == "peers":
+        good = time_slow_peers(place, options.out)
     else:
-        good = report(options.mode, options.parts, options.out, place)
+        good = report(options.mode, options.parts, options.out)
     return 0 if good else 1
 
 

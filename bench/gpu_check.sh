@@ -4,9 +4,10 @@
 #   bench/gpu_check.sh check OUT    build for sm_90a, GPU tests, compute-sanitizer, probes
 #   bench/gpu_check.sh bench OUT    build, probes, every op's real shapes beside torch
 #
-# OUT gets check.json or bench.json, and check.log or bench.log with what the steps printed; a short
-# table comes last on stdout. Every step has its own time limit and process; one that fails or hangs
-# does not stop the others. Exit code: 0, 1 where a step failed, 2 for wrong arguments.
+# OUT gets check.json or bench.json, written anew after every step, and check.log or bench.log with
+# what the steps printed; a short table comes last on stdout. Every step has its own time limit and
+# process; one that fails or hangs does not stop the others, nor does a row the other rows of its step.
+# Exit code: 0, 1 where a step failed, 2 for wrong arguments.
 #
 # The machine needs python3 with torch >= 2.10, triton, numpy, pillow, tokenizers and pytest, nvcc 13
 # (on the PATH or in /usr/local/cuda/bin), a C++20 compiler and compute-sanitizer; no network. What
@@ -61,6 +62,7 @@ step() {
     code=$?
   fi
   printf '%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - began))" >>"$work/steps.tsv"
+  python3 bench/gpu_parts.py "$mode" "$work" "$out" 2>>"$log"
   ((code == 0)) || echo "== $name: exit code $code" | tee -a "$log"
 }
 
@@ -86,7 +88,7 @@ run_check() {
   for op in $ops; do
     ((${#dry[@]})) && break
     step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
-      -k "test_on_gpu[$op-"
+      -k "on_gpu[$op-"
   done
   if ((${#dry[@]})); then
     step_py small 60 small
@@ -105,12 +107,13 @@ run_bench() {
   for op in $ops; do
     step_py "bench $op" 90 ops "$op" --out "$work"
   done
+  step_py "bench peers" 110 peers --out "$work"
 }
 
 ((${#dry[@]})) || step gpu 20 nvidia-smi
 step carried 20 python3 bench/carried.py "${dry[@]}"
 ((${#dry[@]})) || build
-step_py ready 60 ready
+step_py ready 60 ready --out "$work"
 ops=$(py names 2>>"$log")
 "run_$mode"
 py report "$mode" --parts "$work" --out "$out" 2>>"$log"

@@ -6,6 +6,8 @@ caches), and returns the call to time; None where it has no way to do the same.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -86,6 +88,21 @@ def grouped_linear(
         return torch.cat(parts)
 
     return call
+
+
+def _grouped_mm(
+    x: Tensor,
+    weight: Tensor | PackedExperts,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Call | None:
+    """torch's own product of groups, which knows the offsets on the device alone, as ours does."""
+    if bias is not None or x.dtype != torch.bfloat16:
+        return None
+    experts = torch.stack([_plain(weight[e]) for e in range(weight.shape[0])]).transpose(1, 2)
+    ends = offsets[1:]
+    return lambda: F.grouped_mm(x if rows is None else x[rows], experts, offs=ends)
 
 
 def moe_route(logits: Tensor, top_k: int, normalize: bool) -> Call:
@@ -410,7 +427,123 @@ GPU_PEERS: dict[str, dict[str, Callable[..., Call | None]]] = {
         "sdpa-efficient": _sdpa(f, SDPBackend.EFFICIENT_ATTENTION),
     }
     for f in (flash_attention, paged_attention)
+} | {"grouped_linear": {"grouped_mm": _grouped_mm}}
+
+# Ops whose peer is many kernels that a compiler may make one of.
+COMPILED = (
+    "gated_activation",
+    "layer_norm",
+    "linear",
+    "moe_combine",
+    "moe_route",
+    "mxfp4_unpack",
+    "pixel_unshuffle_mlp",
+    "rms_norm",
+    "rope",
+)
+
+
+def _compiled(prepare: Callable[..., Call | None], compiler: str) -> Callable[..., Call | None]:
+    def prepared(**arguments: Any) -> Call | None:
+        call = prepare(**arguments)
+        # Without a reset the eighth shape of a function would silently stay as it is written.
+        torch.compiler.reset()
+        return call and torch.compile(call, dynamic=False, backend=compiler)
+
+    return prepared
+
+
+def _liger_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_in_fp32: bool = False,
+) -> Call | None:
+    if residual is not None or weight_in_fp32:
+        return None
+    norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+    return lambda: norm.apply(x, weight, eps, 0.0, "llama", False)
+
+
+def _liger_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Call:
+    norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
+    return lambda: norm.apply(x, weight, bias, eps)
+
+
+def _liger_gated_activation(x: Tensor, kind: str = "silu") -> Call | None:
+    if kind != "silu":
+        return None
+    gate, up = (half.contiguous() for half in x.chunk(2, dim=-1))
+    function = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+    return lambda: function.apply(gate, up)
+
+
+def _flashinfer_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None = None,
+    weight_in_fp32: bool = False,
+) -> Call | None:
+    if residual is not None or weight_in_fp32 or x.dim() != 2:
+        return None
+    norm = importlib.import_module("flashinfer.norm")
+    return lambda: norm.rmsnorm(x, weight, eps)
+
+
+def _flashinfer_gated_activation(x: Tensor, kind: str = "silu") -> Call | None:
+    if kind != "silu":
+        return None
+    activation = importlib.import_module("flashinfer.activation")
+    return lambda: activation.silu_and_mul(x)
+
+
+def _flashinfer_flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_kv: Tensor,
+    scale: float,
+    causal: bool,
+    **options: Any,
+) -> Call | None:
+    if len(cu_q) != 2 or any(o is not None for o in options.values()):
+        return None
+    prefill = importlib.import_module("flashinfer").single_prefill_with_kv_cache
+    return lambda: prefill(q, k, v, causal=causal, sm_scale=scale)
+
+
+# Package -> op -> its function.
+PACKAGES: dict[str, dict[str, Callable[..., Call | None]]] = {
+    "flashinfer": {
+        "flash_attention": _flashinfer_flash_attention,
+        "gated_activation": _flashinfer_gated_activation,
+        "rms_norm": _flashinfer_rms_norm,
+    },
+    "liger_kernel": {
+        "gated_activation": _liger_gated_activation,
+        "layer_norm": _liger_layer_norm,
+        "rms_norm": _liger_rms_norm,
+    },
 }
+
+
+def slow_peers(op: str, *, compiler: str) -> dict[str, Callable[..., Call | None]]:
+    """Peers of an op that compile with the first call, and those of packages that are here.
+
+    compiler: a backend of torch.compile.
+    """
+    found = {
+        package: functions[op]
+        for package, functions in PACKAGES.items()
+        if op in functions and importlib.util.find_spec(package) is not None
+    }
+    if op in COMPILED:
+        found["torch.compile"] = _compiled(PEERS[op][1], compiler)
+    return found
+
 
 # Peers that draw other random numbers: their distance from our results says nothing.
 OTHER_DRAWS = ("sample",)

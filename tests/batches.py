@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from internvl_rt import ops
-from internvl_rt.ops.registry import Inputs, Op, outputs_of
+from internvl_rt.ops.registry import Inputs, Op, on_device, outputs_of
 
 SIZES = (1, 2, 7, 16, 17, 33)
 ROWS = max(SIZES)
@@ -229,10 +229,14 @@ ALONE = {"preprocess"}
 TABLE = [(n, p, d) for n, b in BATCHES.items() for p in b.phases for d in b.dtypes]
 
 
-def check_batches(op: Op, phase: str | None, dtype: torch.dtype, backend: str) -> None:
+def check_batches(
+    op: Op, phase: str | None, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
     """Every batch of SIZES, at the end of the largest one, has the bits of the largest one."""
     batches = BATCHES[op.name]
     arguments = batches.build(Inputs(f"batches/{op.name}", dtype))
+    if device != "cpu":
+        arguments = {k: on_device(v, device) for k, v in arguments.items()}
     options = {"backend": backend} | ({} if phase is None else {"phase": phase})
 
     def run(rows: slice) -> tuple[Tensor, ...]:

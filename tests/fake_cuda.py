@@ -1,7 +1,7 @@
-"""A CUDA device that is none: the engine's own code for GPUs, with emulated kernels and strict rules.
+"""A CUDA device that is none: the engine's code for GPUs, with emulated kernels and strict rules.
 
-Device tensors are `OnDevice`, which say that they are on cuda:0 and keep their values in a tensor of
-the CPU. What a real device would refuse, or would make the host wait for, is an error here:
+Device tensors are `OnDevice`, which say that they are on cuda:0 and keep their values in a tensor
+of the CPU. What a real device would refuse, or would make the host wait for, is an error here:
 - an op on tensors of the host and of the device together; device memory outside a scope;
 - reading a value of the device on the host but through `fetch`; copies that are not from or to
   pinned memory; pinned memory that changes while a copy from it may be on its way;

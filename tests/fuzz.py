@@ -1,4 +1,4 @@
-"""Mutated configs and headers: what is accepted must be sound.
+"""Mutated configs, headers and indexes: what is accepted must be sound.
 
 The tests run a few thousand mutations of each kind; many more by hand:
 `PYTHONPATH=python python tests/fuzz.py --configs 600000 --headers 400000`. Whether an accepted
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import safetensors
 import torch
+from safetensors.torch import save_file
 
 from internvl_rt import json_file
 from internvl_rt.config import ModelConfig, VisionConfig, load_config, load_vision_config
@@ -28,11 +29,11 @@ from internvl_rt.models import families
 from internvl_rt.models.internvl import InternVL
 from internvl_rt.models.rotary import Rotary
 from internvl_rt.ops import OpSet
-from internvl_rt.runtime.batch import Chunk, make_batch
+from internvl_rt.runtime.batch import Chunk
 from internvl_rt.runtime.kv_cache import KvCache
 from internvl_rt.runtime.plan import make_plan
 from internvl_rt.runtime.platform import CPU
-from internvl_rt.weights import parse_header, tensor_shapes
+from internvl_rt.weights import Checkpoint, parse_header, tensor_shapes
 from tiny_model import (
     FAMILIES,
     NATIVE_FAMILIES,
@@ -494,7 +495,7 @@ def assert_runs(config: ModelConfig) -> None:
     cache = KvCache(text, 1, torch.float32)
     ids = torch.arange(T) % text.vocab_size
     chunk = Chunk(ids, 0, cache.allocator.take(1), "all", None, None)
-    logits = model.decoder(make_batch([chunk], model.decoder.rotary), cache)
+    logits = model.run([chunk], cache)
     assert logits.shape == (T, text.vocab_size)
     assert bool(torch.isfinite(logits).all())
 
@@ -542,7 +543,7 @@ def fuzz_configs(base, count: int, seed: str, *, run_every: int = 50) -> collect
     return result
 
 
-def _check_message(error: ValueError) -> None:
+def _check_message(error: Exception) -> None:
     message = str(error)
     assert message.isprintable(), "not one line"
     assert len(message.encode("utf-8")) < 500
@@ -656,14 +657,46 @@ def fuzz_headers(count: int, seed: str) -> collections.Counter:
     return result
 
 
+def fuzz_indexes(count: int, seed: str) -> collections.Counter:
+    """Mutates the index of two shards: accepted, it names all tensors of each that it names."""
+    rng = random.Random(seed)
+    shards = {"a.safetensors": ("x", "y.weight"), "b.safetensors": ("z",)}
+    where = {name: file for file, names in shards.items() for name in names}
+    good = {"metadata": {"total_size": 12}, "weight_map": where}
+    result: collections.Counter = collections.Counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file, names in shards.items():
+            save_file({n: torch.ones(1) for n in names}, folder / file)
+        for _ in range(count):
+            if rng.random() < 0.5:
+                data = mutate_bytes(rng, json.dumps(good).encode())
+            else:
+                data = json.dumps(mutate_values(rng, copy.deepcopy(good))).encode()
+            (folder / "model.safetensors.index.json").write_bytes(data)
+            try:
+                found = Checkpoint(folder)
+            except (ValueError, FileNotFoundError) as error:
+                _check_message(error)
+                result["refused"] += 1
+                continue
+            named = json.loads(data)["weight_map"]
+            assert named.items() <= where.items()
+            assert set(found) == set(named) == {n for f in named.values() for n in shards[f]}
+            result["accepted"] += 1
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", type=int, default=100_000)
     parser.add_argument("--headers", type=int, default=100_000)
+    parser.add_argument("--indexes", type=int, default=10_000)
     parser.add_argument("--seed", default="1")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("headers", dict(fuzz_headers(options.headers, options.seed)), flush=True)
+    print("indexes", dict(fuzz_indexes(options.indexes, options.seed)), flush=True)
     each = -(-options.configs // len(BASES))
     for base in BASES:
         name = name_of(base)

@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from internvl_rt import ops, selftest
-from internvl_rt.ops.registry import outputs_of
+from internvl_rt.ops.registry import Inputs, outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -55,6 +57,75 @@ def test_peers_do_the_same_work(op, case):
         return
     for g, e in zip(got, expected[: len(expected) - len(op.mutates)], strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_of_groups_is_a_peer():
+    import peers
+
+    op = ops.catalogue()["grouped_linear"]
+    prepare = peers.GPU_PEERS[op.name]["grouped_mm"]
+    assert all(
+        prepare(**c.arguments(op.name, torch.float32)) is None for c in op.cases if not c.slow
+    )
+    arguments = op.shaped(Inputs("groups", torch.bfloat16), (5, 4, 2, 48, 64))
+    expected = op.reference(**arguments)
+    torch.testing.assert_close(prepare(**arguments)(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("package", ["flashinfer", "liger_kernel"])
+def test_packages_that_are_here_are_peers(package, monkeypatch):
+    """Stand-ins with the packages' signatures: no package is needed to keep the calls right."""
+    import peers
+
+    stand_ins = {
+        "flashinfer": {"single_prefill_with_kv_cache": _prefill},
+        "flashinfer.norm": {"rmsnorm": lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)},
+        "flashinfer.activation": {"silu_and_mul": lambda x: _silu_and_mul(*x.chunk(2, -1))},
+        "liger_kernel": {},
+        "liger_kernel.ops.rms_norm": {"LigerRMSNormFunction": _Applied(_liger_rms_norm)},
+        "liger_kernel.ops.layer_norm": {
+            "LigerLayerNormFunction": _Applied(lambda x, w, b, e: F.layer_norm(x, w.shape, w, b, e))
+        },
+        "liger_kernel.ops.swiglu": {"LigerSiLUMulFunction": _Applied(_silu_and_mul)},
+    }
+    for name, members in stand_ins.items():
+        module = types.ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name == package or None)
+    for name in peers.PACKAGES[package]:
+        op, ran = ops.catalogue()[name], 0
+        prepare = peers.slow_peers(name, compiler="eager")[package]
+        for case in (c for c in op.cases if not c.slow and torch.float32 in c.dtypes):
+            arguments = case.arguments(name, torch.float32)
+            call = prepare(**arguments)
+            if call is None or not all(t.numel() for t in outputs_of(op.reference(**arguments))):
+                continue
+            expected, *_ = outputs_of(op.reference(**arguments))
+            torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
+            ran += 1
+        assert ran > 0, f"{package} takes no case of {name}"
+
+
+class _Applied:
+    def __init__(self, function):
+        self.apply = function
+
+
+def _silu_and_mul(gate, up):
+    return F.silu(gate) * up
+
+
+def _liger_rms_norm(x, weight, eps, offset, casting_mode, in_place):
+    assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _prefill(q, k, v, *, causal, sm_scale):
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    mask = torch.ones(q.shape[1], k.shape[1]).tril(k.shape[1] - q.shape[1]).bool()
+    options = {"attn_mask": mask if causal else None, "scale": sm_scale, "enable_gqa": True}
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(0, 1)
 
 
 def test_models_beside_transformers(tmp_path):

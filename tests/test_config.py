@@ -344,6 +344,7 @@ REFUSED_FAMILY = [
     ("qwen3_moe", "mlp_only_layers", 1, "mlp_only_layers is 1, expected layers"),
     ("qwen3_moe", "num_experts_per_tok", 4, "num_experts_per_tok is 4, expected .* 1 to 3"),
     ("qwen3_moe", "num_experts", None, "num_experts is None"),
+    ("qwen3_moe", "num_experts_per_tok", "", "num_experts_per_tok is ''"),
     ("qwen3_moe", "num_local_experts", 4, "num_local_experts is 4, expected num_experts=3"),
     ("qwen3_moe", "num_local_experts", "3", "num_local_experts is '3', expected an integer"),
     ("qwen3_moe", "norm_topk_prob", 1, "norm_topk_prob is 1"),

@@ -35,6 +35,9 @@ def test_which_layers(tmp_path, name):
     text = load_config(write_config(tmp_path, config)).text
     assert text.mixtures == mixtures
     assert (text.experts is None) == (not any(mixtures))
+    config["llm_config"]["num_experts_per_tok"] = ""  # read, also where no layer is a mixture
+    with pytest.raises(ValueError, match="num_experts_per_tok is ''"):
+        load_config(write_config(tmp_path, config))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,14 +1,18 @@
 """bench/gpu_check.sh on the CPU: its steps, its files and what it does where a step fails."""
 
+import dataclasses
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from internvl_rt import ops
 
@@ -43,7 +47,7 @@ def gpu_check(monkeypatch):
     for name in ("WARM_UP", "SECONDS", "_PRODUCT"):
         monkeypatch.setattr(gpu_check.bench, name, getattr(gpu_check.bench, name))
     yield gpu_check
-    for name in ("gpu_check", "peers"):
+    for name in ("gpu_check", "gpu_parts", "peers"):
         sys.modules.pop(name, None)
 
 
@@ -86,17 +90,20 @@ def test_dry_run_of_bench(tmp_path, gpu_check):
         "ready",
         "probes",
         *(f"bench {name}" for name in gpu_check.DRY_OPS),
+        "bench peers",
     ]
     assert all(s["code"] == 0 and s["seconds"] >= 0 for s in document["steps"])
     assert list(document["probes"]) == list(gpu_check.PROBES)
     assert document["failed"] == []
     assert {row["op"] for row in document["rows"]} == set(gpu_check.DRY_OPS)
-    assert {row["backend"] for row in document["rows"]} == {"cpu", "torch"}
+    assert {row["backend"] for row in document["rows"]} == {"cpu", "torch", "torch.compile"}
+    labels = [(row["op"], row["case"], row["dtype"]) for row in document["rows"]]
+    assert len([*itertools.groupby(labels)]) == len(set(labels)), "rows of a case stand apart"
     for row in document["rows"]:
         for key, kind in ROW.items():
             assert isinstance(row[key], kind), key
         assert row["max_error"] is None or 0 <= row["max_error"] < 0.1
-    assert result.stdout.splitlines()[-1].startswith("bench rms_norm")
+    assert result.stdout.splitlines()[-1].startswith("bench peers")
 
 
 @pytest.fixture
@@ -176,10 +183,111 @@ def test_a_failing_case_and_a_refusing_peer_are_listed(tmp_path, gpu_check, monk
     assert [entry["why"] for entry in found["failed"]] == ["ValueError: broken"] * 2
 
 
-def test_the_small_cases(gpu_check, capsys):
+class CompilationError(Exception):
+    """Neither a RuntimeError nor a ValueError, as Triton's."""
+
+
+def test_a_failing_backend_leaves_the_rows_of_the_others(tmp_path, gpu_check, monkeypatch):
+    def broken(*arguments):
+        raise CompilationError("no")
+
+    op = gpu_check.catalogue()["rms_norm"]
+    monkeypatch.setitem(op.faces, "broken", broken)
+    monkeypatch.setitem(gpu_check.bench.BACKENDS, "broken", ("broken", "cpu"))
+    place = dataclasses.replace(gpu_check.DRY, backends=("broken", "cpu"))
+    assert not gpu_check.time_op(op, place, tmp_path)
+    found = json.loads((tmp_path / "ops-rms_norm.json").read_text())
+    assert [row["backend"] for row in found["rows"]] == ["cpu", "torch"] * 2
+    assert [e["backend"] for e in found["failed"]] == ["broken"] * 2
+    assert {e["why"] for e in found["failed"]} == {"CompilationError: no"}
+
+
+def test_a_graph_that_fails_leaves_its_row(tmp_path, gpu_check, monkeypatch):
+    def broken(*arguments):
+        raise CompilationError("no graph")
+
+    monkeypatch.setattr(gpu_check, "_graph_us", broken)
+    monkeypatch.setattr(gpu_check, "GPU_PEERS", {})
+    for name in ("synchronize", "current_device"):
+        monkeypatch.setattr(gpu_check.torch.cuda, name, lambda: 0)
+    cases = [("odd", torch.float32, lambda d: op.cases[2].arguments(op.name, d))]
+    op = gpu_check.catalogue()["rms_norm"]
+    monkeypatch.setattr(gpu_check, "work", lambda op, place: cases)
+    place = dataclasses.replace(gpu_check.DRY, dry=False)
+    assert not gpu_check.time_op(op, place, tmp_path)
+    found = json.loads((tmp_path / "ops-rms_norm.json").read_text())
+    assert [row["graph_us"] for row in found["rows"]] == [None, None]
+    assert [(e["graph"], e["why"]) for e in found["failed"]] == [
+        ("cpu", "CompilationError: no graph")
+    ]
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path, gpu_check):
+    parts, out = tmp_path / "parts", tmp_path / "out"
+    for folder in (parts, out):
+        folder.mkdir()
+    (parts / "steps.tsv").write_text("ready\t0\t1\nbench rms_norm\t137\t90\n")
+    row = {"op": "rms_norm", "case": "odd", "dtype": "float32", "backend": "cuda"}
+    rows = [row, row | {"case": "even"}]
+    for name, content in (
+        ("machine", {"gpu": "one"}),
+        ("ops-rms_norm", {"rows": rows, "failed": [], "refused": []}),
+        ("peers", {"rows": [row | {"backend": "torch.compile"}], "failed": [], "refused": []}),
+    ):
+        (parts / f"{name}.json").write_text(json.dumps(content))
+    script = BENCH / "gpu_parts.py"
+    subprocess.run([sys.executable, "-I", "-S", script, "bench", parts, out], check=True)
+    document = json.loads((out / "bench.json").read_text())
+    assert document["machine"] == {"gpu": "one"}
+    assert [s["code"] for s in document["steps"]] == [0, 137]
+    assert [(r["case"], r["backend"]) for r in document["rows"]] == [
+        ("odd", "cuda"),
+        ("odd", "torch.compile"),
+        ("even", "cuda"),
+    ]
+    assert sorted(p.name for p in out.iterdir()) == ["bench.json"]
+    # Written as a whole, or not at all.
+    gpu_check.gpu_parts.write(out / "bench.json", {"new": 1})
+    with pytest.raises(TypeError):
+        gpu_check.gpu_parts.write(out / "bench.json", {"new": object()})
+    assert json.loads((out / "bench.json").read_text()) == {"new": 1}
+
+
+def test_slow_peers_have_a_time_to_end(tmp_path, gpu_check, monkeypatch):
+    monkeypatch.setattr(gpu_check, "PEER_SECONDS", 0.0)
+    assert gpu_check.main(["peers", "--dry-run", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "peers.json").read_text())
+    assert found["rows"] == []
+    assert [(e["peer"], e["why"]) for e in found["refused"]] == [("torch.compile", "no time left")]
+
+
+def test_the_small_cases(gpu_check, capsys, monkeypatch):
     assert gpu_check.main(["small", "--dry-run"]) == 0
     ran = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert ran == {op.name for op in gpu_check.on_gpu_ops()}
+
+    def broken(op, case, *where):
+        if op.name == "rms_norm":
+            raise CompilationError("no")
+
+    monkeypatch.setattr(gpu_check, "check", broken)
+    assert gpu_check.main(["small", "--dry-run"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "failed rms_norm cpu odd CompilationError: no" in lines
+    assert {line.split()[0] for line in lines} == ran | {"failed"}
+
+
+def test_the_grid_barrier_is_built_and_says_what_is_wrong(gpu_check, tmp_path, monkeypatch):
+    if shutil.which("nvcc") is None:
+        with pytest.raises(RuntimeError, match="no nvcc"):
+            gpu_check.build_grid_barrier(tmp_path, "sm_90")
+        return
+    library = gpu_check.build_grid_barrier(tmp_path, "sm_90")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA: "):
+            gpu_check.call_grid_barrier(library, 0, 100)
+    with pytest.raises(RuntimeError, match=r"nvcc: .*sm_1"):
+        gpu_check.build_grid_barrier(tmp_path, "sm_1")
 
 
 def test_every_op_has_something_to_time(gpu_check):
@@ -190,7 +298,8 @@ def test_every_op_has_something_to_time(gpu_check):
         assert all(shape.count("x") == op.shape_help.count("x") for shape in shapes)
 
 
-def test_a_machine_without_a_gpu_is_not_ready(gpu_check, monkeypatch):
+def test_a_machine_without_a_gpu_is_not_ready(gpu_check, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_check, "missing", lambda backend: f"no {backend} here")
     with pytest.raises(RuntimeError, match="cuda: no cuda here"):
-        gpu_check.main(["ready"])
+        gpu_check.main(["ready", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "machine.json").read_text())["dry_run"] is False

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from batches import TABLE, check_batches
 from internvl_rt import _C, ops
 from internvl_rt.ops.registry import Op, all_cases, check, missing, on_device
 from isas import ISAS, stand_in
@@ -55,6 +56,26 @@ ON_GPU = [
 @pytest.mark.parametrize(("op", "backend", "case", "dtype"), ON_GPU)
 def test_on_gpu(op, backend, case, dtype):
     check(op, case, dtype, backend, "cuda")
+
+
+BATCHES_ON_GPU = [
+    pytest.param(
+        op,
+        backend,
+        phase,
+        dtype,
+        id="-".join((op, backend, str(phase), str(dtype).removeprefix("torch."))),
+        marks=pytest.mark.skipif(_lacks(backend) is not None, reason=str(_lacks(backend))),
+    )
+    for op, phase, dtype in TABLE
+    for backend in ("cuda", "triton")
+    if backend in ops.catalogue()[op].faces
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "phase", "dtype"), BATCHES_ON_GPU)
+def test_batches_on_gpu(op, backend, phase, dtype):
+    check_batches(ops.catalogue()[op], phase, dtype, backend, "cuda")
 
 
 def test_a_copy_on_a_device_keeps_strides_and_alignment():

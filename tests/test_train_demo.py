@@ -302,11 +302,11 @@ def test_the_place_in_a_window_is_that_in_the_whole(step):
     assert loss((4, 5)) > 10
 
 
-def test_a_step_of_the_joint_stage_teaches_everything(tmp_path, monkeypatch):
+def test_a_step_of_the_last_stage_teaches_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "JOINS", {"emoji": 0.0})
     trainer = train.Trainer(tmp_path, "cpu")
     plan = data.Plan("test", (data.Source("tiles", 112, 2),), staged=True)
     arrays = data.batch(plan, trainer.writer, 0, 0.0)
-    losses = trainer.losses("joint", train.STAGES["joint"], arrays)
+    losses = trainer.losses("finish", train.STAGES["finish"], arrays)
     assert set(losses) == {*train.DENSE_WEIGHTS, *train.TOKEN_WEIGHTS, "answer"}
     assert all(0 <= v.detach() < 100 for v in losses.values())  # also without a colour to name

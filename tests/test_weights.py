@@ -193,6 +193,10 @@ def test_fuzz():
     assert fuzz.fuzz_headers(20_000, "test_weights")["accepted"] > 500
 
 
+def test_fuzz_of_the_index():
+    assert fuzz.fuzz_indexes(400, "test_weights")["accepted"] > 5
+
+
 def test_the_fuzz_finds_a_reader_that_reads_elsewhere(monkeypatch):
     entry = weights._entry
 

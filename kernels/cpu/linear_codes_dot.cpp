@@ -8,8 +8,8 @@
 // multiply-adds over the groups per element, for every number of rows. Codes are never turned into
 // numbers. NaN and infinities make a group's scale NaN.
 //
-// Up to kRows rows meet the codes as they come from memory, several panels at once; more rows take
-// a piece of a panel at a time, int4 spread to bytes, as in linear_dot.cpp.
+// Up to kRows rows meet the codes as they come from memory, one panel after the other; more rows
+// take a piece of a panel at a time, int4 spread to bytes, as in linear_dot.cpp.
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
@@ -20,18 +20,22 @@ namespace {
 
 constexpr int64_t kRows = 6;  // x 2 vectors x 2 digits: 24 registers of sums
 constexpr int64_t kPanelVectors = kPanelColumns / kLanes;
-constexpr int64_t kMostPanels = 4;
 constexpr int64_t kQuads = kQuantGroup / 4;
 constexpr int64_t kPieceGroups = 8;  // a piece of a panel is 16 KB of bytes
 constexpr int64_t kGroupCodes = kQuantGroup * kPanelColumns;
 constexpr int64_t kRowStep = 360;
 constexpr int64_t kPanelStep = 8;
 constexpr int64_t kFewRows = 36;  // below, the weights pass once, in the order of memory
-constexpr int64_t kAhead = 2048;  // bytes of a stream that are fetched in advance
+// Bytes of the stream that are fetched in advance, into L2: farther, into L1, or with several
+// streams is up to 40 % slower.
+constexpr int64_t kAhead = 1024;
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t groups_of(const LinearParams& p) { return ceil_div(p.K, kQuantGroup); }
+
+// Rows of a block, the last one's aside: even where there are few.
+inline int64_t block_rows(const LinearParams& p) { return ceil_div(p.M, ceil_div(p.M, kRows)); }
 
 // A group of x for a block of rows: digits [quad][row][high, low][4], then for every row what the
 // codes' offset adds to the sum, and the scale.
@@ -47,59 +51,59 @@ struct Source {
   const char* codes;
   const char* scales;
   int64_t codes_group, scales_group;  // bytes from one group to the next
-  int64_t panel;                      // bytes from one panel to the next
 };
 
 inline __m512i load_line(const char* p) { return _mm512_loadu_si512(p); }
 
-// sum += u8 * s8 over the four of each lane, for the digits at x. As assembly: gcc 12 copies the sums
-// of a loop around the intrinsic, which halves the rate.
-inline __m512i dot_bytes(__m512i sum, __m512i codes, const char* x) {
-  asm("vpdpbusd %2%{1to16%}, %1, %0"
-      : "+v"(sum)
-      : "v"(codes), "m"(*reinterpret_cast<const int32_t*>(x)));
-  return sum;
+// Sums of 16 columns. Not __m512i, which gcc 12 takes for eight numbers: it copies and spills the
+// sums of a loop then, at half the rate.
+typedef int32_t Sums __attribute__((vector_size(64)));
+
+// sum += u8 * s8 over the four of each lane, for the digits at x.
+inline Sums dot_bytes(Sums sum, __m512i codes, const char* x) {
+  int32_t quad;
+  memcpy(&quad, x, 4);
+  return (Sums)_mm512_dpbusd_epi32((__m512i)sum, codes, _mm512_set1_epi32(quad));
 }
 
-// c[Rows][Panels * 32] (+)= the product of `groups` groups.
-template <bool Nibbles, int Rows, int Panels>
-void multiply(const char* x, Source w, int64_t groups, float* c, int64_t c_m, bool resume) {
-  constexpr int kVectors = Panels * kPanelVectors;
+// c[Rows][32] (+)= the product of `groups` groups.
+template <bool Nibbles, int Rows>
+void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
+  constexpr int kVectors = kPanelVectors;
   constexpr int kHalves = Nibbles ? 2 : 1;
   const __m512i nibble = _mm512_set1_epi8(15);
   for (int64_t g = 0; g < groups; ++g) {
     const char* terms = x + Rows * kDigitBytes;
-    __m512i high[Rows][kVectors], low[Rows][kVectors];
+    Sums high[Rows][kVectors], low[Rows][kVectors];
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
       int32_t less;
       memcpy(&less, terms + 8 * r, 4);
-#pragma GCC unroll 8
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        high[r][v] = _mm512_setzero_si512();
-        low[r][v] = _mm512_set1_epi32(less);
+        high[r][v] = Sums{};
+        low[r][v] = Sums{} + less;
       }
     }
     for (int64_t q = 0; q < kQuads; q += kHalves) {
       __m512i u[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        const char* at = w.codes + v / kPanelVectors * w.panel + q / kHalves * kPanelColumns * 4 +
-                         v % kPanelVectors * 64;
-        __builtin_prefetch(at + kAhead);
+        const char* at = w.codes + q / kHalves * kPanelColumns * 4 + v * 64;
+        __builtin_prefetch(at + kAhead, 0, 2);
         u[v] = load_line(at);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < kHalves; ++half, x += Rows * 8) {
         __m512i b[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
           b[v] =
               !Nibbles ? u[v] : _mm512_and_si512(half ? _mm512_srli_epi32(u[v], 4) : u[v], nibble);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
+#pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) {
             high[r][v] = dot_bytes(high[r][v], b[v], x + 8 * r);
             low[r][v] = dot_bytes(low[r][v], b[v], x + 8 * r + 4);
@@ -108,19 +112,18 @@ void multiply(const char* x, Source w, int64_t groups, float* c, int64_t c_m, bo
       }
     }
     F scale[kVectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
-      const char* at = w.scales + v / kPanelVectors * w.panel + v % kPanelVectors * 32;
-      scale[v] = load(reinterpret_cast<const bf16*>(at));
+      scale[v] = load(reinterpret_cast<const bf16*>(w.scales + v * 32));
     }
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
       float factor;
       memcpy(&factor, terms + 8 * r + 4, 4);
-#pragma GCC unroll 8
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
-        const __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high[r][v], 8), low[r][v]);
-        float* to = c + r * c_m + v * kLanes;
+        const __m512i sum = (__m512i)((high[r][v] << 8) + low[r][v]);
+        float* to = c + r * kPanelColumns + v * kLanes;
         const F before = resume || g > 0 ? load(to) : set(0.0f);
         store(to, fma(F{_mm512_cvtepi32_ps(sum)}, scale[v] * set(factor), before));
       }
@@ -131,23 +134,12 @@ void multiply(const char* x, Source w, int64_t groups, float* c, int64_t c_m, bo
   }
 }
 
-using Multiply = void (*)(const char*, Source, int64_t, float*, int64_t, bool);
-
-// The panels that one block of rows alone takes at once.
-int64_t panels_at_once(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+using Multiply = void (*)(const char*, Source, int64_t, float*, bool);
 
 template <bool Nibbles, int Rows = kRows>
-Multiply multiply_for(int64_t rows, int64_t panels) {
-  if (rows == Rows) {
-    if constexpr (Rows == 1) {
-      if (panels == 4) return multiply<Nibbles, Rows, 4>;
-    }
-    if constexpr (Rows == 2 || Rows == 3) {
-      if (panels == 2) return multiply<Nibbles, Rows, 2>;
-    }
-    return multiply<Nibbles, Rows, 1>;
-  }
-  if constexpr (Rows > 1) return multiply_for<Nibbles, Rows - 1>(rows, panels);
+Multiply multiply_for(int64_t rows) {
+  if (rows == Rows) return multiply<Nibbles, Rows>;
+  if constexpr (Rows > 1) return multiply_for<Nibbles, Rows - 1>(rows);
   return nullptr;
 }
 
@@ -156,12 +148,11 @@ void plan(LinearParams& p, int threads) {
   if (p.M <= kRows) {
     p.row_step = p.M;
     p.row_blocks = 1;
-    const int64_t step = panels_at_once(p.M);
-    p.panel_step = panels >= 8 * step * threads ? step : 1;
+    p.panel_step = 1;
   } else {
     // Even blocks, whole blocks of rows.
     const int64_t blocks = ceil_div(p.M, kRowStep);
-    p.row_step = ceil_div(ceil_div(p.M, blocks), kRows) * kRows;
+    p.row_step = ceil_div(ceil_div(p.M, blocks), block_rows(p)) * block_rows(p);
     p.row_blocks = ceil_div(p.M, p.row_step);
     p.panel_step = kPanelStep;
     while (p.panel_step > 1 && p.row_blocks * ceil_div(panels, p.panel_step) < 6 * threads) {
@@ -169,9 +160,9 @@ void plan(LinearParams& p, int threads) {
     }
   }
   p.panel_blocks = ceil_div(panels, p.panel_step);
-  p.items = ceil_div(p.M, kRows);
+  p.items = ceil_div(p.M, block_rows(p));
   p.workspace_size = p.M * groups_of(p) * kRowBytes;
-  const int64_t sums = p.row_step * (p.M <= kRows ? kMostPanels : p.panel_step) * kPanelColumns;
+  const int64_t sums = p.row_step * p.panel_step * kPanelColumns;
   p.scratch_size = sums * 4 + kPieceGroups * kGroupCodes;
 }
 
@@ -218,10 +209,10 @@ void take_digits(const bf16* x, int64_t n, int32_t offset, char* digits, int64_t
 }
 
 void prepare(const LinearParams& p, int64_t begin, int64_t end) {
-  const int64_t groups = groups_of(p);
+  const int64_t groups = groups_of(p), most = block_rows(p);
   const int32_t offset = p.format == WeightFormat::int8 ? 128 : 8;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t m = block * kRows, rows = least(p.M - m, kRows);
+    const int64_t m = block * most, rows = least(p.M - m, most);
     for (int64_t g = 0; g < groups; ++g) {
       char* to = group_at(p, m, rows, g);
       for (int64_t r = 0; r < rows; ++r) {
@@ -239,7 +230,7 @@ Source packed_at(const LinearParams& p, int64_t panel, int64_t g) {
   const Code* group = panel_at<Code>(p, panel, g * kQuantGroup);
   const int64_t size = panel_bytes(p.format, kQuantGroup);
   return {reinterpret_cast<const char*>(codes_of(group)),
-          reinterpret_cast<const char*>(scales_of(group)), size, size, panel_bytes(p.format, p.K)};
+          reinterpret_cast<const char*>(scales_of(group)), size, size};
 }
 
 // The same for many rows: bytes, which int4's nibbles become at `made`.
@@ -252,7 +243,7 @@ Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups,
     const char* from = w.codes + i * w.codes_group;
     char* to = made + i * kGroupCodes;
     for (int64_t line = 0; line < kGroupCodes / 128; ++line) {
-      __builtin_prefetch(from + line * 64 + kAhead);
+      __builtin_prefetch(from + line * 64 + kAhead, 0, 2);
       const __m512i u = load_line(from + line * 64);
       char* quads = to + line / kPanelVectors * 256 + line % kPanelVectors * 64;
       _mm512_storeu_si512(quads, _mm512_and_si512(u, nibble));
@@ -267,17 +258,12 @@ Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups,
 // One block of rows meets its panels.
 template <class Code>
 void one_block(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
-  const int64_t groups = groups_of(p), most = panels_at_once(p.M);
-  int64_t together;
-  for (int64_t panel = panel0; panel < panel1; panel += together) {
-    together = panel1 - panel >= most ? most : 1;
-    const int64_t stride = together * kPanelColumns;
-    if (groups == 0) memset(sums, 0, static_cast<size_t>(p.M * stride) * 4);
-    multiply_for<Code::kBits == 4>(p.M, together)(
-        group_at(p, 0, p.M, 0), packed_at<Code>(p, panel, 0), groups, sums, stride, false);
-    for (int64_t i = 0; i < together; ++i) {
-      finish(p, sums + i * kPanelColumns, stride, 0, p.M, (panel + i) * kPanelColumns);
-    }
+  const int64_t groups = groups_of(p);
+  if (groups == 0) memset(sums, 0, static_cast<size_t>(p.M * kPanelColumns) * 4);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    multiply_for<Code::kBits == 4>(p.M)(group_at(p, 0, p.M, 0), packed_at<Code>(p, panel, 0),
+                                        groups, sums, false);
+    finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
   }
 }
 
@@ -286,7 +272,7 @@ void one_block(const LinearParams& p, int64_t panel0, int64_t panel1, float* sum
 template <class Code>
 void blocks(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
             char* made, float* sums) {
-  const int64_t all = groups_of(p), panels = panel1 - panel0;
+  const int64_t all = groups_of(p), panels = panel1 - panel0, most = block_rows(p);
   const int64_t pieces = all == 0 ? 1 : ceil_div(all, kPieceGroups);
   const bool few = m1 - m0 < kFewRows;
   if (all == 0) memset(sums, 0, static_cast<size_t>((m1 - m0) * panels * kPanelColumns) * 4);
@@ -295,10 +281,10 @@ void blocks(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64
     const int64_t g = (few ? i % pieces : i / panels) * kPieceGroups;
     const int64_t groups = least(kPieceGroups, all - g);
     const Source w = bytes_at<Code>(p, panel0 + panel, g, groups, made);
-    for (int64_t m = m0; m < m1; m += kRows) {
-      const int64_t rows = least(m1 - m, kRows);
+    for (int64_t m = m0; m < m1; m += most) {
+      const int64_t rows = least(m1 - m, most);
       float* c = sums + (panel * (m1 - m0) + m - m0) * kPanelColumns;
-      multiply_for<false>(rows, 1)(group_at(p, m, rows, g), w, groups, c, kPanelColumns, g > 0);
+      multiply_for<false>(rows)(group_at(p, m, rows, g), w, groups, c, g > 0);
       if (g + groups >= all) finish(p, c, kPanelColumns, m, rows, (panel0 + panel) * kPanelColumns);
     }
   }

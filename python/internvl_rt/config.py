@@ -481,6 +481,7 @@ def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
     theta, scaling = _rope(section, family, head_dim, positions)
     num_layers = size("num_hidden_layers", _MAX_LAYERS)
     mixtures = _mixtures(section, family, num_layers)
+    experts = _experts(section, family, layout)
 
     def has(bias: Bias) -> bool:
         if bias.key is None:
@@ -508,7 +509,7 @@ def _text(top: _Section, section: _Section, layout: str) -> TextConfig:
         gate=family.gate,
         sinks=family.sinks,
         windows=_windows(section, family, num_layers, positions),
-        experts=_experts(section, family, layout) if any(mixtures) else None,
+        experts=experts if any(mixtures) else None,
         mixtures=mixtures,
         awq_group=_awq_group([part for part in stored if part is not None]),
         tie_word_embeddings=section.boolean("tie_word_embeddings", default=False),
@@ -568,9 +569,10 @@ def _mixtures(section: _Section, family: Family, num_layers: int) -> tuple[bool,
     return tuple(i not in dense and (i + 1) % step == 0 for i in range(num_layers))
 
 
-def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig:
+def _experts(section: _Section, family: Family, layout: str) -> ExpertsConfig | None:
     keys, defaults = family.experts, family.defaults
-    assert keys is not None
+    if keys is None:
+        return None
 
     def size(key: str, high: int) -> int:
         return section.integer(key, 1, high, defaults[key] if layout == "hf" else _REQUIRED)

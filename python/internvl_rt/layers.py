@@ -65,8 +65,12 @@ class GroupedLinear:
             self.weight = torch.stack([torch.cat(parts) for parts in weights()])
         self.bias = torch.stack(biases) if biases else None
 
-    def __call__(self, x: Tensor, offsets: Tensor, rows: Tensor | None = None) -> Tensor:
-        return self.ops.grouped_linear(x, self.weight, offsets, rows=rows, bias=self.bias)
+    def __call__(
+        self, x: Tensor, offsets: Tensor, rows: Tensor | None = None, phase: str | None = None
+    ) -> Tensor:
+        return self.ops.grouped_linear(
+            x, self.weight, offsets, rows=rows, bias=self.bias, phase=phase
+        )
 
 
 class RmsNorm:

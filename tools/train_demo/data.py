@@ -21,9 +21,6 @@ from tokens import Conversation, Writer, make_tokenizer, pad, together
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-# Tokens after a picture: of so many conversations about it as they hold, the exam's task first.
-ROOM = 90
-BOXES = 0.3  # how often places are asked for at all: their answers are long
 SECOND_TURN = 0.2  # how often a turn follows another instead of standing alone
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
 JOINS = {
@@ -36,11 +33,11 @@ JOINS = {
 }
 # Share of a task in the mixture: more of what is learned more slowly.
 WEIGHTS = {
-    "number": 2.2,
-    "shape and colour": 0.5,
-    "emoji": 0.5,
-    "relation": 2.4,
-    "count": 1.6,
+    "number": 2.4,
+    "shape and colour": 0.6,
+    "emoji": 1.6,
+    "relation": 0.4,
+    "count": 2.2,
     "outside": 0.3,
 }
 
@@ -62,13 +59,17 @@ class Source:
 class Plan:
     """What a stage is fed: its sources take turns; tasks join one after the other if `staged`.
 
-    weights: share of a task in the mixture.
+    weights: share of a task in the mixture. room: tokens after a picture, for as many conversations
+    about it as they hold, the exam's task first. boxes: how often places are asked for at all;
+    their answers are long.
     """
 
     name: str
     sources: tuple[Source, ...]
     staged: bool = False
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
+    room: int = 90
+    boxes: float = 0.3
     vocab: int = 0
     seed: int = 0
 
@@ -88,9 +89,9 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
     whole = source.side == Sizes.image_size  # a smaller one does not know what part it sees
-    located = [whole and rng.random() < BOXES for _ in drawn]
+    located = [whole and rng.random() < plan.boxes for _ in drawn]
     talks = [
-        _talks(rng, [t for t in p.turns if yes or t[0] != "box"], writer)
+        _talks(rng, [t for t in p.turns if yes or t[0] != "box"], writer, plan.room)
         for p, yes in zip(drawn, located, strict=True)
     ]
     arrays = _arrays(
@@ -108,7 +109,7 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     return arrays
 
 
-def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer) -> Conversation:
+def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer, room: int) -> Conversation:
     """Conversations of one or two turns about a picture, the first turn surely among them."""
     groups: list[list[tuple[str, str]]] = []
     for i in [0, *(1 + rng.permutation(len(turns) - 1))]:
@@ -118,7 +119,7 @@ def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer) -> Conv
             groups.append([turns[i][1:]])
     talks = [writer.conversation(group) for group in groups]
     lengths = np.cumsum([len(t.after) for t in talks])
-    return together(talks[: max(1, int((lengths <= ROOM).sum()))])
+    return together(talks[: max(1, int((lengths <= room).sum()))])
 
 
 def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[draw.Picture]:

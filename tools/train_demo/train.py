@@ -1,15 +1,17 @@
 """Trains the demonstration model on pictures that it draws itself.
 
     python tools/train_demo/train.py --out /tmp/demo                    # all stages
-    python tools/train_demo/train.py --out /tmp/demo --stages tiles --minutes 30   # goes on
+    python tools/train_demo/train.py --out /tmp/demo --stages joint,finish --minutes 30   # goes on
     python tools/train_demo/train.py --out /tmp/demo --start python/internvl_rt/demo_model
 
 Stages: `tower` teaches the vision tower what lies in every patch; `answer` the decoder with the
 tower frozen, one task after the other; `whole` all of it, at 112 and at 224 pixels, with the dense
-loss kept; `tiles` the same with pictures of any shape, as a thumbnail or as several tiles. A stage
-runs for its minutes: the learning rate and the mixture follow the clock, so a faster machine sees
-more pictures. OUT/state.pt is written every few minutes and read at the start; OUT/log.jsonl gets
-loss and held-out accuracy. Uses a GPU when there is one.
+loss kept; `places` the tower again, with large things; `relate` the decoder on two things and where
+they are; `joint` everything, also pictures of any shape, as a thumbnail or as several tiles;
+`finish` the same with what is offered foremost. A stage runs for its minutes: the learning rate and
+the mixture follow the clock, so a faster machine sees more pictures. OUT/state.pt is written every
+few minutes and read at the start; OUT/log.jsonl gets loss and held-out accuracy. Uses a GPU when
+there is one.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ from tokens import Writer, make_tokenizer, pad
 BACKGROUND_WEIGHT = 0.15
 LONGEST = 32  # tokens of an answer in an exam
 REPORT_SECONDS = 480
-DENSE_WEIGHTS = {"kind": 1.0, "colour": 0.3, "box": 1.5, "centre": 0.3, "place": 0.1}
-TOKEN_WEIGHTS = {"token_place": 0.1, "token_centre": 0.3}
+DENSE_WEIGHTS = {"kind": 1.0, "colour": 0.3, "box": 0.3, "centre": 0.2, "place": 0.1}
+TOKEN_WEIGHTS = {"token_place": 0.05, "token_centre": 0.2}
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,17 @@ class Stage:
 
 _PAGES = data.Source("page", 112, 64)
 _SMALL, _LARGE = data.Source("scene", 112, 64), data.Source("scene", 224, 20)
-_THUMBNAILS, _TILES = data.Source("thumbnail", 224, 20), data.Source("tiles", 224, 4)
 _PLACES = data.Source("page", 224, 20)
 _TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
 _TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
 _ALL = {"vision_model.": 4e-4, "dense.": 1e-3, "mlp1.": 1e-3, "language_model.": 1e-3}
-_FINE = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 8e-4, "language_model.": 8e-4}
 _PLACED = {"vision_model.": 1e-3, "dense.": 1.5e-3}
 _DECODER = {"mlp1.": 1.2e-3, "language_model.": 1.2e-3}
 _JOINT = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_model.": 1.2e-3}
 _SCENES, _SHAPED = data.Source("scene", 224, 16), data.Source("thumbnail", 224, 16)
 _FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 6)
+_FINISH = {"vision_model.": 2.5e-4, "dense.": 8e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
+_RELATIONS = data.WEIGHTS | {"relation": 2.4, "count": 1.6, "emoji": 0.5}
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
@@ -80,31 +82,35 @@ STAGES = {
     "relate": Stage(
         30,
         _DECODER,
-        data.Plan("relate", (_SCENES, _FEW_SMALL), weights=data.WEIGHTS | {"relation": 5.0}),
+        data.Plan("relate", (_SCENES, _FEW_SMALL), weights=_RELATIONS | {"relation": 5.0}),
         0.0,
         224,
         decay=0.2,
     ),
     "joint": Stage(
-        45,
+        30,
         _JOINT,
         data.Plan(
             "joint",
             (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _PLACES),
+            weights=_RELATIONS,
         ),
         0.5,
         224,
         decay=0.9,
     ),
-    "tiles": Stage(
-        15,
-        _FINE,
+    "finish": Stage(
+        30,
+        _FINISH,
         data.Plan(
-            "tiles", (_LARGE, _SMALL, _THUMBNAILS, _SMALL, _TILES, _SMALL, _THUMBNAILS, _PAGES)
+            "finish",
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _FEW_SMALL),
+            room=64,
+            boxes=0.1,
         ),
         0.5,
         224,
-        decay=0.95,
+        decay=1.0,
     ),
 }
 

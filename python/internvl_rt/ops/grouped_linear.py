@@ -250,6 +250,7 @@ _op = register(
             _case("odd", [3, 0, 2, 1], 31, 33, bias=True),
             _case("odd_rows", [1, 4, 0, 13], 33, 31, tokens=5, bias=True),
             _case("tail_many", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, bias=True),
+            _case("tail_experts", [e % 3 for e in range(140)], 9, 16, tokens=7),
             Case("strided", _strided),
             # An eighth of the outputs: wide enough for every path, small enough to build often.
             _case("gpt_oss_20b_up", [2, 0, 1, 1], 720, 2880, tokens=2, bias=True, slow=True),

@@ -216,8 +216,8 @@ class OpSet:
     """The ops of one backend as attributes: `ops = OpSet("native"); ops.rms_norm(...)`.
 
     overrides names single ops that take another backend: a wrong result can be bisected to one op
-    with `OpSet("native", {"linear": "reference"})`. "triton" stands for Triton's kernels where an op
-    has one, and for the native ones elsewhere.
+    with `OpSet("native", {"linear": "reference"})`. "triton" stands for Triton's kernels where an
+    op has one, and for the native ones elsewhere.
     device: the type of the device that tensors are on, "cpu" or "cuda".
     """
 
