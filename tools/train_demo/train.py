@@ -8,10 +8,10 @@ Stages: `tower` teaches the vision tower what lies in every patch; `answer` the 
 tower frozen, one task after the other; `whole` all of it, at 112 and at 224 pixels, with the dense
 loss kept; `places` the tower again, with large things; `relate` the decoder on two things and where
 they are; `joint` everything, also pictures of any shape, as a thumbnail or as several tiles;
-`finish` the same with what is offered foremost. A stage runs for its minutes: the learning rate and
-the mixture follow the clock, so a faster machine sees more pictures. OUT/state.pt is written every
-few minutes and read at the start; OUT/log.jsonl gets loss and held-out accuracy. Uses a GPU when
-there is one.
+`finish` the same with what is offered foremost; `polish` with numbers and counts foremost. A stage
+runs for its minutes: the learning rate and the mixture follow the clock, so a faster machine sees
+more pictures. OUT/state.pt is written every few minutes and read at the start; OUT/log.jsonl gets
+loss and held-out accuracy. Uses a GPU when there is one.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ _JOINT = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_mode
 _SCENES, _SHAPED = data.Source("scene", 224, 16), data.Source("thumbnail", 224, 16)
 _FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 6)
 _FINISH = {"vision_model.": 2.5e-4, "dense.": 8e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
+_POLISH = {"vision_model.": 2e-4, "dense.": 8e-4, "mlp1.": 8e-4, "language_model.": 8e-4}
 _RELATIONS = data.WEIGHTS | {"relation": 2.4, "count": 1.6, "emoji": 0.5}
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
@@ -105,6 +106,20 @@ STAGES = {
         data.Plan(
             "finish",
             (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _FEW_SMALL),
+            room=64,
+            boxes=0.1,
+        ),
+        0.5,
+        224,
+        decay=1.0,
+    ),
+    "polish": Stage(
+        24,
+        _POLISH,
+        data.Plan(
+            "polish",
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _SHAPED),
+            weights=data.WEIGHTS | {"number": 3.0, "count": 3.0, "relation": 0.6},
             room=64,
             boxes=0.1,
         ),
