@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 import internvl_rt as ivr
 from internvl_rt import _C
-from isas import ISAS, stand_in
+from isas import ISAS, attention_of, stand_in
 
 IMAGE_TOKEN = 1000
 TEXT = {
@@ -175,10 +175,11 @@ def test_model_against_transformers_and_references(reference):
         logits = native.forward(ids, pixels)
         ran = _C.kernel_counts(reset=True)
         best = _C.isa()
-        plain = stand_in(best)
+        plain, attention = stand_in(best), attention_of(best)
         kind = "bf16" if dtype == "bfloat16" else "f32"
         linear = f"linear_{kind}/{best if kind == 'bf16' else plain}"
-        assert {linear, f"flash_attention/{plain}", f"paged_attention/{plain}"} <= set(ran)
+        expected = {linear, f"flash_attention/{attention}", f"paged_attention/{attention}"}
+        assert expected <= set(ran)
         assert relative(logits, truth) <= bound
         plain_torch = ivr.load(folder, dtype=dtype, backend="reference").forward(ids, pixels)
         assert relative(logits, plain_torch) <= bound
