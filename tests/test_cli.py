@@ -100,6 +100,8 @@ def test_interrupt_ends_quietly(chat_folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdout.read(1)  # the answer has begun
     time.sleep(0.2)

@@ -295,6 +295,37 @@ def test_threads_share_the_engine(model):
     assert results == expected
 
 
+class Interrupted(threading.Condition):
+    """Ctrl-C as the lock is let go for the `at`-th time."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.left = at
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_an_interrupt_leaves_an_engine_that_runs(engine, at):
+    engine._turn = Interrupted(at)
+    other = request(seed=1)
+
+    def ask(r):
+        engine.submit(r)
+        engine.run([r])
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(request())
+    runs = threading.Thread(target=ask, args=(other,), daemon=True)
+    runs.start()
+    runs.join(60)
+    assert other.finish_reason == "length"
+
+
 def test_a_forked_child_computes(model):
     ids = prompt(70)[None]
     expected = model.forward(ids)

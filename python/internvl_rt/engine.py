@@ -100,19 +100,20 @@ class Engine:
 
     def _wait(self, request: Request) -> None:
         """Returns when the request has events or is finished, stepping if nobody else does."""
-        with self._turn:
-            while not request.events and not request.finished:
-                if self._stepping:
-                    self._turn.wait()
-                    continue
-                self._stepping = True
-                self._turn.release()
-                try:
-                    self._step()
-                finally:
-                    self._turn.acquire()
+        while not request.events and not request.finished:
+            ours = False
+            try:  # wherever Ctrl-C comes in between, the turn is handed on
+                with self._turn:
+                    if self._stepping:
+                        self._turn.wait()
+                        continue
+                    self._stepping = ours = True
+                self._step()
+            finally:
+                if ours:
                     self._stepping = False
-                    self._turn.notify_all()
+                    with self._turn:
+                        self._turn.notify_all()
 
     # A step. Only one thread is in here at a time.
 
