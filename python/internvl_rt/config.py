@@ -547,9 +547,10 @@ def _awq_group(stored: Collection[_Section]) -> int | None:
         part.only("bits", 4, 4)
         part.only("zero_point", True, True)
         part.choice("version", ("gemm", "GEMM"), "gemm")
-        groups.add(part.integer("group_size", 1, _MAX_WIDTH, 128))
-        if part.value("group_size", 128) not in _AWQ_GROUPS:
+        group = part.integer("group_size", 1, _MAX_WIDTH, 128)
+        if group not in _AWQ_GROUPS:
             part.wrong("group_size", f"one of {', '.join(map(str, _AWQ_GROUPS))}")
+        groups.add(group)
     if len(groups) > 1:
         _fail("config.json: two quantization_configs with different group sizes")
     return groups.pop() if groups else None

@@ -18,11 +18,9 @@ from torch import Tensor
 from internvl_rt import _C
 from internvl_rt import image as pictures
 from internvl_rt import video as videos
-from internvl_rt._C import set_num_threads
 from internvl_rt.config import ModelConfig, VisionConfig, load_config, load_vision_config
 from internvl_rt.engine import DEFAULT_PREFILL_CHUNK, Engine
 from internvl_rt.hub import resolve_path
-from internvl_rt.models.decoder import require_quantisable
 from internvl_rt.models.internvl import InternVL
 from internvl_rt.models.vision import VISION_OPS, VisionTower
 from internvl_rt.ops import OpSet
@@ -83,7 +81,7 @@ def load(
     """
     platform = platform_for(device)
     if threads is not None:
-        set_num_threads(threads)
+        _C.set_num_threads(threads)
     opset = _opset(backend, platform)
     source = DEMO_MODEL if path_or_repo_id is None else path_or_repo_id
     folder = resolve_path(source)
@@ -95,10 +93,9 @@ def load(
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
     if kv_tokens is not None:
         _check_integer("kv_tokens", kv_tokens, PAGE_SIZE, 1 << 40)
-    require_quantisable(config.text, quant)
+    plan = make_plan(config, kind, prefill_chunk=chunk, quant=quant, platform=platform)
     if quant is not None and platform is not CPU:
         raise ValueError(f"quant is {quant!r}, but device is {device!r}: on the CPU only")
-    plan = make_plan(config, kind, prefill_chunk=chunk, quant=quant, platform=platform)
     plan.require_fit()
     tokens = plan.kv_tokens if kv_tokens is None else min(kv_tokens, plan.kv_tokens)
     with platform.scope():

@@ -40,10 +40,10 @@ def require_quantisable(config: TextConfig, quant: str | None) -> None:
 
 def decoder_ops(config: TextConfig) -> tuple[str, ...]:
     """The ops that a decoder with this config calls."""
-    names = ("embed_scatter", "rms_norm", "linear", "rope", "paged_attention", "gated_linear")
-    names += ("gated_activation",)
+    names = ("embed_scatter", "rms_norm", "linear", "rope", "paged_attention")
+    names += ("gated_linear", "gated_activation", "sample")
     experts = ("moe_route", "grouped_linear", "moe_combine")
-    return names + ("sample",) + (() if config.experts is None else experts)
+    return names if config.experts is None else names + experts
 
 
 @dataclass(frozen=True)
