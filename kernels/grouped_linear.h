@@ -21,7 +21,8 @@ struct GroupedLinearParams {
   void* out;               // [M, N]
   int64_t R, M, N, K, E;
   int64_t x_r, bias_e, out_m;  // row strides in elements
-  DType dtype;                 // f32 or bf16: x, weight, bias and out
+  DType dtype;                 // f32 or bf16: x, bias and out
+  WeightFormat format;         // of weight: dtype's, int8 or int4; on CUDA dtype's
   bool decode;                 // CUDA: the kernel for few rows, whatever M is
 };
 

@@ -1,6 +1,8 @@
 """Weight-only quantisation: the definition, the packed form, the product's laws, whole models."""
 
 import dataclasses
+import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ import internvl_rt as ivr
 from internvl_rt import _C, num_threads, set_num_threads
 from internvl_rt.config import load_config
 from internvl_rt.models.decoder import weight_format
-from internvl_rt.ops import linear, pack, unpack
+from internvl_rt.ops import grouped_linear, linear, pack, pack_experts, unpack
 from internvl_rt.ops.linear import packed_size
 from internvl_rt.ops.quantise import dequantise, quantise
 from internvl_rt.runtime.plan import make_plan
@@ -19,6 +21,9 @@ FORMATS = ("int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16)
 # What multiplies codes instead of the weights that they stand for.
 DIGITS = ("avx512_bf16", torch.bfloat16)
+MIXTURES = [
+    Path(__file__).parent / "golden" / f"internvl3_5-{name}" for name in ("qwen3moe", "gptoss")
+]
 SHAPES = [(0, 5), (5, 0), (1, 1), (33, 65), (64, 64), (2100, 70)]
 
 
@@ -314,15 +319,67 @@ def test_the_plan_counts_quantised_bytes(chat_folder):
         assert all(x.weight.data.dtype == torch.uint8 for x in layers)
 
 
-def test_unknown_formats_and_experts_are_refused(chat_folder):
+def test_unknown_formats_are_refused(chat_folder):
     with pytest.raises(ValueError, match=r"^quant is 'int3', allowed: int8, int4$"):
         ivr.load(chat_folder, quant="int3")
-    config = load_config(chat_folder)
-    text = dataclasses.replace(config.text, experts=object())
-    with pytest.raises(ValueError, match=r"^quant is 'int8', but experts cannot be quantised"):
-        make_plan(
-            dataclasses.replace(config, text=text),
-            torch.bfloat16,
-            prefill_chunk=64,
-            quant="int8",
-        )
+    with pytest.raises(ValueError, match=r"^quant is 'int3', allowed: int8, int4$"):
+        make_plan(load_config(chat_folder), torch.bfloat16, prefill_chunk=64, quant="int3")
+
+
+# ---- experts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_is_what_linear_makes_of_its_weight(isa, make, dtype, fmt):
+    weights, counts = make(5, 70, 453), [3, 0, 40, 1, 13]
+    packed, sizes = pack_experts(weights, quant=fmt), torch.tensor([0, *counts])
+    x, bias = make(sum(counts), 453).to(dtype), make(5, 70).to(dtype)
+    offsets = sizes.cumsum(0).int()
+    ours = grouped_linear(x, packed, offsets, bias=bias)
+    for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        assert torch.equal(packed[e].data, pack(weights[e], quant=fmt).data)
+        alone = linear(x[begin:end], packed[e], bias=bias[e])
+        assert torch.equal(bits(ours[begin:end]), bits(alone))
+
+
+def test_experts_of_another_shape_are_refused(make):
+    with pytest.raises(
+        ValueError, match=r"^pack_experts: expert 1 is torch\.float32 \[4, 9\]"
+    ):
+        pack_experts([make(4, 8), make(4, 9)], quant="int8")
+    packed = pack_experts(make(2, 4, 8), quant="int4")
+    with pytest.raises(ValueError, match=r"^grouped_linear: x "):
+        grouped_linear(torch.zeros(3, 9), packed, torch.tensor([0, 1, 3], dtype=torch.int32))
+    short = dataclasses.replace(packed, data=packed.data[:-1])
+    with pytest.raises(ValueError, match=r"^grouped_linear: weight has shape"):
+        grouped_linear(torch.zeros(3, 8), short, torch.tensor([0, 1, 3], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("quant", FORMATS)
+@pytest.mark.parametrize("folder", MIXTURES, ids=lambda folder: folder.name)
+def test_a_mixture_equals_its_reference(folder, quant):
+    truth = ivr.load(folder, dtype="float32", backend="reference", quant=quant).forward(PROMPT)
+    plain = ivr.load(folder, dtype="float32").forward(PROMPT)
+    model = ivr.load(folder, dtype="float32", quant=quant)
+    error = (model.forward(PROMPT) - truth).abs().max()
+    assert error <= 1e-3 * truth.std()
+    assert (truth - plain).abs().max() > 20 * error, "nothing was quantised"
+    experts = [layer.mlp for layer in model._core.decoder.layers]
+    assert all(m.gate_up.weight.data.dtype == torch.uint8 for m in experts)
+    assert all(m.down.weight.data.dtype == torch.uint8 for m in experts)
+    chunked = ivr.load(folder, dtype="float32", quant=quant, prefill_chunk=5)
+    assert torch.equal(chunked.forward(PROMPT), model.forward(PROMPT))
+
+
+def test_the_plan_counts_quantised_experts():
+    for folder in MIXTURES:
+        config = load_config(folder)
+        plans = [
+            make_plan(config, torch.float32, prefill_chunk=64, quant=quant).weights
+            for quant in (None, "int8", "int4")
+        ]
+        model = ivr.load(folder, dtype="float32", quant="int4")
+        experts = [layer.mlp for layer in model._core.decoder.layers]
+        held = sum(w.data.numel() for m in experts for w in (m.gate_up.weight, m.down.weight))
+        assert plans[0] > plans[1] > plans[2] > held

@@ -111,10 +111,9 @@ void run(const GroupedLinearParams& g, LinearSteps steps, Batch& batch) {
 
 // Rows [m, m + M) of the call, all of expert e.
 LinearParams product(const GroupedLinearParams& g, int64_t e, int64_t m, int64_t M) {
-  const WeightFormat format = static_cast<WeightFormat>(g.dtype);
   LinearParams p{};
   p.x = g.rows ? nullptr : advance(g.x, m * g.x_r, g.dtype);
-  p.weight = advance(g.weight, e * panel_count(g.N) * panel_size(format, g.K), g.dtype);
+  p.weight = static_cast<const char*>(g.weight) + e * panel_count(g.N) * panel_bytes(g.format, g.K);
   p.bias = advance(g.bias, e * g.bias_e, g.dtype);
   p.out = advance(g.out, m * g.out_m, g.dtype);
   p.M = M;
@@ -123,7 +122,7 @@ LinearParams product(const GroupedLinearParams& g, int64_t e, int64_t m, int64_t
   p.x_m = g.x_r;
   p.out_m = g.out_m;
   p.dtype = p.out_dtype = g.dtype;
-  p.format = format;
+  p.format = g.format;
   return p;
 }
 
@@ -159,8 +158,10 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
                     Tensor offsets, std::optional<Tensor> rows, std::optional<Tensor> bias,
                     std::optional<bool> decode, Tensor out) {
   Checker check("grouped_linear");
-  check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
-                "weight format is not implemented, available: f32, bf16");
+  check.require(format != WeightFormat::fp8,
+                "weight format is not implemented, available: f32, bf16, int8, int4");
+  check.require(x.device == Device::cpu || !is_quantised(format),
+                "quantised weights are for the CPU, x is on a CUDA device");
   check.require(E >= 0 && N >= 0 && K >= 0, "weight has a negative size");
   check.bind("K", K, "weight");
   check.bind("N", N, "weight");
@@ -168,9 +169,15 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
   check.bind("E+1", E + 1, "weight");
   const int64_t size = x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K);
   check.bind("P", E * size, "packed size");
-  const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
-  check.tensor("weight", weight, {dtype}, {"P"});
-  check.tensor("x", x, {dtype}, {"R", "K"});
+  if (is_quantised(format)) {
+    check.tensor("weight", weight, {DType::u8}, {"P"});
+    check.tensor("x", x, {DType::f32, DType::bf16}, {"R", "K"});
+  } else {
+    const DType stored = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
+    check.tensor("weight", weight, {stored}, {"P"});
+    check.tensor("x", x, {stored}, {"R", "K"});
+  }
+  const DType dtype = x.dtype;
   if (rows) {
     check.tensor("rows", *rows, {DType::i32}, {"M"});
   } else {
@@ -194,12 +201,13 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
                               .bias_e = bias ? bias->stride(0) : 0,
                               .out_m = out.stride(0),
                               .dtype = dtype,
+                              .format = format,
                               .decode = decode.value_or(check["M"] <= kDecodeRows)};
   if (ran_on_cuda(check, IVR_CUDA_KERNEL(grouped_linear), g, x)) return;
   check_offsets(check, "offsets", offsets, "M");
   check_rows(check, g);
   if (g.M * g.N == 0) return;
-  run(g, linear_steps(dtype, dtype == DType::f32 ? WeightFormat::f32 : WeightFormat::bf16));
+  run(g, linear_steps(dtype, format));
 }
 
 }  // namespace

@@ -48,8 +48,9 @@ class GroupedLinear:
         experts: Iterable[tuple[Sequence[Tensor], Sequence[Tensor] | None]],
         count: int,
         dtype: torch.dtype,
+        quant: str | None = None,
     ) -> None:
-        """experts: weights and biases of one after the other, as for Linear."""
+        """experts: weights and biases of one after the other, as for Linear; quant too."""
         self.ops = opset
         biases: list[Tensor] = []
 
@@ -57,10 +58,13 @@ class GroupedLinear:
             for parts, bias in experts:
                 if bias is not None:
                     biases.append(torch.cat([b.to(dtype) for b in bias]))
-                yield [w.to(dtype) for w in parts]
+                yield list(parts) if quant else [w.to(dtype) for w in parts]
 
         if opset.choice("grouped_linear") == "native":
-            self.weight: Any = ops.pack_experts(weights(), count=count)
+            self.weight: Any = ops.pack_experts(weights(), count=count, quant=quant)
+        elif quant is not None:
+            each = (ops.pack(parts, quant=quant) for parts in weights())
+            self.weight = torch.stack([ops.unpack(packed).to(dtype) for packed in each])
         else:
             self.weight = torch.stack([torch.cat(parts) for parts in weights()])
         self.bias = torch.stack(biases) if biases else None

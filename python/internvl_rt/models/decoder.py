@@ -11,7 +11,6 @@ from internvl_rt.config import TextConfig
 from internvl_rt.layers import GroupedLinear, Linear, RmsNorm
 from internvl_rt.models.rotary import Rotary
 from internvl_rt.ops import OpSet
-from internvl_rt.ops.quantise import check_quant
 from internvl_rt.parameters import Parameters
 from internvl_rt.runtime.batch import Batch
 from internvl_rt.runtime.kv_cache import KvCache
@@ -27,15 +26,6 @@ def weight_format(name: str, quant: str | None) -> str | None:
         return None
     formats = {"qkv": quant, "o": quant, "gate_up": quant, "down": quant, "head": "int8"}
     return formats.get(name.rsplit(".", 1)[-1])
-
-
-def require_quantisable(config: TextConfig, quant: str | None) -> None:
-    """Raises ValueError for an unknown format, and for experts."""
-    if quant is None:
-        return
-    check_quant(quant)
-    if config.experts is not None:
-        raise ValueError(f"quant is {quant!r}, but experts cannot be quantised: leave it out")
 
 
 def decoder_ops(config: TextConfig) -> tuple[str, ...]:
@@ -158,7 +148,7 @@ class Experts:
 
         def grouped(part: str) -> GroupedLinear:
             each = (make.w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
-            return GroupedLinear(make.opset, each, count, make.dtype)
+            return GroupedLinear(make.opset, each, count, make.dtype, make.quant)
 
         self.gate_up, self.down = grouped("gate_up"), grouped("down")
 
@@ -199,11 +189,7 @@ class Decoder:
         dtype: torch.dtype,
         quant: str | None = None,
     ) -> None:
-        """quant: "int8" or "int4" for the linear layers; see weight_format.
-
-        Raises ValueError for a mixture of experts, whose weights cannot be quantised.
-        """
-        require_quantisable(config, quant)
+        """quant: "int8" or "int4" for the linear layers; see weight_format."""
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
         make = _Maker(config, w, opset, dtype, quant)

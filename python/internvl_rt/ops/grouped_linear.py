@@ -13,6 +13,7 @@ from torch import Tensor
 
 from internvl_rt import _C
 from internvl_rt._C import WeightFormat
+from internvl_rt.ops import quantise
 from internvl_rt.ops.linear import PackedWeight, pack, packed_size, unpack
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
 
@@ -21,7 +22,8 @@ from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
 class PackedExperts:
     """The weights [n, k] of `count` experts, each in the layout of PackedWeight, in one tensor.
 
-    data: flat, the experts one behind the other; experts[e] is one of them, not copied.
+    data: flat, the experts one behind the other, uint8 where they are quantised; experts[e] is one
+    of them, not copied.
     """
 
     data: Tensor
@@ -48,7 +50,10 @@ class PackedExperts:
 
 
 def pack_experts(
-    weights: Tensor | Iterable[Tensor | Sequence[Tensor]], *, count: int | None = None
+    weights: Tensor | Iterable[Tensor | Sequence[Tensor]],
+    *,
+    count: int | None = None,
+    quant: str | None = None,
 ) -> PackedExperts:
     """Packs the weights of a layer's experts.
 
@@ -59,18 +64,21 @@ def pack_experts(
         may convert or read them as they are needed. On CUDA nothing is rearranged, and a contiguous
         [E, N, K] is not even copied.
     count: the number of experts, needed where weights has no length.
+    quant: "int8" or "int4" quantises them, as in `pack`.
     Raises ValueError for shapes, dtypes or a number of weights that do not fit.
     """
     if count is None:
         if not isinstance(weights, (Tensor, Sequence)):
             raise ValueError("pack_experts: weights has no length, expected count")
         count = len(weights)
-    if isinstance(weights, Tensor) and weights.is_cuda and weights.dim() == 3 and count > 0:
+    in_place = isinstance(weights, Tensor) and weights.is_cuda and weights.dim() == 3
+    if in_place and quant is None and count > 0:
         if count != len(weights):
             raise ValueError(f"pack_experts: got {len(weights)} weights, expected {count}")
         _, n, k = weights.shape
         return PackedExperts(weights.reshape(-1), count, n, k, pack(weights[0]).format)
     packed: PackedExperts | None = None
+    first: tuple[int, int, torch.dtype]
     size = seen = 0
     for seen, weight in enumerate(weights, start=1):
         if seen > count:
@@ -80,17 +88,19 @@ def pack_experts(
             raise ValueError(f"pack_experts: expert {seen - 1} has no weight")
         n, k, dtype = sum(p.shape[0] for p in parts), parts[0].shape[-1], parts[0].dtype
         if packed is None:
-            device = parts[0].device
-            size = n * k if device.type == "cuda" else packed_size(n, k, dtype)
-            data = torch.empty(count * size, dtype=dtype, device=device)
-            packed = PackedExperts(data, count, n, k, pack(parts, out=data[:size]).format)
+            first, device = (n, k, dtype), parts[0].device
+            size = n * k if device.type == "cuda" else packed_size(n, k, quant or dtype)
+            stored = torch.uint8 if quant else dtype
+            data = torch.empty(count * size, dtype=stored, device=device)
+            one = pack(parts, quant=quant, out=data[:size])
+            packed = PackedExperts(data, count, n, k, one.format)
             continue
-        if (n, k, dtype) != (packed.n, packed.k, packed.data.dtype):
+        if (n, k, dtype) != first:
             raise ValueError(
-                f"pack_experts: expert {seen - 1} is {dtype} {[n, k]}, expected "
-                f"{packed.data.dtype} {[packed.n, packed.k]} as of expert 0"
+                f"pack_experts: expert {seen - 1} is {dtype} {[n, k]}, expected {first[2]} "
+                f"{[*first[:2]]} as of expert 0"
             )
-        pack(parts, out=packed.data[(seen - 1) * size : seen * size])
+        pack(parts, quant=quant, out=packed.data[(seen - 1) * size : seen * size])
     if packed is None or seen != count:
         raise ValueError(f"pack_experts: got {seen} weights, expected {count or 'at least one'}")
     return packed
@@ -111,8 +121,8 @@ def grouped_linear(
     float32 and rounded once.
 
     x: [R, K], float32 or bfloat16, contiguous in K.
-    weight: [E, N, K] of x's dtype, from `pack_experts`; a plain tensor is packed in every call. An
-        expert without rows is not read.
+    weight: [E, N, K] of x's dtype, or quantised, from `pack_experts`; a plain tensor is packed in
+        every call. An expert without rows is not read.
     offsets: [E + 1] int32 from 0 to M, rows: [M] int32 in [0, R): moe_route's offsets and tokens.
         Without rows, row m is x[m] (M = R): x is sorted by expert already.
     bias: [E, N], dtype of x.
@@ -172,8 +182,11 @@ def cost(
     _, N, K = weight.shape
     M = x.shape[0] if rows is None else rows.numel()
     used = int((offsets.diff() > 0).sum())
-    read = used * (N * K + (0 if bias is None else N)) + M * (K + N)
-    return Cost(read * x.element_size(), 2 * M * N * K)
+    each = N * K * x.element_size()
+    if isinstance(weight, PackedExperts) and weight.format in quantise.FORMATS.values():
+        each = weight.data.numel() // weight.count
+    rest = M * (K + N) + (0 if bias is None else used * N)
+    return Cost(used * each + rest * x.element_size(), 2 * M * N * K)
 
 
 def _case(
@@ -185,6 +198,7 @@ def _case(
     tokens: int | None = None,
     bias: bool = False,
     packed: bool = False,
+    quant: str | None = None,
     **flags: Any,
 ) -> Case:
     """counts: rows of each expert; tokens: of which rows are gathered, else x is sorted."""
@@ -194,7 +208,7 @@ def _case(
         weight = make.normal(E, N, K, std=K**-0.5 if K else 1.0)
         arguments: dict[str, Any] = {
             "x": make.normal(M if tokens is None else tokens, K),
-            "weight": pack_experts(weight) if packed else weight,
+            "weight": pack_experts(weight, quant=quant) if packed or quant else weight,
             "offsets": torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         }
         if tokens is not None:
@@ -203,7 +217,7 @@ def _case(
             arguments["bias"] = make.normal(E, N)
         return arguments
 
-    return Case(name, build, **flags)
+    return Case(name, build, cpu_only=quant is not None, **flags)
 
 
 def _strided(make: Inputs) -> dict[str, Any]:
@@ -252,6 +266,10 @@ _op = register(
             _case("tail_many", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, bias=True),
             _case("tail_experts", [e % 3 for e in range(140)], 9, 16, tokens=7),
             Case("strided", _strided),
+            _case("odd_int8", [3, 0, 2, 1], 31, 33, bias=True, quant="int8"),
+            _case("odd_rows_int4", [1, 4, 0, 13], 33, 97, tokens=5, bias=True, quant="int4"),
+            _case("tail_many_int8", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, quant="int8"),
+            _case("tail_many_int4", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, quant="int4"),
             # An eighth of the outputs: wide enough for every path, small enough to build often.
             _case("gpt_oss_20b_up", [2, 0, 1, 1], 720, 2880, tokens=2, bias=True, slow=True),
             _case(
@@ -261,6 +279,16 @@ _op = register(
                 2048,
                 tokens=1,
                 packed=True,
+                bench=True,
+                slow=True,
+            ),
+            _case(
+                "qwen3_30b_a3b_up_decode_int4",
+                [1] * 8 + [0] * 8,
+                1536,
+                2048,
+                tokens=1,
+                quant="int4",
                 bench=True,
                 slow=True,
             ),

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from internvl_rt.config import ModelConfig
-from internvl_rt.models.decoder import require_quantisable, weight_format
+from internvl_rt.models.decoder import weight_format
 from internvl_rt.ops.linear import packed_size
+from internvl_rt.ops.quantise import check_quant
 from internvl_rt.runtime.kv_cache import PAGE_SIZE
 from internvl_rt.runtime.memory import GIB
 from internvl_rt.runtime.platform import CPU, Platform
@@ -83,9 +84,10 @@ def make_plan(
 ) -> MemoryPlan:
     """The plan for a model in dtype on this machine.
 
-    quant: "int8" or "int4" for the language model's weights. Raises ValueError where it has none.
+    quant: "int8" or "int4" for the language model's weights; ValueError for another.
     """
-    require_quantisable(config.text, quant)
+    if quant is not None:
+        check_quant(quant)
     size = dtype.itemsize
     shapes = dict(tensor_shapes(config))
     embed = math.prod(shapes.pop("llm.embed.weight")) * size
