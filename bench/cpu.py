@@ -6,9 +6,10 @@
 
 Both sides read the same files (Transformers-native layout), use the same number of threads, and
 take turns call by call, each first in every other round. The peer runs eagerly with its default
-attention (scaled_dot_product_attention, the faster one of its two). Before anything is timed the
-two must agree on picture features and logits. Load time and memory are measured in processes of
-their own, with the files in the page cache.
+attention (scaled_dot_product_attention, the faster one of its two). Where OpenVINO is installed it
+takes part in what it has graphs for. Before anything is timed all must agree on picture features
+and logits. Load time and memory are measured in processes of their own, with the files in the page
+cache.
 
     vit-T          T tiles of 448 x 448 through tower and projector
     prefill-N      a prompt of N tokens, logits of the last one, its argmax
@@ -27,6 +28,7 @@ it is the size of the tensors. share is the floor over our median.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -49,7 +51,7 @@ DTYPES = {
     "f32": torch.float32,
     "float32": torch.float32,
 }
-SIDES = ("ours", "peer")
+SIDES = ("ours", "peer", "openvino")  # peer: transformers
 ROWS = (
     "vit-1",
     "vit-4",
@@ -65,6 +67,7 @@ ROWS = (
     "first-token",
     "memory",
 )
+OPENVINO_KINDS = ("vit", "prefill", "decode")
 IN_PROCESSES = ("load", "first-token", "memory")
 # Distance of the two sides' results, relative to their size (both root mean square), above which
 # one of them computes something else. The bfloat16 bound allows for 24 layers of rounding.
@@ -184,7 +187,17 @@ class Transformers:
         pass
 
 
-KINDS = {"ours": Ours.load, "peer": Transformers.load}
+def _openvino(folder: Path, dtype: torch.dtype, threads: int) -> Any:
+    from openvino_peer import OpenVino
+
+    return OpenVino.load(folder, dtype, threads)
+
+
+KINDS = {"ours": Ours.load, "peer": Transformers.load, "openvino": _openvino}
+
+
+def available_sides() -> list[str]:
+    return [s for s in SIDES if s != "openvino" or importlib.util.find_spec("openvino")]
 
 
 @dataclass(frozen=True)
@@ -278,7 +291,7 @@ def take_turns(
 
 
 def agreement(sides: Mapping[str, Any], dtype: torch.dtype) -> dict[str, float]:
-    """Relative distances of features and logits; ValueError where they are too large."""
+    """Relative distances of features and logits to the peer's; ValueError for too large ones."""
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     ids = _ids(1, 64)
@@ -287,11 +300,15 @@ def agreement(sides: Mapping[str, Any], dtype: torch.dtype) -> dict[str, float]:
         ("features", lambda s: s.encode(pixels)),
         ("logits", lambda s: s.logits(ids)),
     ):
-        a, b = (call(sides[side]).double().cpu() for side in SIDES)
-        distance = float(((a - b).square().mean() / b.square().mean()).sqrt())
-        if not distance <= AGREEMENT[dtype]:
-            raise ValueError(f"{name} of the two sides are {distance:.3g} of their size apart")
-        found[name] = distance
+        truth = call(sides["peer"]).double().cpu()
+        for side in (s for s in sides if s != "peer"):
+            a = call(sides[side]).double().cpu()
+            distance = float(((a - truth).square().mean() / truth.square().mean()).sqrt())
+            if not distance <= AGREEMENT[dtype]:
+                raise ValueError(
+                    f"{name} of {side} and peer are {distance:.3g} of their size apart"
+                )
+            found[name if side == "ours" else f"{name}, {side}"] = distance
     return found
 
 
@@ -422,9 +439,9 @@ def summary(
         if row.startswith("decode"):
             batch = int(_parts(row)[1].rpartition("x")[0] or 1)
             out[side]["tokens_per_s"] = batch / out[side]["median"]
-    if len(samples) == 2:
-        ours, peer = (out[side]["median"] for side in SIDES)
-        out["ratio"] = peer / ours
+    for side, key in (("peer", "ratio"), ("openvino", "ratio_openvino")):
+        if "ours" in out and side in out:
+            out[key] = out[side]["median"] / out["ours"]["median"]
     if least is not None:
         out["floor"] = least
         if "ours" in out:
@@ -433,22 +450,29 @@ def summary(
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as text; ratio is the peer's figure over ours, above 1 is better."""
-    lines = [
-        f"{'row':<17}{'ours':>10} {'[min, max]':<17}{'peer':>10} {'[min, max]':<17}"
-        f"{'ratio':>6}{'floor':>10}{'share':>7}"
-    ]
+    """The rows as text; ratio is a peer's figure over ours, above 1 is better."""
+    rows = list(rows)
+    three = any("openvino" in row for row in rows)
+    line = f"{'row':<17}{'ours':>10} {'[min, max]':<17}{'peer':>10} {'[min, max]':<17}{'ratio':>6}"
+    line += f"{'openvino':>10} {'[min, max]':<17}{'ratio':>6}" if three else ""
+    lines = [f"{line}{'floor':>10}{'share':>7}"]
     for row in rows:
         if "error" in row:
             lines.append(f"{row['row']:<17}{row['error']}")
             continue
-        line = f"{row['row']:<17}" + "".join(_cell(row, row.get(side)) for side in SIDES)
-        line += f"{row['ratio']:>6.2f}" if "ratio" in row else " " * 6
+        line = f"{row['row']:<17}" + _cell(row, row.get("ours"))
+        line += _cell(row, row.get("peer")) + _ratio(row, "ratio")
+        if three:
+            line += _cell(row, row.get("openvino")) + _ratio(row, "ratio_openvino")
         if "floor" in row:
             line += f"{_measure(row, row['floor'], row['floor']):>10}"
             line += f"{row['share']:>7.0%}" if "share" in row else ""
         lines.append(line)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _ratio(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key]:>6.2f}" if key in row else " " * 6
 
 
 def _cell(row: Mapping[str, Any], figures: Mapping[str, Any] | None) -> str:
@@ -504,7 +528,8 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
     result["limits"] = asdict(limits)
     wanted = [r for r in options.rows if r in IN_PROCESSES]
     if wanted:
-        found = measure_processes(options.sides, folder, options.dtype, threads)
+        loaded = [side for side in options.sides if side != "openvino"]
+        found = measure_processes(loaded, folder, options.dtype, threads)
         tensors = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         floors = {"memory": tensors / 1024}
         result["rows"] += [summary(row, found[row], floors.get(row)) for row in wanted]
@@ -518,13 +543,17 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
             result["peer"] = f"transformers {transformers.__version__}, eager, " + (
                 f"{sides['peer'].attention} attention"
             )
-        if len(sides) == 2:
+        if "openvino" in sides:
+            result["openvino"] = f"openvino {sides['openvino'].version}"
+        if "peer" in sides and len(sides) > 1:
             result["agreement"] = agreement(sides, dtype)
         for row in wanted:
             print(f"{row} ...", file=sys.stderr)
             try:
-                quant = _parts(row)[2]
+                kind, _, quant = _parts(row)
                 taking = dict(sides)
+                if kind not in OPENVINO_KINDS or quant:
+                    taking.pop("openvino", None)
                 if quant and "ours" in sides:
                     taking["ours"] = Ours.load(folder, dtype, threads, quant)
                 samples = time_row(row, taking, options.seconds)
@@ -563,7 +592,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="internvl3-1b")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--rows", type=some_of(ROWS), default=list(ROWS), help="comma-separated")
-    parser.add_argument("--sides", type=some_of(SIDES), default=list(SIDES))
+    parser.add_argument("--sides", type=some_of(SIDES), default=available_sides())
     parser.add_argument("--threads", type=int, default=0, help="0: all of the machine's")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="a row is timed for about so long"
@@ -575,7 +604,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the JSON file")
     parser.add_argument("--child", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if missing := set(options.sides) - set(available_sides()):
+        parser.error(f"--sides: {missing.pop()} is not installed")
+    return options
 
 
 if __name__ == "__main__":

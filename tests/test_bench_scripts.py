@@ -1,5 +1,6 @@
 """The scripts of bench/: peers compute what our ops compute, and whole models are compared."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from internvl_rt import ops, selftest
 from internvl_rt.ops.registry import Inputs, outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
+OPENVINO = importlib.util.find_spec("openvino") is not None
 
 
 @pytest.fixture(autouse=True)
@@ -148,8 +150,32 @@ def test_models_beside_transformers(tmp_path):
         assert ("share" in row) == (row["row"] != "preprocess-4k")
         if "share" in row:
             assert row["floor"] > 0
+        assert ("ratio_openvino" in row) == (OPENVINO and row["row"] in rows[:3])
     assert 0 < written["agreement"]["logits"] < 1e-3
     assert "sdpa attention" in written["peer"]
+
+
+def test_a_third_side_has_its_columns():
+    cpu = pytest.importorskip("cpu", reason="not run from the repository")
+    samples = {"ours": [0.1, 0.2, 0.3], "peer": [0.4], "openvino": [0.3]}
+    rows = [cpu.summary("decode-8x320", samples, 0.05), cpu.summary("load", {"ours": [1.0]})]
+    assert (rows[0]["ratio"], rows[0]["ratio_openvino"]) == pytest.approx((2.0, 1.5))
+    assert rows[0]["openvino"]["tokens_per_s"] == 8 / 0.3
+    head, first, second = cpu.table(rows).splitlines()
+    assert head.split()[-6:] == ["openvino", "[min,", "max]", "ratio", "floor", "share"]
+    assert first.split()[-4:] == ["1.50", "50.0", "ms", "25%"]
+    assert head.index("openvino") + len("openvino") == first.index("300.0 ms") + len("300.0 ms")
+    assert second == f"load{'':<13}{'1.00 s':>10} [1.00, 1.00]"
+    assert "openvino" not in cpu.table(rows[1:])
+
+
+def test_a_side_that_is_not_installed_is_refused():
+    if OPENVINO:
+        pytest.skip("OpenVINO is installed")
+    command = [sys.executable, str(BENCH / "cpu.py"), "--sides", "ours,openvino"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].endswith("--sides: openvino is not installed")
 
 
 def test_cpu_refuses_what_it_does_not_know():

@@ -344,9 +344,7 @@ def test_an_expert_is_what_linear_makes_of_its_weight(isa, make, dtype, fmt):
 
 
 def test_experts_of_another_shape_are_refused(make):
-    with pytest.raises(
-        ValueError, match=r"^pack_experts: expert 1 is torch\.float32 \[4, 9\]"
-    ):
+    with pytest.raises(ValueError, match=r"^pack_experts: expert 1 is torch\.float32 \[4, 9\]"):
         pack_experts([make(4, 8), make(4, 9)], quant="int8")
     packed = pack_experts(make(2, 4, 8), quant="int4")
     with pytest.raises(ValueError, match=r"^grouped_linear: x "):
