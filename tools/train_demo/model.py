@@ -204,7 +204,7 @@ class Demo(nn.Module):
     """The whole model; embeddings and head are tied.
 
     `dense` says what lies in every patch, how far it reaches, whether its centre is there, and
-    where the patch is; the last two also of the four patches that make a token. And of every name
+    where the patch is; the last three also of the four patches that make a token. And of every name
     of a thing in a text, after LOOKED_UP layers, where the thing is and how far it reaches. It
     teaches and is not part of the checkpoint. kinds, colours: how many of them there are.
     """
@@ -215,7 +215,7 @@ class Demo(nn.Module):
         heads = {"kind": kinds, "colour": colours, "row": s.grid, "column": s.grid}
         heads |= {"box": 4, "centre": 1}
         self.dense = nn.ModuleDict({k: nn.Linear(s.vision_width, n) for k, n in heads.items()})
-        heads = {"token_row": s.grid, "token_column": s.grid, "token_centre": 1}
+        heads = {"token_row": s.grid, "token_column": s.grid, "token_centre": 1, "token_box": 4}
         heads |= {"name_row": s.grid, "name_column": s.grid, "name_box": 4}
         self.dense.update({k: nn.Linear(s.width, n) for k, n in heads.items()})
         self.vision_model = Vision(s)

@@ -41,7 +41,7 @@ BACKGROUND_WEIGHT = 0.15
 LONGEST = 32  # tokens of an answer in an exam
 REPORT_SECONDS = 480
 DENSE_WEIGHTS = {"kind": 1.0, "colour": 0.3, "box": 0.3, "centre": 0.2, "place": 0.1}
-TOKEN_WEIGHTS = {"token_place": 0.05, "token_centre": 0.2}
+TOKEN_WEIGHTS = {"token_place": 0.05, "token_centre": 0.2, "token_box": 1.0}
 NAME_WEIGHTS = {"name_place": 0.2, "name_box": 1.0}
 
 
@@ -72,10 +72,11 @@ _JOINT = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_mode
 _SCENES, _SHAPED = data.Source("scene", 224, 16), data.Source("thumbnail", 224, 16)
 _FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 6)
 _FINISH = {"vision_model.": 2.5e-4, "dense.": 8e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
+_PAIRS = data.Source("pair", 224, 12)
 _POLISH = {"vision_model.": 2e-4, "dense.": 8e-4, "mlp1.": 8e-4, "language_model.": 8e-4}
 _LOOKING = (*[data.Source("scene", 224, 32)] * 4, data.Source("thumbnail", 224, 32))
 _LOOKING += (data.Source("pair", 224, 24),)
-_LOOKED_UP = {"relation": 9.0, "number": 1.0, "count": 1.0, "emoji": 0.6}
+_LOOKED_UP = {"relation": 6.0, "number": 1.5, "count": 2.0, "emoji": 0.6}
 _LOOKED_UP |= {"shape and colour": 0.3, "outside": 0.3}
 _RELATIONS = data.WEIGHTS | {"relation": 2.4, "count": 1.6, "emoji": 0.5}
 STAGES = {
@@ -88,7 +89,7 @@ STAGES = {
     "relate": Stage(
         30,
         _DECODER,
-        data.Plan("relate", _LOOKING, weights=_LOOKED_UP, room=160, boxes=0.5),
+        data.Plan("relate", _LOOKING, weights=_LOOKED_UP, room=160, boxes=0.8),
         0.0,
         224,
         decay=0.2,
@@ -110,9 +111,9 @@ STAGES = {
         _FINISH,
         data.Plan(
             "finish",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _FEW_SMALL),
-            room=64,
-            boxes=0.1,
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
+            weights=data.WEIGHTS | {"number": 3.0, "relation": 3.0},
+            boxes=0.4,
         ),
         0.5,
         224,
@@ -123,10 +124,9 @@ STAGES = {
         _POLISH,
         data.Plan(
             "polish",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _SHAPED),
-            weights=data.WEIGHTS | {"number": 3.0, "count": 3.0, "relation": 0.6},
-            room=64,
-            boxes=0.1,
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
+            weights=data.WEIGHTS | {"number": 3.0, "count": 3.0, "relation": 1.5},
+            boxes=0.3,
         ),
         0.5,
         224,
@@ -262,14 +262,26 @@ class Trainer:
     def token_losses(
         self, tokens: Tensor, corner: tuple[int, int], arrays: dict[str, np.ndarray]
     ) -> dict[str, Tensor]:
-        """Of what every token should know: its place, and whether a thing has its centre there."""
-        B, g = len(tokens), 2 * math.isqrt(tokens.shape[1])
-        centres = torch.as_tensor(arrays["centres"]).to(self.device)
-        centres = centres.view(B, g // 2, 2, g // 2, 2).amax((2, 4)).flatten()
-        given = self.model.dense["token_centre"](tokens).float().flatten()
+        """Of what every token should know: its place, whether a thing has its centre there, and
+        the box of the thing that it is part of, where it is part of one alone.
+        """
+        heads = self.model.dense
+        centres, kinds, boxes = (
+            _by_token(torch.as_tensor(arrays[k]).to(self.device))
+            for k in ("centres", "kinds", "boxes")
+        )  # [B, n, 4] and [B, n, 4, 4]
+        given = heads["token_centre"](tokens).float().squeeze(-1)
+        things = (kinds > 0)[..., None]
+        low = boxes.masked_fill(~things, math.inf).amin(2)
+        high = boxes.masked_fill(~things, -math.inf).amax(2)
+        alone = (low == high).all(-1)
+        shift = torch.tensor([corner[1], corner[0]] * 2, device=self.device)
+        reach = heads["token_box"](tokens[alone]).float()
+        missed = (reach - (low[alone] + shift) / self.sizes.grid).abs().sum()
         return {
             "token_place": self.place_loss(("token_row", "token_column"), tokens, corner, 2),
-            "token_centre": F.binary_cross_entropy_with_logits(given, centres),
+            "token_centre": F.binary_cross_entropy_with_logits(given, centres.amax(2)),
+            "token_box": missed / max(reach.numel(), 1),
         }
 
     def tiles(self, tiles: np.ndarray) -> Tensor:
@@ -434,6 +446,14 @@ class Trainer:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)
+
+
+def _by_token(patches: Tensor) -> Tensor:
+    """Values of the patches [B, g^2, ...] -> of the four of every token [B, (g / 2)^2, 4, ...]."""
+    B, n, *rest = patches.shape
+    g = math.isqrt(n)
+    x = patches.view(B, g // 2, 2, g // 2, 2, *rest).transpose(2, 3)
+    return x.reshape(B, n // 4, 4, *rest)
 
 
 def main() -> int:
