@@ -374,6 +374,33 @@ def test_names_know_the_boxes_of_their_things():
         assert (boxes[row] == box.astype(np.float32)).all(1).any()  # a thing of this picture
 
 
+def test_tokens_know_the_box_of_the_one_thing_they_are_part_of():
+    canvas = draw.Canvas(np.random.default_rng(0), 112, 112)
+    canvas.shape("square", "red", 28, (14, 14))  # shares a token with the second
+    canvas.shape("star", "blue", 14, (42, 14))
+    canvas.shape("heart", "pink", 42, (56, 56))
+    arrays = {k: v[None] for k, v in canvas.picture().labels().items()}
+    grid, corner, asked = Sizes().grid, (2, 4), []
+
+    def token_box(tokens):
+        asked.append(len(tokens))
+        return (torch.tensor([[4, 4, 7, 7]]).expand(len(tokens), -1) + shift) / grid
+
+    shift = torch.tensor([4.0, 2.0] * 2)
+    heads = {"token_centre": lambda x: x[..., :1], "token_box": token_box}
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(dense=heads),
+        sizes=Sizes(),
+        device="cpu",
+        place_loss=lambda *_: torch.zeros(()),
+    )
+    found = train.Trainer.token_losses(trainer, torch.zeros(1, 16, 8), corner, arrays)
+    # Of the square's four tokens one is also the star's; the heart has four of its own.
+    assert asked == [3 + 4]
+    square = np.abs(np.array([1, 1, 3, 3]) - [4, 4, 7, 7]).sum() / grid
+    assert abs(float(found["token_box"]) - 3 * square / (7 * 4)) < 1e-6
+
+
 @pytest.mark.parametrize("step", [1, 2])
 def test_the_place_in_a_window_is_that_in_the_whole(step):
     grid, corner, n = Sizes().grid, (3, 5), 8 // step
