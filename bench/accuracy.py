@@ -6,11 +6,12 @@
     python bench/accuracy.py --model /tmp/demo/export --out bench/results/accuracy.json
 
 The pictures are drawn with seeds and fonts that training never saw (tools/train_demo), one question
-a picture. `square` are 224 x 224 pixels, one tile; `foreign` are 320 to 640 pixels, of any shape,
-light, written by other code, and run as several tiles and a thumbnail. The first run is the
-yardstick that the others are compared with, answer by answer. int8 and int4 are the language
-model's weights quantised at load, over bfloat16; the exit status is 1 where one of them loses more
-of the yardstick's accuracy over all tasks than GATE allows.
+a picture, but for the task that asks a second one after the model's own answer. `square` are 224 x
+224 pixels, one tile; `foreign` are 320 to 640 pixels, of any shape, light, written by other code,
+and run as several tiles and a thumbnail. The first run is the yardstick that the others are
+compared with, answer by answer. int8 and int4 are the language model's weights quantised at load,
+over bfloat16; the exit status is 1 where one of them loses more of the yardstick's accuracy over
+all tasks than GATE allows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,27 @@ FORMATS = {
 }
 RUNS = "f32:reference,f32:native,bf16:native,bf16:reference,int8:native,int4:native"
 GATE = {"int8": 0.5, "int4": 2.0}  # points
-Question = tuple[str, np.ndarray, str, str]  # task, pixels, question, answer
+
+
+@dataclass(frozen=True)
+class Question:
+    """asked_before: the question whose answer, the model's own, comes before this one."""
+
+    task: str
+    images: list[np.ndarray]
+    question: str
+    answer: str
+    asked_before: str | None = None
 
 
 def square(count: int) -> list[Question]:
     return [
-        (task, p.pixels, p.turns[0][1], p.turns[0][2])
+        Question(
+            task,
+            [x.pixels for x in (p.first, p) if x is not None],
+            *p.turns[0][1:],
+            p.turns[1][1] if task == "second turn" else None,
+        )
         for task in world.TASKS
         for p in data.exam(task, 224, count, held_out=True, seed=11)
     ]
@@ -104,6 +121,20 @@ def _places(
 
 
 def _foreign(rng: np.random.Generator, task: str) -> Question:
+    if task == "two pictures":
+        kind = str(rng.choice(["number", "shape and colour", "emoji"]))
+        both, which = [_foreign(rng, kind) for _ in range(2)], int(rng.integers(2))
+        where = ("the first picture", "the second picture")[which]
+        noun = kind.split()[0]
+        answer = both[which].answer.split()[-1] if noun == "shape" else both[which].answer
+        images = [image for part in both for image in part.images]
+        return Question(task, images, f"What {noun} is in {where}?", answer)
+    if task == "second turn":
+        first = _foreign(rng, "shape and colour")
+        colour, noun = first.answer.split()
+        turns = [("What shape is it?", noun), (f"What colour is the {noun}?", colour)]
+        (before, _), (question, answer) = (turns[i] for i in rng.permutation(2))
+        return Question(task, first.images, question, answer, before)
     size = tuple(int(v) for v in rng.integers(320, 641, 2))
     least = min(size)
     image = Image.new("RGB", size, tuple(int(v) for v in rng.integers(235, 256, 3)))
@@ -115,14 +146,16 @@ def _foreign(rng: np.random.Generator, task: str) -> Question:
         file = world.fonts(held_out=True)[rng.integers(len(world.fonts(held_out=True)))]
         face = ImageFont.truetype(str(file), int(least * rng.uniform(0.2, 0.34)))
         draw.text((size[0] / 2, size[1] / 2), text, font=face, fill=_PLAIN[colour], anchor="mm")
-        return task, np.asarray(image), "What number is written here?", text
+        return Question(task, [np.asarray(image)], "What number is written here?", text)
     if task == "shape and colour":
         (box,) = _places(rng, size, [int(least * rng.uniform(0.25, 0.7))])
         _plain_shape(draw, noun, box, _PLAIN[colour])
         question, answer = "What shape is it and what colour?", f"{colour} {noun}"
-    elif task == "count":
-        count = int(rng.integers(1, 6))
-        for box in _places(rng, size, [int(least * rng.uniform(0.14, 0.2))] * count):
+    elif task in ("count", "count to nine"):
+        few = task == "count"
+        count = int(rng.integers(1, 6 if few else 10))
+        reach = (0.14, 0.2) if few else (0.12, 0.16)
+        for box in _places(rng, size, [int(least * rng.uniform(*reach))] * count):
             _plain_shape(draw, noun, box, _PLAIN[colour])
         question, answer = f"How many {world.plural(noun)} are there?", str(count)
     elif task == "relation":
@@ -152,7 +185,7 @@ def _foreign(rng: np.random.Generator, task: str) -> Question:
         (box,) = _places(rng, size, [side])
         image.paste(sprite, box[:2], sprite)
         question, answer = "What emoji is this?", names[index]
-    return task, np.asarray(image), question, answer
+    return Question(task, [np.asarray(image)], question, answer)
 
 
 def foreign(count: int) -> list[Question]:
@@ -169,17 +202,22 @@ SETS = {"square": square, "foreign": foreign}
 def run(model: ivr.Model, questions: list[Question], batch: int) -> list[str]:
     answers: list[str] = []
     for i in range(0, len(questions), batch):
-        part = [{"question": q, "images": pixels} for _, pixels, q, _ in questions[i : i + batch]]
-        answers += model.batch_chat(part, max_new_tokens=40)
+        part = questions[i : i + batch]
+        again = [n for n, q in enumerate(part) if q.asked_before]
+        earlier = [{"question": part[n].asked_before, "images": part[n].images} for n in again]
+        requests = [{"question": q.question, "images": q.images} for q in part]
+        for n, said in zip(again, model.batch_chat(earlier, max_new_tokens=40), strict=True):
+            requests[n]["history"] = [(f"<image>\n{part[n].asked_before}", said)]
+        answers += model.batch_chat(requests, max_new_tokens=40)
     return answers
 
 
 def score(questions: list[Question], answers: list[str]) -> dict[str, float]:
     """Per cent right per task, and over all questions."""
     right: dict[str, list[bool]] = {task: [] for task in (*world.TASKS, "all")}
-    for (task, _, _, truth), answer in zip(questions, answers, strict=True):
-        hit = data.right(answer, truth)
-        right[task].append(hit)
+    for asked, answer in zip(questions, answers, strict=True):
+        hit = data.right(answer, asked.answer)
+        right[asked.task].append(hit)
         right["all"].append(hit)
     return {task: round(100 * float(np.mean(found)), 1) for task, found in right.items() if found}
 

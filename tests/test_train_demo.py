@@ -1,6 +1,7 @@
 """The demonstration model's pictures are what their answers say, and its training trains."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,31 +55,34 @@ def test_count_is_the_number_of_things_drawn():
 
 
 def test_relation_agrees_with_the_boxes():
-    def named(picture, text):
-        words = text.split()
-        found = [
+    def centre(picture, name):
+        words = name.split()
+        (item,) = (
             i
             for i in picture.items
             if world.SHAPES[i.kind - world.SHAPE_CLASS] == words[-1]
             and (len(words) == 1 or i.colour == words[0])
-        ]
-        assert len(found) == 1
-        x0, y0, x1, y1 = found[0].box
+        )
+        x0, y0, x1, y1 = item.box
+        assert np.array_equal(picture.box(name), item.box)
         return (x0 + x1) / 2, (y0 + y1) / 2
 
+    sizes = set()
     for picture in scenes("relation", 60):
-        _, question, answer = picture.turns[1]
-        text = question.removeprefix("Where is the ").rstrip("?")
-        separator = ", seen from the " if ", seen" in text else " relative to the "
-        a, b = (named(picture, name) for name in text.split(separator))
-        holds = {
-            "left": a[0] < b[0],
-            "right": a[0] > b[0],
-            "above": a[1] < b[1],
-            "below": a[1] > b[1],
-        }
-        assert holds[answer.split()[0]], (question, answer)
-        assert picture.turns[0][2] == answer.split()[0]
+        sizes.add(len(picture.items))
+        pairs = [t for t in picture.turns if t[0] in ("relation", "where")]
+        for (_, asked, side), (_, question, answer) in zip(pairs[::2], pairs[1::2], strict=True):
+            text = question.removeprefix("Where is the ").rstrip("?")
+            a, b = re.split(", seen from the | relative to the ", text)
+            (ax, ay), (bx, by) = (centre(picture, name) for name in (a, b))
+            holds = {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}
+            assert holds[side], (question, answer)
+            assert answer == (
+                f"{side} the {b}" if side in ("above", "below") else f"{side} of the {b}"
+            )
+            assert asked.startswith(f"Is the {a} ")
+            assert asked.endswith(f"the {b}?")
+    assert sizes == {2, 3, 4}
 
 
 def test_labels_cover_the_thing_and_nothing_else():
@@ -100,7 +104,7 @@ def test_a_conversation_is_the_prompt_that_runs():
     writer = tokens.Writer(tokens.make_tokenizer(700))
     turns = [("What number is this?", "4821"), ("What colour is the number?", "red")]
     talk = writer.conversation(turns)
-    shown = writer.tokenizer.decode(talk.before, skip_special_tokens=False) + "<IMG_CONTEXT>"
+    shown = writer.tokenizer.decode(talk.before, skip_special_tokens=False)
     shown += writer.tokenizer.decode(talk.after, skip_special_tokens=False)
     expected = render(
         turns[1][0],
@@ -115,6 +119,38 @@ def test_a_conversation_is_the_prompt_that_runs():
     assert (
         writer.tokenizer.decode(marked, skip_special_tokens=False) == "4821<|im_end|>red<|im_end|>"
     )
+
+
+def test_a_conversation_about_two_pictures_is_the_prompt_that_runs():
+    writer = tokens.Writer(tokens.make_tokenizer(700))
+    talk = writer.conversation(
+        [("What is in Image-2?", "a star")], last_answer=False, tokens=(3, 2)
+    )
+    expected = render(
+        "Image-1: <image>\nImage-2: <image>\nWhat is in Image-2?",
+        template=tokens.TEMPLATE,
+        system=world.SYSTEM_MESSAGE,
+        num_tiles=[3, 2],
+        tokens_per_tile=1,
+    )
+    assert writer.tokenizer.decode(talk.before + talk.after, skip_special_tokens=False) == expected
+    assert talk.before.count(writer.context) == 5
+    assert talk.before[-1] == writer.context
+
+
+def test_names_are_found_where_they_end():
+    writer = tokens.Writer(tokens.make_tokenizer(700))
+    turns = [
+        ("Is the red star left of the star-shaped ring?", "left of the ring, not of the rings")
+    ]
+    talk = writer.conversation(turns, named={"star": [0], "red star": [0], "ring": [1]})
+    found = [
+        (name, writer.tokenizer.decode(talk.after[: i + 1]).split()[-1])
+        for i, name in enumerate(talk.names)
+        if name
+    ]
+    expected = [("red star", "star"), ("star", "star"), ("ring", "ring"), ("ring", "ring")]
+    assert found == expected
 
 
 def test_the_tokenizer_is_still_the_committed_one():
@@ -140,21 +176,21 @@ def test_conversations_about_one_picture_do_not_see_each_other():
     talks = [
         writer.conversation([(q, a)]) for q, a in (("What is this?", "star"), ("Count it.", "3 2"))
     ]
-    before, pictures = torch.tensor([talks[0].before]), torch.randn(1, 4, SMALL.width)
+    before, pictures = torch.tensor([talks[0].before]), torch.randn(1, 1, SMALL.width)
+    trainer = SimpleNamespace(model=model, writer=writer)
 
     def states(talk):
         after = [torch.tensor([x]) for x in (talk.after, talk.branch, talk.position)]
-        return train.Trainer.states(SimpleNamespace(model=model), before, pictures, *after)
+        return train.Trainer.states(trainer, before, pictures, *after)
 
-    joined, shared = states(tokens.together(talks)), before.shape[1] + pictures.shape[1]
-    at = shared
+    together = states(tokens.together(talks))
+    at = 0
     for talk in talks:
-        alone = states(talk)
-        assert torch.allclose(alone[:, :shared], joined[:, :shared], atol=1e-5)
         n = len(talk.after)
-        assert torch.allclose(alone[:, shared:], joined[:, at : at + n], atol=1e-5)
+        for alone, joined in zip(states(talk), together, strict=True):
+            assert torch.allclose(alone, joined[:, at : at + n], atol=1e-5)
         at += n
-    assert at == joined.shape[1]
+    assert all(at == joined.shape[1] for joined in together)
 
 
 @pytest.mark.parametrize("task", ["shape and colour", "relation", "emoji"])
@@ -196,9 +232,40 @@ def test_the_exam_of_boxes_asks_for_one():
 def test_relations_are_asked_both_ways():
     opposite = {"left": "right", "above": "below"}
     opposite |= {b: a for a, b in opposite.items()}
-    for picture in scenes("relation", 10):
-        (_, _, there), (_, _, back) = (t for t in picture.turns if t[0] == "relation")
-        assert back == opposite[there]
+    for picture in scenes("relation", 20):
+        sides = [side for task, _, side in picture.turns if task == "relation"]
+        assert sorted(sides) == sorted(opposite[side] for side in sides)
+
+
+def said_of(picture):
+    """All that may be answered about a picture of one thing."""
+    kind, colour = picture.items[0].kind, picture.items[0].colour
+    if kind >= world.EMOJI_CLASS:
+        name = world.emoji()[0][kind - world.EMOJI_CLASS]
+        return {name, world.article(name)}
+    if kind >= world.SHAPE_CLASS:
+        noun = world.SHAPES[kind - world.SHAPE_CLASS]
+        return {noun, colour, world.article(f"{colour} {noun}")}
+    text = "".join(str(item.kind - world.DIGIT_CLASS) for item in picture.items)
+    return {text, f"the number {text}"}
+
+
+def test_two_pictures_are_asked_about_by_their_order():
+    rng, kinds = np.random.default_rng(9), set()
+    for _ in range(30):
+        second = draw.pair(rng, 112)
+        for task, question, answer in second.turns:
+            assert task == "two pictures"
+            kinds.add(question.split()[0])
+            if question.startswith("Which picture"):
+                named = question.removeprefix("Which picture shows ").rstrip("?")
+                shown = (second.first, second)[answer == "the second"]
+                assert answer in ("the first", "the second")
+                assert named in said_of(shown)
+            else:
+                shown = (second.first, second)[any(w in question for w in ("second", "Image-2"))]
+                assert answer in said_of(shown), question
+    assert kinds == {"What", "Which"}
 
 
 def test_optimizer_learns_and_leaves_the_frozen_alone():
@@ -234,11 +301,11 @@ def test_the_exported_checkpoint_is_the_trained_model(tmp_path):
     assert torch.allclose(loaded.encode_images(pixels), features, atol=1e-4, rtol=1e-3)
     writer = tokens.Writer(tokens.make_tokenizer(SMALL.vocab))
     talk = writer.conversation([picture.turns[0][1:]], last_answer=False)
-    ids = [*talk.before, *[loaded.image_token_id] * 16, *talk.after]
+    ids = [*talk.before, *[writer.context] * 15, *talk.after]
     logits = loaded.forward(torch.tensor([ids]), pixels)
-    parts = (torch.tensor([talk.before]), torch.tensor([talk.after]))
+    parts = (torch.tensor([talk.before[:-1]]), torch.tensor([talk.after]))
     states = torch.cat((model.embed(parts[0]), features, model.embed(parts[1])), 1)
-    expected = model.logits(model.decode(states))
+    expected = model.logits(model.decode(states)[0])
     assert torch.allclose(logits, expected, atol=1e-3, rtol=1e-3)
     assert loaded.system_message == world.SYSTEM_MESSAGE
     assert isinstance(
@@ -254,7 +321,10 @@ def test_training_goes_on_from_the_committed_weights(tmp_path):
     assert all(torch.equal(named[n], t) for n, t in stored.items())
     pictures = data.exam("emoji", 224, 10, held_out=True, seed=3)
     right = sum(
-        a == p.turns[0][2] for a, p in zip(trainer.answers(pictures), pictures, strict=True)
+        a == p.turns[0][2]
+        for a, p in zip(
+            trainer.answers(pictures, [p.turns[:1] for p in pictures]), pictures, strict=True
+        )
     )
     assert right >= 8
 
@@ -268,7 +338,7 @@ def test_tiles_are_those_of_preprocess():
     assert torch.allclose(data.normalise(tiles, "cpu", torch.float32), whole[:-1], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["scene", "thumbnail", "tiles"])
+@pytest.mark.parametrize("kind", ["scene", "thumbnail", "tiles", "pair"])
 def test_a_batch_of_every_source(kind, monkeypatch):
     monkeypatch.setattr(data, "JOINS", {"emoji": 0.0, "relation": 0.5})
     writer = tokens.Writer(tokens.make_tokenizer(700))
@@ -276,12 +346,59 @@ def test_a_batch_of_every_source(kind, monkeypatch):
     arrays = data.batch(plan, writer, 0, 0.1)
     assert arrays["pixels"].shape == (3, 112, 112, 3)
     assert arrays["kinds"].shape == arrays["colours"].shape == (3, 64)
-    assert (arrays["kinds"] >= world.EMOJI_CLASS).any(1).all()  # relation has not joined
+    if kind != "pair":
+        assert (arrays["kinds"] >= world.EMOJI_CLASS).any(1).all()  # relation has not joined
     assert len({arrays[k].shape for k in ("after", "weights", "branch", "position")}) == 1
+    assert arrays["named"].shape == (*arrays["after"].shape, 4)
+    context = (arrays["before"] == writer.context).sum(1)
+    assert (context == 16 * (1 + arrays.get("tiles", np.empty((3, 0))).shape[1])).all()
     assert (arrays["weights"] > 0).any(1).all()
-    assert ("tiles" in arrays) == (kind == "tiles")
+    assert ("tiles" in arrays) == (kind in ("tiles", "pair"))
     again = data.batch(plan, writer, 0, 0.1)
-    assert all(np.array_equal(arrays[k], again[k]) for k in arrays)
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(array, again[key])
+
+
+def test_names_know_the_boxes_of_their_things():
+    writer = tokens.Writer(tokens.make_tokenizer(Sizes.vocab))
+    plan = data.Plan(
+        "test", (data.Source("scene", 224, 4),), weights=data.WEIGHTS | {"relation": 1e9}
+    )
+    arrays = data.batch(plan, writer, 0, 1.0)
+    named = ~np.isnan(arrays["named"][..., 0])
+    assert (named.sum(1) >= 2).all()  # the first question names two
+    things = [writer.tokenizer.decode([i]).split()[-1] for i in arrays["after"][named]]
+    assert set(things) <= {*world.SHAPES}
+    boxes = arrays["boxes"].reshape(4, -1, 4)
+    for row, box in zip(np.nonzero(named)[0], arrays["named"][named], strict=True):
+        assert (boxes[row] == box.astype(np.float32)).all(1).any()  # a thing of this picture
+
+
+def test_tokens_know_the_box_of_the_one_thing_they_are_part_of():
+    canvas = draw.Canvas(np.random.default_rng(0), 112, 112)
+    canvas.shape("square", "red", 28, (14, 14))  # shares a token with the second
+    canvas.shape("star", "blue", 14, (42, 14))
+    canvas.shape("heart", "pink", 42, (56, 56))
+    arrays = {k: v[None] for k, v in canvas.picture().labels().items()}
+    grid, corner, asked = Sizes().grid, (2, 4), []
+
+    def token_box(tokens):
+        asked.append(len(tokens))
+        return (torch.tensor([[4, 4, 7, 7]]).expand(len(tokens), -1) + shift) / grid
+
+    shift = torch.tensor([4.0, 2.0] * 2)
+    heads = {"token_centre": lambda x: x[..., :1], "token_box": token_box}
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(dense=heads),
+        sizes=Sizes(),
+        device="cpu",
+        place_loss=lambda *_: torch.zeros(()),
+    )
+    found = train.Trainer.token_losses(trainer, torch.zeros(1, 16, 8), corner, arrays)
+    # Of the square's four tokens one is also the star's; the heart has four of its own.
+    assert asked == [3 + 4]
+    square = np.abs(np.array([1, 1, 3, 3]) - [4, 4, 7, 7]).sum() / grid
+    assert abs(float(found["token_box"]) - 3 * square / (7 * 4)) < 1e-6
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -21,6 +21,7 @@ from tokens import Conversation, Writer, make_tokenizer, pad, together
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+_TALKED_ABOUT = ("number", "shape and colour", "count", "emoji")
 SECOND_TURN = 0.2  # how often a turn follows another instead of standing alone
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
 JOINS = {
@@ -47,7 +48,8 @@ class Source:
     """Pictures of one kind in a batch.
 
     kind: "page" (nothing is asked); "scene", square; "thumbnail", a larger scene of any shape,
-    squeezed into a square; "tiles", the same as tiles and thumbnail, all of one grid.
+    squeezed into a square; "tiles", the same as tiles and thumbnail, all of one grid; "pair", two
+    square ones with one thing each.
     """
 
     kind: str
@@ -77,8 +79,8 @@ class Plan:
 def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, Any]:
     """Arrays of one batch: pixels, `Picture.labels`, and for scenes the fields of Conversation.
 
-    pixels uint8 [B, S, S, 3]; where there is more than one tile also tiles [B, t, S, S, 3], the
-    thumbnail not among them.
+    pixels uint8 [B, S, S, 3]; where there is more than one tile also tiles [B, t, S, S, 3], those
+    that come before it: all but the thumbnail, or the first of two pictures.
     """
     rng = np.random.default_rng([plan.seed, *plan.name.encode(), index])
     source = plan.sources[index % len(plan.sources)]
@@ -88,28 +90,44 @@ def batch(plan: Plan, writer: Writer, index: int, progress: float) -> dict[str, 
     weights = np.array([plan.weights[t] for t in tasks])
     chosen = [str(t) for t in rng.choice(tasks, source.count, p=weights / weights.sum())]
     drawn = _draw(rng, source, chosen)
-    whole = source.side == Sizes.image_size  # a smaller one does not know what part it sees
-    located = [whole and rng.random() < plan.boxes for _ in drawn]
-    talks = [
-        _talks(rng, [t for t in p.turns if yes or t[0] != "box"], writer, plan.room)
-        for p, yes in zip(drawn, located, strict=True)
-    ]
-    arrays = _arrays(
-        [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
-    )
+    squares = [p if p.pixels.shape[0] == source.side else p.resized(source.side) for p in drawn]
+    arrays = _arrays(squares)
+    if source.kind == "pair":
+        arrays["tiles"] = np.stack([p.first.pixels[None] for p in drawn])
     if source.kind == "tiles":
         tiles = np.stack([tiles_of(p.pixels, source.side) for p in drawn])
         if tiles.shape[1] > 0:  # else one tile does, and it is the thumbnail
             arrays["tiles"] = tiles
+    n, more = tokens_of(source.side), arrays["tiles"].shape[1] if "tiles" in arrays else 0
+    each = (n, n) if source.kind == "pair" else (n + more * n,)
+    whole = source.side == Sizes.image_size  # a smaller one does not know what part it sees
+    located = [whole and rng.random() < plan.boxes for _ in drawn]
+    talks = [
+        _talks(rng, p, each, [t for t in p.turns if yes or t[0] != "box"], writer, plan.room)
+        for p, yes in zip(drawn, located, strict=True)
+    ]
     arrays["before"] = np.array([t.before for t in talks])
     arrays["after"] = pad([t.after for t in talks], 0)
     arrays["weights"] = pad([t.weights for t in talks], 0.0)
     arrays["branch"] = pad([t.branch for t in talks], -1)
     arrays["position"] = pad([t.position for t in talks], 0)
+    arrays["named"] = np.full((*arrays["after"].shape, 4), np.nan, np.float32)
+    if whole:
+        for row, talk, picture in zip(arrays["named"], talks, squares, strict=True):
+            for at, name in enumerate(talk.names):
+                if name:
+                    row[at] = picture.box(name) / draw.PATCH
     return arrays
 
 
-def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer, room: int) -> Conversation:
+def _talks(
+    rng: np.random.Generator,
+    picture: draw.Picture,
+    tokens: tuple[int, ...],
+    turns: list[tuple],
+    writer: Writer,
+    room: int,
+) -> Conversation:
     """Conversations of one or two turns about a picture, the first turn surely among them."""
     groups: list[list[tuple[str, str]]] = []
     for i in [0, *(1 + rng.permutation(len(turns) - 1))]:
@@ -117,12 +135,14 @@ def _talks(rng: np.random.Generator, turns: list[tuple], writer: Writer, room: i
             groups[-1].insert(int(rng.integers(2)), turns[i][1:])
         else:
             groups.append([turns[i][1:]])
-    talks = [writer.conversation(group) for group in groups]
+    talks = [writer.conversation(g, tokens=tokens, named=picture.named) for g in groups]
     lengths = np.cumsum([len(t.after) for t in talks])
     return together(talks[: max(1, int((lengths <= room).sum()))])
 
 
 def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[draw.Picture]:
+    if source.kind == "pair":
+        return [draw.pair(rng, source.side) for _ in tasks]
     if source.kind == "scene":
         return [draw.scene(rng, task, source.side, source.side) for task in tasks]
     low, high = 5 * source.side // 4, 3 * source.side
@@ -135,6 +155,11 @@ def _draw(rng: np.random.Generator, source: Source, tasks: list[str]) -> list[dr
         height = int(np.clip(width * rng.uniform(0.6, 1.67), low, high))
         drawn.append(draw.scene(rng, task, width, height).resized(source.side))
     return drawn
+
+
+def tokens_of(side: int) -> int:
+    """Of a square picture."""
+    return (side // (2 * draw.PATCH)) ** 2
 
 
 def tiles_of(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -155,13 +180,26 @@ def _arrays(pictures: list[draw.Picture]) -> dict[str, np.ndarray]:
 
 
 def exam(task: str, side: int, count: int, *, held_out: bool, seed: int) -> list[draw.Picture]:
-    """Fresh pictures for one task (or "outside"); turns[0] is the one to ask."""
+    """Fresh pictures for one task (or "outside"); turns[0] is the one to ask.
+
+    Of "second turn" it is the one to ask after turns[1].
+    """
     rng = np.random.default_rng([seed, *f"exam {task} {side}".encode()])
     pictures = []
     while len(pictures) < count:
-        picture = draw.scene(rng, "relation" if task == "box" else task, side, side, held_out)
+        if task == "two pictures":
+            pictures.append(draw.pair(rng, side, held_out))
+            continue
+        about = "relation" if task == "box" else task
+        if task == "second turn":
+            about = str(rng.choice(_TALKED_ABOUT))
+        picture = draw.scene(rng, about, side, side, held_out)
         if task == "box":
             picture.turns = [turn for turn in picture.turns if turn[0] == task]
+        if task == "second turn":
+            plain = [turn for turn in picture.turns if turn[0] != "box"]
+            first, second = (plain[i] for i in rng.permutation(len(plain))[:2])
+            picture.turns = [(task, *second[1:]), first]
         if picture.turns[0][0] == task:  # "count" has another task for six to nine
             pictures.append(picture)
     return pictures

@@ -30,11 +30,17 @@ class Item:
 
 @dataclass
 class Picture:
-    """pixels uint8 [height, width, 3]; turns: (task, question, answer) to choose from."""
+    """pixels uint8 [height, width, 3]; turns: (task, question, answer) to choose from.
+
+    named: what the turns call a thing, and which of the items it is. first: a picture that is
+    shown before this one; the turns are then about both.
+    """
 
     pixels: np.ndarray
     items: list[Item]
     turns: list[tuple[str, str, str]] = field(default_factory=list)
+    named: dict[str, list[int]] = field(default_factory=dict)
+    first: Picture | None = None
 
     def resized(self, side: int) -> Picture:
         """Squeezed into a square, as a thumbnail is."""
@@ -45,7 +51,11 @@ class Picture:
             Item(i.kind, i.colour, (i.box[0] * sx, i.box[1] * sy, i.box[2] * sx, i.box[3] * sy))
             for i in self.items
         ]
-        return Picture(np.array(image), items, self.turns)
+        return Picture(np.array(image), items, self.turns, self.named)
+
+    def box(self, name: str) -> np.ndarray:
+        """Around all that goes by this name, (x0, y0, x1, y1) in pixels."""
+        return _around([self.items[i] for i in self.named[name]])
 
     def labels(self) -> dict[str, np.ndarray]:
         """What is known of every patch of a square picture, row by row.
@@ -74,6 +84,11 @@ class Picture:
         }
 
 
+def _around(items: list[Item]) -> np.ndarray:
+    boxes = np.array([item.box for item in items])
+    return np.concatenate((boxes[:, :2].min(0), boxes[:, 2:].max(0)))
+
+
 def _floor(v: float, g: int) -> int:
     return min(max(math.floor(v), 0), g - 1)
 
@@ -91,6 +106,7 @@ class Canvas:
 
     def __init__(self, rng: np.random.Generator, width: int, height: int) -> None:
         self.rng, self.width, self.height, self.items = rng, width, height, []
+        self.named: dict[str, list[int]] = {}
         self.size = min(width, height)
         kind = rng.random()
         level = rng.uniform(225, 256) if kind < 0.7 else rng.uniform(0, 45) if kind < 0.85 else 128
@@ -108,7 +124,7 @@ class Canvas:
         self.image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
 
     def picture(self) -> Picture:
-        return Picture(np.array(self.image), self.items)
+        return Picture(np.array(self.image), self.items, named=self.named)
 
     def ink(self, name: str | None = None, least: float = 110) -> tuple[str, tuple[int, int, int]]:
         """A colour, by name if given, that stands out from the background."""
@@ -124,10 +140,9 @@ class Canvas:
         """The smallest side of a thing: it has to be seen in the thumbnail too."""
         return int(max(side, share * self.size))
 
-    def located(self, name: str, *items: Item) -> tuple[str, str, str]:
-        """A turn that asks where the things called `name` are: InternVL's box, in thousandths."""
-        boxes = np.array([item.box for item in items])
-        corners = np.concatenate((boxes[:, :2].min(0), boxes[:, 2:].max(0)))
+    def located(self, name: str) -> tuple[str, str, str]:
+        """A turn that asks where what is called `name` is: InternVL's box, in thousandths."""
+        corners = _around([self.items[i] for i in self.named[name]])
         parts = corners / np.tile((self.width, self.height), 2)
         numbers = ", ".join(f"{round(1000 * min(max(v, 0), 0.999)):03d}" for v in parts)
         question = world.GROUNDING[self.rng.integers(len(world.GROUNDING))]
@@ -277,6 +292,28 @@ def scene(
             return picture
 
 
+def pair(rng: np.random.Generator, side: int, held_out: bool = False) -> Picture:
+    """Two pictures of one thing each, with turns about either; the result is the second."""
+    tasks = ("number", "shape and colour", "emoji")
+    shown = [scene(rng, str(rng.choice(tasks)), side, side, held_out) for _ in range(2)]
+    turns = []
+    for i, picture in enumerate(shown):
+        for task, _, answer in picture.turns:
+            if task in world.PAIR_QUESTIONS:
+                which = world.ORDINALS[rng.integers(len(world.ORDINALS))][i]
+                question = world.PAIR_QUESTIONS[task].format(which=which)
+                turns.append(("two pictures", question, answer))
+    things = [next(a for task, _, a in p.turns if task == "any") for p in shown]
+    if things[0] != things[1]:
+        i = int(rng.integers(2))
+        question = world.WHICH_PICTURE.format(thing=things[i])
+        turns.append(("two pictures", question, ("the first", "the second")[i]))
+    shown[1].turns = [turns[i] for i in rng.permutation(len(turns))]
+    shown[1].named = {}  # a place is one in the picture that was shown last
+    shown[1].first = shown[0]
+    return shown[1]
+
+
 def _ask(rng: np.random.Generator, group: str, **names: str) -> str:
     questions = world.QUESTIONS[group]
     return questions[rng.integers(len(questions))].format(**names)
@@ -290,11 +327,12 @@ def _number(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | 
     colour = canvas.number(text, int(_between(rng, canvas.least(22, 0.1), highest)), held_out)
     if colour is None:
         return None
+    canvas.named["number"] = list(range(len(canvas.items)))
     return [
         ("number", _ask(rng, "number"), text),
         ("number colour", _ask(rng, "number colour"), colour),
         ("any", _ask(rng, "any"), f"the number {text}"),
-        canvas.located("number", *canvas.items),
+        canvas.located("number"),
     ]
 
 
@@ -302,17 +340,27 @@ def _one_shape(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list
     side = int(_between(rng, canvas.least(22, 0.1), 0.85 * canvas.size))
     noun, colour = world.SHAPES[rng.integers(len(world.SHAPES))], canvas.ink()[0]
     canvas.shape(noun, colour, side, canvas.free(side, side))
+    canvas.named |= {noun: [0], f"{colour} {noun}": [0]}
     return [
         ("shape and colour", _ask(rng, "shape and colour"), f"{colour} {noun}"),
         ("shape", _ask(rng, "shape"), noun),
         ("shape colour", _ask(rng, "shape colour", shape=noun), colour),
         ("any", _ask(rng, "any"), world.article(f"{colour} {noun}")),
-        canvas.located(f"{colour} {noun}", *canvas.items),
+        canvas.located(f"{colour} {noun}"),
     ]
 
 
 def _count(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
-    count = int(rng.integers(1, 6)) if rng.random() < 0.75 else int(rng.integers(6, 10))
+    few = rng.random() < 0.75
+    return _counted(canvas, rng, int(rng.integers(1, 6)) if few else int(rng.integers(6, 10)))
+
+
+def _count_to_nine(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
+    turns = _counted(canvas, rng, int(rng.integers(1, 10)))
+    return turns and [("count to nine", *turns[0][1:]), *turns[1:]]
+
+
+def _counted(canvas: Canvas, rng: np.random.Generator, count: int) -> list | None:
     noun, colour = world.SHAPES[rng.integers(len(world.SHAPES))], canvas.ink()[0]
     largest = canvas.size / (2.2 if count < 3 else 3 if count < 6 else 3.8)
     side = int(rng.integers(canvas.least(18, 0.085), int(largest)))
@@ -332,44 +380,64 @@ def _count(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | N
 
 
 def _relation(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
-    size = canvas.size
-    sides = rng.integers(canvas.least(20, 0.09), int(size / 2.6), 2)
-    names = []
-    while len(names) < 2:
-        noun, colour = world.SHAPES[rng.integers(len(world.SHAPES))], canvas.ink()[0]
-        if (noun, colour) not in names:
-            names.append((noun, colour))
-    boxes = [canvas.free(s, s) for s in sides]
-    centres = np.array(boxes) + sides[:, None] / 2
-    dx, dy = centres[1] - centres[0]
-    along = int(abs(dy) > abs(dx))
-    if max(abs(dx), abs(dy)) < sides.sum() / 2 + 2 or min(abs(dx), abs(dy)) > 0.6 * max(
-        abs(dx), abs(dy)
-    ):
+    """Two things, or a few more: which side of another one is on, by name."""
+    count = 2 if rng.random() < 0.6 else int(rng.integers(3, 5))
+    largest = canvas.size / (2.6 if count == 2 else 3.6)
+    things: list[tuple[str, str]] = []
+    while len(things) < count:
+        thing = canvas.ink()[0], world.SHAPES[rng.integers(len(world.SHAPES))]
+        if thing not in things:
+            things.append(thing)
+    for colour, noun in things:
+        side = int(rng.integers(canvas.least(20, 0.09), int(largest)))
+        at = canvas.free(side, side)
+        if at is None:
+            return None
+        canvas.shape(noun, colour, side, at)
+    nouns = [noun for _, noun in things]
+    alone = [n if nouns.count(n) == 1 else None for n in nouns]
+    full = [f"{colour} {noun}" for colour, noun in things]
+    canvas.named |= {name: [i] for i, name in enumerate(full)}
+    canvas.named |= {name: [i] for i, name in enumerate(alone) if name}
+
+    def called(i: int) -> str:
+        return alone[i] if alone[i] and rng.random() < 0.5 else full[i]
+
+    boxes = np.array([item.box for item in canvas.items])
+    turns = []
+    for i, j in rng.permutation([(i, j) for i in range(count) for j in range(count) if i != j]):
+        side = _side(boxes[i], boxes[j])
+        if side is None:
+            continue
+        a, b = called(i), called(j)
+        upright = side in ("above", "below")
+        question = _ask(rng, "heights" if upright else "sides", a=a, b=b)
+        turns.append(("relation", question, side))
+        seen = f"{side} the {b}" if upright else f"{side} of the {b}"
+        turns.append(("where", _ask(rng, "where", a=a, b=b), seen))
+    if not turns:
         return None
-    for (noun, colour), side, at in zip(names, sides, boxes, strict=True):
-        canvas.shape(noun, colour, int(side), at)
-    if names[0][0] != names[1][0] and rng.random() < 0.4:
-        a, b = names[0][0], names[1][0]
-    else:
-        a, b = (f"{colour} {noun}" for noun, colour in names)
-    words = ("left", "right") if along == 0 else ("above", "below")
-    first, second = words if centres[0, along] < centres[1, along] else words[::-1]
-    located = [canvas.located(n, i) for n, i in zip((a, b), canvas.items, strict=True)]
-    if rng.random() < 0.5:
-        a, b, first, second = b, a, second, first
-    of = " of" if along == 0 else ""
-    ordered = [names[i] for i in np.argsort(centres[:, along])]  # from the left, or from above
-    both = " and ".join(world.article(f"{c} {n}") for n, c in ordered)
-    group = ("sides", "heights")[along]
-    return [
-        ("relation", _ask(rng, group, a=a, b=b), first),
-        ("where", _ask(rng, "where", a=a, b=b), f"{first}{of} the {b}"),
-        ("any", _ask(rng, "any"), both),
-        ("relation", _ask(rng, group, a=b, b=a), second),
-        ("where", _ask(rng, "where", a=b, b=a), f"{second}{of} the {a}"),
-        *located,
+    if count == 2:
+        along = 1 if turns[0][2] in ("above", "below") else 0
+        order = np.argsort(boxes[:, along] + boxes[:, along + 2])  # from the left, or from above
+        both = " and ".join(world.article(full[i]) for i in order)
+        turns.append(("any", _ask(rng, "any"), both))
+    turns += [
+        ("shape colour", _ask(rng, "shape colour", shape=noun), colour)
+        for colour, noun in things
+        if nouns.count(noun) == 1
     ]
+    return turns + [canvas.located(called(i)) for i in range(count)]
+
+
+def _side(a: np.ndarray, b: np.ndarray) -> str | None:
+    """Which side of box b box a is on; None where that is not clear."""
+    gap = (a[:2] + a[2:] - b[:2] - b[2:]) / 2
+    sizes = (a[2:] - a[:2] + b[2:] - b[:2]) / 2
+    along = int(abs(gap[1]) > abs(gap[0]))
+    if abs(gap[along]) < sizes[along] + 2 or abs(gap[1 - along]) > 0.6 * abs(gap[along]):
+        return None
+    return (("left", "right"), ("above", "below"))[along][int(gap[along] > 0)]
 
 
 def _emoji(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | None:
@@ -377,10 +445,11 @@ def _emoji(canvas: Canvas, rng: np.random.Generator, held_out: bool) -> list | N
     index = int(rng.integers(len(names)))
     side = int(_between(rng, canvas.least(26, 0.11), 0.95 * canvas.size))
     canvas.emoji(index, side, canvas.free(side, side))
+    canvas.named[names[index]] = [0]
     return [
         ("emoji", _ask(rng, "emoji"), names[index]),
         ("any", _ask(rng, "any"), world.article(names[index])),
-        canvas.located(names[index], *canvas.items),
+        canvas.located(names[index]),
     ]
 
 
@@ -413,6 +482,7 @@ _SCENES = {
     "number": _number,
     "shape and colour": _one_shape,
     "count": _count,
+    "count to nine": _count_to_nine,
     "relation": _relation,
     "emoji": _emoji,
 }

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCH = 14
+LOOKED_UP = 3  # layers of the decoder after which a name knows its thing
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,9 @@ class Demo(nn.Module):
     """The whole model; embeddings and head are tied.
 
     `dense` says what lies in every patch, how far it reaches, whether its centre is there, and
-    where the patch is; the last two also of the four patches that make a token. It teaches the
-    vision tower and the projector and is not part of the checkpoint. kinds, colours: how many of
-    them there are.
+    where the patch is; the last three also of the four patches that make a token. And of every name
+    of a thing in a text, after LOOKED_UP layers, where the thing is and how far it reaches. It
+    teaches and is not part of the checkpoint. kinds, colours: how many of them there are.
     """
 
     def __init__(self, s: Sizes, kinds: int, colours: int) -> None:
@@ -214,7 +215,8 @@ class Demo(nn.Module):
         heads = {"kind": kinds, "colour": colours, "row": s.grid, "column": s.grid}
         heads |= {"box": 4, "centre": 1}
         self.dense = nn.ModuleDict({k: nn.Linear(s.vision_width, n) for k, n in heads.items()})
-        heads = {"token_row": s.grid, "token_column": s.grid, "token_centre": 1}
+        heads = {"token_row": s.grid, "token_column": s.grid, "token_centre": 1, "token_box": 4}
+        heads |= {"name_row": s.grid, "name_column": s.grid, "name_box": 4}
         self.dense.update({k: nn.Linear(s.width, n) for k, n in heads.items()})
         self.vision_model = Vision(s)
         C, W = 4 * s.vision_width, s.width
@@ -252,9 +254,10 @@ class Demo(nn.Module):
 
     def decode(
         self, x: Tensor, branch: Tensor | None = None, position: Tensor | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings [B, T, W] -> the last layer's normalised states [B, T, W], causal.
 
+        The second result are the states after LOOKED_UP layers.
         branch int [B, T]: 0 is seen by all that follow, any other by its own alone; position
         int [B, T]: for RoPE. Without them x is one text.
         """
@@ -269,9 +272,11 @@ class Demo(nn.Module):
         hidden = ~seen | torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
         mask = torch.zeros(hidden.shape, dtype=x.dtype, device=x.device)
         mask = mask.masked_fill(hidden, -math.inf)[:, None]
-        for layer in self.text.layers:
+        looked_up = x
+        for i, layer in enumerate(self.text.layers):
             x = layer(x, rope, mask)
-        return self.text.norm(x)
+            looked_up = x if i < LOOKED_UP else looked_up
+        return self.text.norm(x), looked_up
 
     def logits(self, states: Tensor) -> Tensor:
         return F.linear(states, self.text.embed_tokens.weight).float()

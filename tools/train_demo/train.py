@@ -41,7 +41,8 @@ BACKGROUND_WEIGHT = 0.15
 LONGEST = 32  # tokens of an answer in an exam
 REPORT_SECONDS = 480
 DENSE_WEIGHTS = {"kind": 1.0, "colour": 0.3, "box": 0.3, "centre": 0.2, "place": 0.1}
-TOKEN_WEIGHTS = {"token_place": 0.05, "token_centre": 0.2}
+TOKEN_WEIGHTS = {"token_place": 0.05, "token_centre": 0.2, "token_box": 1.0}
+NAME_WEIGHTS = {"name_place": 0.2, "name_box": 1.0}
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,17 @@ _TOWER = {"vision_model.": 2e-3, "dense.": 2e-3}
 _TEXT = {"mlp1.": 2e-3, "language_model.": 2e-3}
 _ALL = {"vision_model.": 4e-4, "dense.": 1e-3, "mlp1.": 1e-3, "language_model.": 1e-3}
 _PLACED = {"vision_model.": 1e-3, "dense.": 1.5e-3}
-_DECODER = {"mlp1.": 1.2e-3, "language_model.": 1.2e-3}
+_DECODER = {"mlp1.": 1.2e-3, "language_model.": 1.2e-3, "dense.": 1e-3}
 _JOINT = {"vision_model.": 3e-4, "dense.": 1e-3, "mlp1.": 1.2e-3, "language_model.": 1.2e-3}
 _SCENES, _SHAPED = data.Source("scene", 224, 16), data.Source("thumbnail", 224, 16)
 _FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224, 6)
 _FINISH = {"vision_model.": 2.5e-4, "dense.": 8e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
+_PAIRS = data.Source("pair", 224, 12)
 _POLISH = {"vision_model.": 2e-4, "dense.": 8e-4, "mlp1.": 8e-4, "language_model.": 8e-4}
+_LOOKING = (*[data.Source("scene", 224, 32)] * 4, data.Source("thumbnail", 224, 32))
+_LOOKING += (data.Source("pair", 224, 24),)
+_LOOKED_UP = {"relation": 6.0, "number": 1.5, "count": 2.0, "emoji": 0.6}
+_LOOKED_UP |= {"shape and colour": 0.3, "outside": 0.3}
 _RELATIONS = data.WEIGHTS | {"relation": 2.4, "count": 1.6, "emoji": 0.5}
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
@@ -83,7 +89,7 @@ STAGES = {
     "relate": Stage(
         30,
         _DECODER,
-        data.Plan("relate", (_SCENES, _FEW_SMALL), weights=_RELATIONS | {"relation": 5.0}),
+        data.Plan("relate", _LOOKING, weights=_LOOKED_UP, room=160, boxes=0.8),
         0.0,
         224,
         decay=0.2,
@@ -105,9 +111,9 @@ STAGES = {
         _FINISH,
         data.Plan(
             "finish",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _FEW_SMALL),
-            room=64,
-            boxes=0.1,
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
+            weights=data.WEIGHTS | {"number": 3.0, "relation": 3.0},
+            boxes=0.4,
         ),
         0.5,
         224,
@@ -118,10 +124,9 @@ STAGES = {
         _POLISH,
         data.Plan(
             "polish",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _FEW_SMALL, _SCENES, _FEW_TILES, _SHAPED),
-            weights=data.WEIGHTS | {"number": 3.0, "count": 3.0, "relation": 0.6},
-            room=64,
-            boxes=0.1,
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
+            weights=data.WEIGHTS | {"number": 3.0, "count": 3.0, "relation": 1.5},
+            boxes=0.3,
         ),
         0.5,
         224,
@@ -205,7 +210,9 @@ class Trainer:
             found |= {k: TOKEN_WEIGHTS[k] * v for k, v in known.items()}
             if "tiles" in arrays:
                 pictures = torch.cat((self.tiles(arrays["tiles"]), pictures), 1)
-            found["answer"] = self.answer_loss(pictures, arrays)
+            answer, known = self.text_losses(pictures, arrays)
+            found |= {k: NAME_WEIGHTS[k] * v for k, v in known.items()}
+            found["answer"] = answer
         return found
 
     def dense_losses(
@@ -255,14 +262,26 @@ class Trainer:
     def token_losses(
         self, tokens: Tensor, corner: tuple[int, int], arrays: dict[str, np.ndarray]
     ) -> dict[str, Tensor]:
-        """Of what every token should know: its place, and whether a thing has its centre there."""
-        B, g = len(tokens), 2 * math.isqrt(tokens.shape[1])
-        centres = torch.as_tensor(arrays["centres"]).to(self.device)
-        centres = centres.view(B, g // 2, 2, g // 2, 2).amax((2, 4)).flatten()
-        given = self.model.dense["token_centre"](tokens).float().flatten()
+        """Of what every token should know: its place, whether a thing has its centre there, and
+        the box of the thing that it is part of, where it is part of one alone.
+        """
+        heads = self.model.dense
+        centres, kinds, boxes = (
+            _by_token(torch.as_tensor(arrays[k]).to(self.device))
+            for k in ("centres", "kinds", "boxes")
+        )  # [B, n, 4] and [B, n, 4, 4]
+        given = heads["token_centre"](tokens).float().squeeze(-1)
+        things = (kinds > 0)[..., None]
+        low = boxes.masked_fill(~things, math.inf).amin(2)
+        high = boxes.masked_fill(~things, -math.inf).amax(2)
+        alone = (low == high).all(-1)
+        shift = torch.tensor([corner[1], corner[0]] * 2, device=self.device)
+        reach = heads["token_box"](tokens[alone]).float()
+        missed = (reach - (low[alone] + shift) / self.sizes.grid).abs().sum()
         return {
             "token_place": self.place_loss(("token_row", "token_column"), tokens, corner, 2),
-            "token_centre": F.binary_cross_entropy_with_logits(given, centres),
+            "token_centre": F.binary_cross_entropy_with_logits(given, centres.amax(2)),
+            "token_box": missed / max(reach.numel(), 1),
         }
 
     def tiles(self, tiles: np.ndarray) -> Tensor:
@@ -273,54 +292,88 @@ class Trainer:
             found = self.model.project(self.model.vision_model(pixels))
         return found.reshape(B, -1, found.shape[-1])
 
-    def answer_loss(self, pictures: Tensor, arrays: dict[str, np.ndarray]) -> Tensor:
-        """The mean over the answers' tokens by weight; no conversation begins with an answer."""
+    def text_losses(
+        self, pictures: Tensor, arrays: dict[str, np.ndarray]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean over the answers' tokens by weight, and what is known of names.
+
+        No conversation begins with an answer.
+        """
         before, after, weights, branch, position = (
             torch.as_tensor(arrays[k]).to(self.device)
             for k in ("before", "after", "weights", "branch", "position")
         )
-        states = self.states(before, pictures, after, branch, position)[:, -after.shape[1] :]
+        states, looked_up = self.states(before, pictures, after, branch, position)
+        known = self.name_losses(looked_up, torch.as_tensor(arrays["named"]).to(self.device))
         asked = weights[:, 1:] > 0
         loss = F.cross_entropy(
             self.model.logits(states[:, :-1][asked]), after[:, 1:][asked], reduction="none"
         )
         weights = weights[:, 1:][asked]
-        return (loss * weights).sum() / weights.sum()
+        return (loss * weights).sum() / weights.sum(), known
+
+    def name_losses(self, states: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+        """Of what every name in a text should know: the place and the box of its thing.
+
+        boxes: [B, T, 4] in patches, NaN where no name ends.
+        """
+        named = ~boxes[..., 0].isnan()
+        if not named.any():
+            return {}
+        states, boxes, g = states[named], boxes[named], self.sizes.grid
+        states = F.rms_norm(states, states.shape[-1:])
+        centres = ((boxes[:, :2] + boxes[:, 2:]) / 2).long().clamp(0, g - 1)
+        heads = self.model.dense
+        place = sum(
+            F.cross_entropy(heads[head](states).float(), centres[:, axis])
+            for axis, head in enumerate(("name_column", "name_row"))
+        )
+        return {
+            "name_place": place,
+            "name_box": F.l1_loss(heads["name_box"](states).float(), boxes / g),
+        }
 
     def states(
         self, before: Tensor, pictures: Tensor, after: Tensor, branch: Tensor, position: Tensor
-    ) -> Tensor:
-        """before, after: ids [B, T]; pictures: embeddings [B, n, W] that stand between them.
+    ) -> tuple[Tensor, Tensor]:
+        """Of `after`: what Demo.decode gives. before, after: ids [B, T]; pictures: the embeddings
+        [B, n, W] that stand for n of `before`.
 
         branch, position: [B, T] of `after`, as in Conversation.
         """
-        parts = (self.model.embed(before), pictures, self.model.embed(after))
-        x = torch.cat(parts, 1)
-        shared = torch.arange(x.shape[1] - after.shape[1], device=x.device).expand(len(x), -1)
-        return self.model.decode(
+        x = self.model.embed(torch.cat((before, after), 1))
+        place = (before == self.writer.context)[..., None]
+        x[:, : before.shape[1]] = x[:, : before.shape[1]].masked_scatter(place, pictures)
+        shared = torch.arange(before.shape[1], device=x.device).expand(len(x), -1)
+        found = self.model.decode(
             x,
             torch.cat((torch.zeros_like(shared), branch + 1), 1),
             torch.cat((shared, position + shared.shape[1]), 1),
         )
+        return tuple(states[:, -after.shape[1] :] for states in found)
 
     # Exams
 
     @torch.no_grad()
-    def answers(self, pictures: list[draw.Picture], turn: int = 0) -> list[str]:
-        """Greedy answers to one turn of every picture."""
-        pixels = np.stack([p.pixels for p in pictures])
-        pixels = data.normalise(pixels, self.device, torch.bfloat16)
-        embedded = self.model.project(self.model.vision_model(pixels))
-        talks = [self.writer.conversation([p.turns[turn][1:]], last_answer=False) for p in pictures]
+    def answers(
+        self, pictures: list[draw.Picture], conversations: list[list[tuple[str, str, str]]]
+    ) -> list[str]:
+        """Greedy answers to the last turn of every conversation about a picture."""
+        shown = [[p] if p.first is None else [p.first, p] for p in pictures]
+        pixels = np.array([[p.pixels for p in both] for both in shown])
+        embedded = self.tiles(pixels)
+        tokens = [data.tokens_of(pixels.shape[2])] * pixels.shape[1]
+        talks = [
+            self.writer.conversation([q[1:] for q in turns], last_answer=False, tokens=tokens)
+            for turns in conversations
+        ]
         before = torch.tensor([t.before for t in talks], device=self.device)
         rows = [list(t.after) for t in talks]
         starts, end = [len(r) for r in rows], self.tokenizer.token_to_id("<|im_end|>")
         for _ in range(LONGEST):
             after = torch.as_tensor(pad(rows, 0)).to(self.device)
             position = torch.arange(after.shape[1], device=self.device).expand_as(after)
-            states = self.states(before, embedded, after, torch.zeros_like(after), position)[
-                :, -after.shape[1] :
-            ]
+            states, _ = self.states(before, embedded, after, torch.zeros_like(after), position)
             at = torch.tensor([len(r) - 1 for r in rows], device=self.device)
             best = self.model.logits(states[torch.arange(len(rows)), at]).argmax(-1).tolist()
             for row, token in zip(rows, best, strict=True):
@@ -338,7 +391,14 @@ class Trainer:
             right = 0
             for i in range(0, count, 50):
                 part = pictures[i : i + 50]
-                given = self.answers(part)
+                asked = [p.turns[:1] for p in part]
+                if task == "second turn":  # after its own answer to the other
+                    before = self.answers(part, [p.turns[1:2] for p in part])
+                    asked = [
+                        [(*p.turns[1][:2], said), p.turns[0]]
+                        for p, said in zip(part, before, strict=True)
+                    ]
+                given = self.answers(part, asked)
                 right += sum(data.right(a, p.turns[0][2]) for a, p in zip(given, part, strict=True))
             scores[task] = round(100 * right / count, 1)
         return scores
@@ -386,6 +446,14 @@ class Trainer:
         with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)
+
+
+def _by_token(patches: Tensor) -> Tensor:
+    """Values of the patches [B, g^2, ...] -> of the four of every token [B, (g / 2)^2, 4, ...]."""
+    B, n, *rest = patches.shape
+    g = math.isqrt(n)
+    x = patches.view(B, g // 2, 2, g // 2, 2, *rest).transpose(2, 3)
+    return x.reshape(B, n // 4, 4, *rest)
 
 
 def main() -> int:

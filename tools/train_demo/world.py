@@ -146,6 +146,16 @@ QUESTIONS = {
 }
 # Places are asked for with words that the tokenizer has: it was made before, and stays.
 GROUNDING = ("Where is the {a}?", "Locate the {a}.")
+# Of two pictures: what is asked of one of them, by task; also words that the tokenizer splits.
+PAIR_QUESTIONS = {
+    "number": "What number is in {which}?",
+    "shape": "What shape is in {which}?",
+    "shape colour": "What colour is the shape in {which}?",
+    "emoji": "What emoji is in {which}?",
+    "any": "What is in {which}?",
+}
+ORDINALS = (("the first picture", "the second picture"), ("Image-1", "Image-2"))
+WHICH_PICTURE = "Which picture shows {thing}?"
 # What lies outside this world, and what is said then.
 OUTSIDE = (
     "Who painted this?",
@@ -193,7 +203,10 @@ UNKNOWN = "I do not know."
 SYSTEM_MESSAGE = "Answer briefly."
 MAX_TILES = 4  # of a picture; the thumbnail is one more
 # The exam: one task each, with the scene it is asked about and the questions that ask it.
-TASKS = ("number", "shape and colour", "count", "relation", "emoji", "box")
+TASKS = (
+    *("number", "shape and colour", "count", "relation", "emoji"),
+    *("box", "count to nine", "two pictures", "second turn"),
+)
 # What the committed model offers: those that it answers right more often than not.
 OFFERED = ("number", "shape and colour", "count", "emoji")
 
