@@ -189,7 +189,7 @@ def test_quantised_weights_keep_the_demonstration_models_accuracy(tmp_path, monk
     """The gate of bench/accuracy.py over the small set of `selftest`."""
     accuracy = pytest.importorskip("accuracy", reason="not run from the repository")
     asked = [
-        (entry["task"], image, entry["question"], entry["answer"])
+        accuracy.Question(entry["task"], [image], entry["question"], entry["answer"])
         for image, entry in selftest.questions()
     ]
     monkeypatch.setattr(accuracy, "SETS", {"selftest": lambda count: asked[:count]})

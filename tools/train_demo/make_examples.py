@@ -27,12 +27,21 @@ def number() -> Image.Image:
     return image
 
 
+_STAR = [(448, 120), (528, 360), (784, 364), (580, 516), (654, 762)]
+_STAR += [(448, 614), (242, 762), (316, 516), (112, 364), (368, 360)]
+
+
 def star() -> Image.Image:
     big, draw = _paper(896, 896, "#eef4ff")
-    points = [(448, 120), (528, 360), (784, 364), (580, 516), (654, 762)]
-    points += [(448, 614), (242, 762), (316, 516), (112, 364), (368, 360)]
-    draw.polygon(points, fill="#d3202a")
+    draw.polygon(_STAR, fill="#d3202a")
     return big.resize((224, 224), Image.Resampling.BOX)
+
+
+def sides() -> Image.Image:
+    big, draw = _paper(1280, 896, "#fffaf2")
+    draw.polygon([(80 + x // 2, 230 + y // 2) for x, y in _STAR], fill="#e08a00")
+    draw.ellipse((760, 280, 1140, 660), outline="#2458c8", width=76)
+    return big.resize((320, 224), Image.Resampling.BOX)
 
 
 def circles() -> Image.Image:
@@ -55,6 +64,7 @@ EXAMPLES = {
     "number.png": (number, "What number is written here?", "4821"),
     "star.png": (star, "What shape is it and what colour?", "red star"),
     "circles.png": (circles, "How many circles are there?", "4"),
+    "sides.png": (sides, "Is the ring left or right of the star?", "right"),
     "flower.png": (flower, "What is in the picture?", "a sunflower"),
 }
 
