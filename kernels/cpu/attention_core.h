@@ -106,18 +106,21 @@ inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
 }
 #endif
 
-// The values of a step with those of keys that are not visible set to zero.
+// The bits of a step's words that belong to visible keys.
 template <bool Pairwise>
-inline F keep_visible(F x, const Visible& see, int step) {
+inline uint32_t visible_bits(const Visible& see, int step) {
+  if (!Pairwise) return see.has(step) ? ~0u : 0u;
+  return (see.has(2 * step) ? 0xffffu : 0u) | (see.has(2 * step + 1) ? 0xffff0000u : 0u);
+}
+template <bool Pairwise>
+inline F keep_bits(F x, uint32_t bits) {
 #if defined(__AVX512F__)
   if constexpr (Pairwise) {
-    const uint32_t even = see.has(2 * step) ? 0xffffu : 0u;
-    const uint32_t odd = see.has(2 * step + 1) ? 0xffff0000u : 0u;
-    const __m512i mask = _mm512_set1_epi32(static_cast<int>(even | odd));
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(bits));
     return {_mm512_and_ps(x.v, _mm512_castsi512_ps(mask))};
   }
 #endif
-  return see.has(step) ? x : set(0.0f);
+  return bits ? x : set(0.0f);
 }
 
 // NaN for infinities and NaN, else 0.
@@ -471,9 +474,9 @@ bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, const Visi
   const ValuesInPlace<T, Keys> values = {keys, chunk, begin, end};
   F probe = set(0.0f);
   for (int step = first_step<T>(begin); step < end_step<T>(end); ++step) {
+    const uint32_t bits = visible_bits<kInPairs<T>>(see, step);
     for (int64_t d = 0; d < wide; d += kLanes) {
-      const F all = values.at(step, d, clamp(D - d, 0, kLanes));
-      const F x = keep_visible<kInPairs<T>>(all, see, step);
+      const F x = keep_bits<kInPairs<T>>(values.at(step, d, clamp(D - d, 0, kLanes)), bits);
       probe = probe + not_finite<kInPairs<T>>(x);
       store(out + step * wide + d, x);
     }
