@@ -44,10 +44,12 @@ struct AttentionParams {
 
 constexpr int64_t attention_padded(int64_t D) { return (D + 15) / 16 * 16; }
 
-// Most rows of an item: queries and outputs of an item, K and V of a chunk stay in a 1 MB L2.
+// Most rows of an item: queries and outputs of an item, K and V of a chunk stay in a 1 MB L2. A
+// head of a tile of the ViT (1025 x 64) is one item: its K and V, far apart in memory, are packed
+// once.
 constexpr int64_t attention_rows(int64_t D) {
-  const int64_t rows = 32768 / attention_padded(D) / 42 * 42;
-  return rows > 504 ? 504 : rows;
+  const int64_t rows = 1050 * 64 / attention_padded(D) / 42 * 42;
+  return rows > 1050 ? 1050 : rows;
 }
 
 // Floats of scratch memory (64-byte aligned) that a thread needs: see kernels/cpu/attention_core.h.
