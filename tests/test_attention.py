@@ -226,6 +226,19 @@ def test_what_a_row_does_not_see_does_not_touch_it(isa, dtype, where, prefix):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 3, 17, 40, 65, 270])
+def test_what_a_call_leaves_behind_does_not_touch_the_next(isa, dtype, threads, n):
+    threads(1)  # one scratch memory
+    s = Sequences("left", dtype, [n], (4, 2), 80, 16)
+    before = s.flash(0), s.paged([(0, n - 1, n)])
+    broken = torch.full((256, 1, 256), math.nan, dtype=dtype)
+    cu = offsets([256])
+    ops.flash_attention(broken, broken, broken, cu, cu, scale=1.0, causal=False)
+    assert torch.equal(s.flash(0), before[0])
+    assert torch.equal(s.paged([(0, n - 1, n)]), before[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("first", [290, 299])
 def test_pages_before_the_window_may_be_gone(isa, dtype, first):
     s = Sequences("gone", dtype, [300], (4, 2), 64)
