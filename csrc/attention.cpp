@@ -76,7 +76,8 @@ void check_cuda_rows(const Checker& check, const AttentionParams& p,
 }
 
 const std::vector<AttentionItem>& attention_items(const AttentionParams& p, int64_t B, int64_t K) {
-  // Blocks of all sizes of register tiles (kRows in attention_core.h) divide this.
+  // Blocks of all sizes of register tiles (kRows in attention_core.h) divide this; of matrix tiles
+  // an item leaves a part of its last one empty.
   constexpr int64_t kUnit = 42;
   thread_local std::vector<AttentionItem> items;
   items.clear();

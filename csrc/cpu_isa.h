@@ -69,12 +69,6 @@ class CpuKernel<void(Args...)> : public CpuKernelBase {
 #define IVR_VARIANTS(kernel) {portable::kernel}
 #endif
 #if defined(IVR_X86)
-#define IVR_VARIANTS_DOT(kernel) \
-  {portable::kernel, avx2::kernel, avx512::kernel, avx512_bf16::kernel}
-#else
-#define IVR_VARIANTS_DOT(kernel) IVR_VARIANTS(kernel)
-#endif
-#if defined(IVR_X86)
 #define IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel)                             \
   {portable::kernel,         avx2::kernel,   avx512::kernel, avx512_bf16::dot_kernel, \
    amx_emulated::amx_kernel, amx::amx_kernel}
@@ -85,9 +79,6 @@ class CpuKernel<void(Args...)> : public CpuKernelBase {
 // static auto& kernel = ...: a kernel object with the variants of one entry point.
 #define IVR_CPU_KERNEL_OBJECT(object, label, kernel) \
   CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(label, IVR_VARIANTS(kernel))
-#define IVR_CPU_KERNEL_OBJECT_DOT(object, label, kernel)                      \
-  CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(label, \
-                                                                       IVR_VARIANTS_DOT(kernel))
 #define IVR_CPU_KERNEL_OBJECT_BF16(object, label, kernel, dot_kernel, amx_kernel) \
   CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(           \
       label, IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel))

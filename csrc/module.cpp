@@ -67,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
         for (CpuKernelBase* k : CpuKernelBase::all()) {
           for (int i = 0; i < kIsaCount; ++i) {
             const Isa isa = static_cast<Isa>(i);
-            if (k->count(isa)) counts[std::string(k->name()) + "/" + name_of(isa)] = k->count(isa);
+            if (k->count(isa)) counts[std::string(k->name()) + "/" + name_of(isa)] += k->count(isa);
           }
           if (reset) k->reset();
         }

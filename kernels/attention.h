@@ -4,8 +4,9 @@
 // else: not on the other queries of the call, the batch, the threads or the memory layout.
 // Keys are taken in chunks of kAttentionChunk absolute positions; a score is one chain of fused
 // multiply-adds over d, a chunk's output one over its keys, and chunks are merged in ascending
-// order. Where the instruction set has dot products of bf16 pairs, bf16 is multiplied by those:
-// pairs along d, and pairs of keys from the chunk's first on.
+// order. Where the instruction set has products of bf16 pairs (dot products, matrix tiles), bf16 is
+// multiplied by those: pairs along d, and pairs of keys from the chunk's first on; tiles take 16
+// pairs at a time. The weights of V are rounded to bf16 for it, their sum is not.
 #pragma once
 
 #include "kernels/cpu/isa.h"
@@ -43,16 +44,18 @@ struct AttentionParams {
 
 constexpr int64_t attention_padded(int64_t D) { return (D + 15) / 16 * 16; }
 
-// Most rows of an item: queries and outputs of an item, K and V of a chunk stay in a 1 MB L2.
+// Most rows of an item: queries and outputs of an item, K and V of a chunk stay in a 1 MB L2. A
+// head of a tile of the ViT (1025 x 64) is one item: its K and V, far apart in memory, are packed
+// once.
 constexpr int64_t attention_rows(int64_t D) {
-  const int64_t rows = 32768 / attention_padded(D) / 42 * 42;
-  return rows > 504 ? 504 : rows;
+  const int64_t rows = 1050 * 64 / attention_padded(D) / 42 * 42;
+  return rows > 1050 ? 1050 : rows;
 }
 
 // Floats of scratch memory (64-byte aligned) that a thread needs: see kernels/cpu/attention_core.h.
 constexpr int64_t attention_scratch(int64_t D) {
   const int64_t rows = attention_rows(D) + 16, wide = attention_padded(D);
-  return 2 * rows * wide + 2 * kAttentionChunk * wide + 2 * 16 * rows + 16 * (kAttentionChunk + 16);
+  return 2 * rows * wide + 2 * kAttentionChunk * wide + 2 * 16 * rows + 32 * (kAttentionChunk + 16);
 }
 
 // CUDA: tensor cores where they fit, plain multiply-adds for the rest.

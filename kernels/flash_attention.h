@@ -27,6 +27,8 @@ constexpr const char* name_of(AttentionVariant variant) {
 IVR_CPU_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
                float* scratch, int64_t begin, int64_t end)
 IVR_DOT_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
-               float* scratch, int64_t begin, int64_t end)
+               float* scratch, int64_t begin, int64_t end)  // bf16
+IVR_AMX_KERNEL(flash_attention, const FlashAttentionParams& p, const AttentionItem* items,
+               float* scratch, int64_t begin, int64_t end)  // bf16
 
 }  // namespace ivr

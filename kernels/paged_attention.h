@@ -25,6 +25,8 @@ struct PagedAttentionParams {
 IVR_CPU_KERNEL(paged_attention, const PagedAttentionParams& p, const AttentionItem* items,
                float* scratch, int64_t begin, int64_t end)
 IVR_DOT_KERNEL(paged_attention, const PagedAttentionParams& p, const AttentionItem* items,
-               float* scratch, int64_t begin, int64_t end)
+               float* scratch, int64_t begin, int64_t end)  // bf16
+IVR_AMX_KERNEL(paged_attention, const PagedAttentionParams& p, const AttentionItem* items,
+               float* scratch, int64_t begin, int64_t end)  // bf16
 
 }  // namespace ivr

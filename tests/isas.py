@@ -1,5 +1,7 @@
 """The instruction sets of the CPU kernels on this machine."""
 
+import torch
+
 from internvl_rt import _C
 
 
@@ -8,9 +10,9 @@ def stand_in(isa: str) -> str:
     return "avx512" if isa.startswith(("avx512_", "amx")) else isa
 
 
-def attention_of(isa: str) -> str:
-    """What runs the attention kernels, which have a variant for dot products of bf16 pairs."""
-    return isa if isa == "avx512_bf16" else stand_in(isa)
+def runs(isa: str, dtype: torch.dtype) -> str:
+    """What runs a kernel that has every variant in bfloat16 (linear, attention)."""
+    return isa if dtype == torch.bfloat16 else stand_in(isa)
 
 
 ISAS = _C.supported_isas()

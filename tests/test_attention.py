@@ -9,7 +9,7 @@ import internvl_rt
 from internvl_rt import _C, ops
 from internvl_rt.ops.flash_attention import attend, offsets
 from internvl_rt.ops.registry import Inputs, check
-from isas import ISAS
+from isas import ISAS, runs
 
 FLOATS = (torch.float32, torch.bfloat16)
 FLASH = ops.catalogue()["flash_attention"]
@@ -168,9 +168,38 @@ def test_full_attention_bits_do_not_depend_on_batch(isa, dtype, threads):
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("D", [64, 80])
+def test_a_row_does_not_depend_on_the_others(isa, dtype, D):
+    make, cu_kv = Inputs("others", dtype), offsets([290])
+    q, k, v = make.normal(70, 2, D), make.normal(290, 1, D), make.normal(290, 1, D)
+
+    def rows(part):
+        return ops.flash_attention(
+            part, k, v, offsets([len(part)]), cu_kv, scale=D**-0.5, causal=False
+        )
+
+    alone = torch.cat([rows(q[m : m + 1]) for m in range(70)])
+    for M in range(1, 71):
+        first = (5 * M) % (71 - M)  # rows stand at another place each time
+        part = slice(first, first + M)
+        assert torch.equal(rows(q[part]), alone[part]), f"{M} rows differ"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_forced_instruction_set_runs(isa, dtype):
+    s = Sequences("counts", dtype, [20], (4, 2), 64)
+    _C.kernel_counts(reset=True)
+    s.flash(0)
+    s.paged([(0, 19, 20)])
+    expected = {f"{op}_attention/{runs(isa, dtype)}": 1 for op in ("flash", "paged")}
+    assert _C.kernel_counts(reset=True) == expected
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_broken_sequence_does_not_touch_others(isa, value):
-    s = Sequences("broken", torch.float32, [70, 300, 90], (4, 2), 64)
+def test_a_broken_sequence_does_not_touch_others(isa, dtype, value):
+    s = Sequences("broken", dtype, [70, 300, 90], (4, 2), 64)
     parts = [(0, 20, 70), (1, 290, 300), (2, 0, 90)]
     before = s.paged(parts)
     page = s.table[1, 2]
@@ -181,21 +210,38 @@ def test_a_broken_sequence_does_not_touch_others(isa, value):
     assert torch.isnan(after[50:60]).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("prefix", [None, 40])
 @pytest.mark.parametrize("where", ["k", "v"])
-def test_what_a_row_does_not_see_does_not_touch_it(isa, where):
-    s = Sequences("unseen", torch.float32, [300], (4, 2), 64)
-    window = s.flash(0, window=100)
+def test_what_a_row_does_not_see_does_not_touch_it(isa, dtype, where, prefix):
+    s = Sequences("unseen", dtype, [300], (4, 2), 64)
+    options = {"window": 100, "prefix": None if prefix is None else _ints(prefix)}
+    window = s.flash(0, **options)
     getattr(s, where)[0][150] = math.nan
-    broken = s.flash(0, window=100)
+    broken = s.flash(0, **options)
     seen = torch.zeros(300, dtype=torch.bool)
     seen[150:250] = True
     assert torch.equal(broken[~seen], window[~seen])
     assert torch.isnan(broken[seen]).all()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [1, 3, 17, 40, 65, 270])
+def test_what_a_call_leaves_behind_does_not_touch_the_next(isa, dtype, threads, n):
+    threads(1)  # one scratch memory
+    s = Sequences("left", dtype, [n], (4, 2), 80, 16)
+    before = s.flash(0), s.paged([(0, n - 1, n)])
+    broken = torch.full((256, 1, 256), math.nan, dtype=dtype)
+    cu = offsets([256])
+    ops.flash_attention(broken, broken, broken, cu, cu, scale=1.0, causal=False)
+    assert torch.equal(s.flash(0), before[0])
+    assert torch.equal(s.paged([(0, n - 1, n)]), before[1])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("first", [290, 299])
-def test_pages_before_the_window_may_be_gone(isa, first):
-    s = Sequences("gone", torch.float32, [300], (4, 2), 64)
+def test_pages_before_the_window_may_be_gone(isa, dtype, first):
+    s = Sequences("gone", dtype, [300], (4, 2), 64)
     parts = [(0, first, 300)]
     before = s.paged(parts, window=128)
     s.k_cache[s.table[0, :2].long()] = math.nan

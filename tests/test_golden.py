@@ -22,7 +22,7 @@ from internvl_rt.models.internvl import InternVL
 from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
 from internvl_rt.weights import Checkpoint
-from isas import ISAS, attention_of, stand_in
+from isas import ISAS, runs, stand_in
 
 GOLDEN = Path(__file__).parent / "golden"
 CHAT_CASES = (
@@ -222,10 +222,10 @@ def test_every_instruction_set(isa):
             own = g.meta["subcases"]["batch"]["bf16_vs_fp32"]["max_abs"]
             law = fp32 if dtype == "float32" else bf16(own)
             assert_logits_close(logits, g, "batch", law=law)
-            plain = stand_in(isa)
-            assert f"flash_attention/{attention_of(isa)}" in ran
-            assert f"paged_attention/{attention_of(isa)}" in ran
-            assert {name.split("/")[1] for name in ran} <= {isa, plain}
+            attention = runs(isa, getattr(torch, dtype))
+            assert f"flash_attention/{attention}" in ran
+            assert f"paged_attention/{attention}" in ran
+            assert {name.split("/")[1] for name in ran} <= {isa, stand_in(isa)}
             if dtype == "bfloat16":
                 assert f"linear_bf16/{isa}" in ran
     finally:

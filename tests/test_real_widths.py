@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 import internvl_rt as ivr
 from internvl_rt import _C
-from isas import ISAS, attention_of, stand_in
+from isas import ISAS, runs, stand_in
 
 IMAGE_TOKEN = 1000
 TEXT = {
@@ -174,12 +174,10 @@ def test_model_against_transformers_and_references(reference):
         _C.kernel_counts(reset=True)
         logits = native.forward(ids, pixels)
         ran = _C.kernel_counts(reset=True)
-        best = _C.isa()
-        plain, attention = stand_in(best), attention_of(best)
         kind = "bf16" if dtype == "bfloat16" else "f32"
-        linear = f"linear_{kind}/{best if kind == 'bf16' else plain}"
-        expected = {linear, f"flash_attention/{attention}", f"paged_attention/{attention}"}
-        assert expected <= set(ran)
+        isa = runs(_C.isa(), getattr(torch, dtype))
+        kernels = (f"linear_{kind}", "flash_attention", "paged_attention")
+        assert {f"{kernel}/{isa}" for kernel in kernels} <= set(ran)
         assert relative(logits, truth) <= bound
         plain_torch = ivr.load(folder, dtype=dtype, backend="reference").forward(ids, pixels)
         assert relative(logits, plain_torch) <= bound

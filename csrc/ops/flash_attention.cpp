@@ -8,7 +8,9 @@
 namespace ivr {
 namespace {
 
-IVR_CPU_KERNEL_OBJECT_DOT(kernel, "flash_attention", flash_attention);
+IVR_CPU_KERNEL_OBJECT(kernel_f32, "flash_attention", flash_attention);
+IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "flash_attention", flash_attention, flash_attention,
+                           flash_attention);
 
 void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, double scale,
                      bool causal, std::optional<int64_t> window, std::optional<Tensor> sinks,
@@ -38,7 +40,7 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, do
   if (q.numel() == 0) return;
 
   const auto& items = attention_items(p.a, check["B"], check["K"]);
-  const auto run = kernel.pick();
+  const auto run = (q.dtype == DType::bf16 ? kernel_bf16 : kernel_f32).pick();
   parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
     run(p, items.data(), thread_scratch(attention_scratch(p.a.D)), begin, end);
   });

@@ -10,7 +10,9 @@
 namespace ivr {
 namespace {
 
-IVR_CPU_KERNEL_OBJECT_DOT(kernel, "paged_attention", paged_attention);
+IVR_CPU_KERNEL_OBJECT(kernel_f32, "paged_attention", paged_attention);
+IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "paged_attention", paged_attention, paged_attention,
+                           paged_attention);
 
 // Lengths within the table and every page that will be read within the cache.
 void check_pages(const Checker& check, const PagedAttentionParams& p, int64_t pages, int64_t P) {
@@ -96,7 +98,7 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
   if (q.numel() == 0) return;
 
   const auto& items = attention_items(p.a, check["B"], check["K"]);
-  const auto run = kernel.pick();
+  const auto run = (q.dtype == DType::bf16 ? kernel_bf16 : kernel_f32).pick();
   parallel_for(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
     run(p, items.data(), thread_scratch(attention_scratch(p.a.D)), begin, end);
   });

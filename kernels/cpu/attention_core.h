@@ -9,14 +9,21 @@
 // panel by panel through L1 and V where it lies instead. Multiply-adds: 2 * D per score; memory
 // traffic: q and out once, K and V once per item.
 //
+// Matrix tiles (IVR_TILES) find their operands in the same packed pairs: 16 words of d by 16 keys,
+// and 16 pairs of keys by 16 dims. A block is two tiles of rows; a decode step is no other case.
+//
 // What is masked never enters: masked scores are replaced, not multiplied, keys outside of
-// [first, end) are not read, and where a chunk's V holds infinities or NaN only visible rows of it
-// are added, one by one. A masked key adds 0 * v = 0 to a chain, which changes no bit of it: so a
-// row's bits do not depend on the other rows of its block.
+// [first, end) are not read, and where a chunk's V holds infinities or NaN each row meets the
+// values that it sees alone, others zero. A masked key adds 0 * v = 0 to a chain, which changes no
+// bit of it: so a row's bits do not depend on the other rows of its block.
 #pragma once
 
 #include "kernels/attention.h"
+#if defined(IVR_TILES)
+#include "kernels/cpu/amx.h"
+#else
 #include "kernels/cpu/simd.h"
+#endif
 
 namespace ivr {
 namespace {
@@ -24,33 +31,49 @@ namespace {
 constexpr int kChunk = static_cast<int>(kAttentionChunk);
 constexpr int kPanel = 64;                 // keys that lie together in transposed K
 constexpr int kScoreStride = kChunk + 16;  // a power of two would put all rows in one cache set
-constexpr int kStateStride = 16;           // running max and sum of a block of rows
+constexpr int kTile = 16;                  // rows of a matrix tile, words of a row
+#if defined(IVR_TILES)
+constexpr bool kOnTiles = true;
+constexpr int kRows = 2 * kTile;
+#else
+constexpr bool kOnTiles = false;
 // Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
 constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+#endif
+constexpr int kStateStride = kOnTiles ? kRows : 16;  // running max and sum of a block of rows
 constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kInfinity = __builtin_inff();
 
 // What is multiplied lies in words of 32 bits: a number, or a pair of bf16 where the instruction
-// set has dot products of pairs: along d for scores, along the keys for values.
+// set has products of pairs: along d for scores, along the keys for values.
 template <class T>
 constexpr bool kInPairs = false;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(IVR_TILES)
 template <>
 constexpr bool kInPairs<bf16> = true;
 #endif
+
+// Variants that multiply pairs are compiled for bf16 alone: in fp32 they would be AVX-512's.
+constexpr bool kTakesF32 = !kInPairs<bf16>;
+
+// Words of a query or a key, and of a packed one: whole tiles, padded with zeros.
 template <class T>
 constexpr int64_t words_of(int64_t D) {
   return kInPairs<T> ? D / 2 : D;
 }
+template <class T>
+constexpr int64_t packed_words(int64_t D) {
+  return kOnTiles ? (words_of<T>(D) + kTile - 1) / kTile * kTile : words_of<T>(D);
+}
 // The steps of value_tile over keys [begin, end).
 template <class T>
 constexpr int first_step(int begin) {
-  return kInPairs<T> ? begin / 2 : begin;
+  return kOnTiles ? begin / 2 / kTile * kTile : kInPairs<T> ? begin / 2 : begin;
 }
 template <class T>
 constexpr int end_step(int end) {
-  return kInPairs<T> ? (end + 1) / 2 : end;
+  return kOnTiles ? (end + 2 * kTile - 1) / (2 * kTile) * kTile : kInPairs<T> ? (end + 1) / 2 : end;
 }
-constexpr float kInfinity = __builtin_inff();
 
 inline int64_t clamp(int64_t x, int64_t low, int64_t high) {
   return x < low ? low : x > high ? high : x;
@@ -61,6 +84,7 @@ struct Visible {
   int first, end, prefix;
   bool any() const { return first < end || prefix > 0; }
   bool has(int key) const { return key < prefix || (key >= first && key < end); }
+  bool operator==(const Visible&) const = default;
 };
 
 template <class T>
@@ -68,7 +92,7 @@ inline F load_some(const T* p, int64_t n) {
   return n >= kLanes ? load(p) : load_n(p, n);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 // Dims [d, d + n) of the values of `key` and the next one, in pairs; zeros where a row is null.
 template <class T, class Rows>
 inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
@@ -82,23 +106,27 @@ inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
 }
 #endif
 
-// The words with the halves of keys that are not visible set to zero.
+// The bits of a step's words that belong to visible keys.
 template <bool Pairwise>
-inline F keep_halves(F x, bool first, bool second) {
-#if defined(__AVX512BF16__)
+inline uint32_t visible_bits(const Visible& see, int step) {
+  if (!Pairwise) return see.has(step) ? ~0u : 0u;
+  return (see.has(2 * step) ? 0xffffu : 0u) | (see.has(2 * step + 1) ? 0xffff0000u : 0u);
+}
+template <bool Pairwise>
+inline F keep_bits(F x, uint32_t bits) {
+#if defined(__AVX512F__)
   if constexpr (Pairwise) {
-    const uint32_t mask = (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
-    return {_mm512_and_ps(x.v, _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(mask))))};
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(bits));
+    return {_mm512_and_ps(x.v, _mm512_castsi512_ps(mask))};
   }
 #endif
-  (void)first, (void)second;
-  return x;
+  return bits ? x : set(0.0f);
 }
 
 // NaN for infinities and NaN, else 0.
 template <bool Pairwise>
 inline F not_finite(F x) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
   if constexpr (Pairwise) {
     const __m512i u = _mm512_castps_si512(x.v);
     const F even = {_mm512_castsi512_ps(_mm512_slli_epi32(u, 16))};
@@ -149,6 +177,13 @@ inline void score_tile(const float* q, const float* k, int64_t words, float* s) 
 struct Merge {
   float keep[kStateStride], take[kStateStride];
   bool live[kStateStride];
+
+  Merge() = default;
+  // Of row r of a block, alone.
+  Merge(const Merge& block, int r) : keep{block.keep[r]}, take{block.take[r]}, live{true} {}
+  void add(int r, F chunk, float* o) const {
+    store(o, fma(chunk, set(take[r]), load(o) * set(keep[r])));
+  }
 };
 
 // Values as value_tile multiplies them: a step is a key, or a pair of keys where the instruction
@@ -203,10 +238,7 @@ inline void value_tile(const float* p, const Values& values, int64_t d, int64_t 
   for (int r = 0; r < R; ++r, o += wide) {
     if (!merge.live[r]) continue;
 #pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      const F old = load(o + i * kLanes) * set(merge.keep[r]);
-      store(o + i * kLanes, fma(acc[r][i], set(merge.take[r]), old));
-    }
+    for (int i = 0; i < V; ++i) merge.add(r, acc[r][i], o + i * kLanes);
   }
 }
 
@@ -249,23 +281,82 @@ void values_of(int rows, const float* p, const Values& values, int64_t D, int64_
   }
 }
 
-// The same sums over the visible keys alone, for a chunk whose V is not finite everywhere.
-template <bool Pairwise>
-void values_of_visible(const float* p, const float* v, int64_t wide, const Visible& see, float keep,
-                       float take, float* o) {
-  constexpr int kKeys = Pairwise ? 2 : 1;
-  for (int64_t d = 0; d < wide; d += kLanes) {
-    F acc = set(0.0f);
-    for (int key = 0; key < see.end || key < see.prefix; key += kKeys) {
-      const int step = key / kKeys;
-      const bool first = see.has(key), second = kKeys == 2 && see.has(key + 1);
-      if (!first && !second) continue;
-      const F x = keep_halves<Pairwise>(load(v + step * wide + d), first, second);
-      acc = multiply_words<Pairwise>(set(p[step]), x, acc);
+// The two products of a block of rows with a chunk that is packed.
+#if defined(IVR_TILES)
+template <class T>
+class Products {
+ public:
+  void scores(int rows, const float* q, const float* k, int64_t words, int begin, int end,
+              float* s) {
+    for (int key = begin / kColumns * kColumns; key < end; key += kColumns) {
+      const float* panel = k + key / kPanel * kPanel * words + key % kPanel;
+      multiply(rows > kTile, true, q, words, panel, kPanel, words, s + key, kScoreStride);
     }
-    store(o + d, fma(acc, set(take), load(o + d) * set(keep)));
   }
-}
+  void values(int rows, const float* p, const float* v, int64_t wide, int begin, int end,
+              const Merge& merge, float* o) {
+    alignas(64) float sums[kRows * kColumns];
+    for (int64_t d = 0; d < wide; d += kColumns) {
+      const bool right = wide - d > kTile;
+      multiply(rows > kTile, right, p + begin, kScoreStride, v + begin * wide + d, wide,
+               end - begin, sums, kColumns);
+      for (int r = 0; r < rows; ++r) {
+        if (!merge.live[r]) continue;
+        for (int64_t i = 0; i < (right ? kColumns : kTile); i += kLanes) {
+          merge.add(r, load(sums + r * kColumns + i), o + r * wide + d + i);
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kColumns = 2 * kTile;
+
+  // c = a b: one tile of rows or two (low), one of columns or two (right). a: words of bf16 pairs;
+  // b: [words][columns] of them. Rows of a that are not there may hold anything: a row of c has
+  // nothing but its own.
+  void multiply(bool low, bool right, const float* a, int64_t a_m, const float* b, int64_t b_w,
+                int64_t words, float* c, int64_t c_m) {
+    tiles_.zero<0>();
+    tiles_.zero<1>();
+    tiles_.zero<2>();
+    tiles_.zero<3>();
+    for (int64_t w = 0; w < words; w += kTile, a += kTile, b += kTile * b_w) {
+      tiles_.load<4>(a, a_m * 4);
+      tiles_.load<6>(b, b_w * 4);
+      tiles_.multiply<0, 4, 6>();
+      if (right) {
+        tiles_.load<7>(b + kTile, b_w * 4);
+        tiles_.multiply<1, 4, 7>();
+      }
+      if (low) {
+        tiles_.load<5>(a + kTile * a_m, a_m * 4);
+        tiles_.multiply<2, 5, 6>();
+        if (right) tiles_.multiply<3, 5, 7>();
+      }
+    }
+    float* c_low = c + kTile * c_m;
+    tiles_.store<0>(c, c_m * 4);
+    if (right) tiles_.store<1>(c + kTile, c_m * 4);
+    if (low) tiles_.store<2>(c_low, c_m * 4);
+    if (low && right) tiles_.store<3>(c_low + kTile, c_m * 4);
+  }
+
+  Tiles tiles_;
+};
+#else
+template <class T>
+struct Products {
+  void scores(int rows, const float* q, const float* k, int64_t words, int begin, int end,
+              float* s) {
+    scores_of<kInPairs<T>, kRows>(rows, q, k, words, begin, end, s);
+  }
+  void values(int rows, const float* p, const float* v, int64_t wide, int begin, int end,
+              const Merge& merge, float* o) {
+    values_of<kInPairs<T>, kRows>(rows, p, PackedValues{v, wide}, wide, wide, begin, end, merge, o);
+  }
+};
+#endif
 
 // 1 for the visible keys among [key, key + kLanes), 0 for others.
 inline F visible_lanes(const Visible& see, int key) {
@@ -312,7 +403,7 @@ inline void softmax_row(float* s, int begin, int end, const Visible& see, float 
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) total[i] = total[i] + x[i];
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
     if constexpr (Pairwise) {
       // Half the bytes: what is overwritten has been read.
       store_rounded(s + key / 2, x[0], x[1]);
@@ -364,27 +455,28 @@ void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, f
       if (rows[i]) prefetch_row(keys.v(chunk + key), D);
       if (key + kLanes < end) prefetch_row(keys.k(chunk + key + kLanes), D);
     }
-    const int64_t words = words_of<T>(D);
+    const int64_t words = packed_words<T>(D);
     float* panel = out + (first / kPanel) * kPanel * words + first % kPanel;
     for (int64_t w = 0; w < words; w += kLanes) {
       const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
       F x[kLanes];
-      load_square(rows, w, words, x);
+      load_square(rows, w, words_of<T>(D), x);
       for (int i = 0; i < n; ++i) store(panel + (w + i) * kPanel, x[i]);
     }
   }
 }
 
-// Packs values [begin, end) of a chunk to rows of `wide` words, one for a step of value_tile.
-// Returns whether all are finite.
+// Packs values [begin, end) of a chunk to rows of `wide` words, one for a step of value_tile, with
+// zeros for those that are not visible. Returns whether all are finite.
 template <class T, class Keys>
-bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, int64_t wide,
-                 float* out) {
+bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, const Visible& see, int64_t D,
+                 int64_t wide, float* out) {
   const ValuesInPlace<T, Keys> values = {keys, chunk, begin, end};
   F probe = set(0.0f);
   for (int step = first_step<T>(begin); step < end_step<T>(end); ++step) {
+    const uint32_t bits = visible_bits<kInPairs<T>>(see, step);
     for (int64_t d = 0; d < wide; d += kLanes) {
-      const F x = values.at(step, d, clamp(D - d, 0, kLanes));
+      const F x = keep_bits<kInPairs<T>>(values.at(step, d, clamp(D - d, 0, kLanes)), bits);
       probe = probe + not_finite<kInPairs<T>>(x);
       store(out + step * wide + d, x);
     }
@@ -428,24 +520,38 @@ class Attention {
     const int64_t first_key = first_visible(item_.first_row / p_.group);
     int64_t end_key = end_visible(last);
     if (prefix_ > end_key) end_key = prefix_;
-    const bool one_query = n_ <= kRows && item_.first_row / p_.group == last;
+    const bool one_query = !kOnTiles && n_ <= kRows && item_.first_row / p_.group == last;
     for (int64_t chunk = 0; chunk < end_key; chunk += kChunk) {
       if (chunk >= prefix_ && chunk + kChunk <= first_key) continue;
       const int begin = chunk < prefix_ ? 0 : within(first_key - chunk);
       const int end = within(end_key - chunk);
       if (begin >= end) continue;
-      if (one_query && prefix_ == 0) {
-        meet_alone(chunk, begin, end);
-        continue;
+      if constexpr (!kOnTiles) {
+        if (one_query && prefix_ == 0) {
+          meet_alone(chunk, begin, end);
+          continue;
+        }
       }
       pack_keys<T>(keys_, chunk, begin, end, p_.D, k_);
-      const bool finite = pack_values<T>(keys_, chunk, begin, end, p_.D, wide_, v_);
-      for (int64_t row = 0; row < n_; row += kRows) meet(chunk, row, finite);
+      Chunk packed = {chunk, begin, end, {begin, end, 0}, true};
+      packed.finite = pack(packed);
+      for (int64_t row = 0; row < n_; row += kRows) meet(packed, row);
     }
     finish();
   }
 
  private:
+  // A chunk whose keys [begin, end) are packed, the values of those that `see` has.
+  struct Chunk {
+    int64_t at;
+    int begin, end;
+    Visible see;
+    bool finite;
+  };
+  bool pack(const Chunk& c) {
+    return pack_values<T>(keys_, c.at, c.begin, c.end, c.see, p_.D, wide_, v_);
+  }
+
   int64_t end_visible(int64_t query) const {
     return p_.causal ? clamp(offset_ + query + 1, 0, kv_len_) : kv_len_;
   }
@@ -463,33 +569,41 @@ class Attention {
     return static_cast<const T*>(p_.q) + (first_q_ + r / p_.group) * p_.q_t + head * p_.q_h;
   }
 
-  // [block][words][rows of the block]
+  // [block][words][rows of the block]; for tiles [row][words]
   void pack_queries() {
-    static_assert(kRows <= kLanes, "a block of queries is packed as one square");
-    const int64_t words = words_of<T>(p_.D);
-    for (int64_t row = 0; row < n_; row += kRows) {
-      const int rows = rows_of(row);
-      const T* q[kLanes];
-      for (int r = 0; r < kLanes; ++r) q[r] = r < rows ? query(row + r) : nullptr;
-      float* out = q_ + row * words;
-      for (int64_t w = 0; w < words; w += kLanes) {
-        const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
-        F x[kLanes];
-        load_square(q, w, words, x);
-        for (int i = 0; i < n; ++i) store_n(out + (w + i) * rows, x[i], rows);
+    const int64_t words = packed_words<T>(p_.D);
+    if constexpr (kOnTiles) {
+      const size_t bytes = static_cast<size_t>(p_.D) * sizeof(T);
+      for (int64_t row = 0; row < n_; ++row) {
+        char* out = reinterpret_cast<char*>(q_ + row * words);
+        memcpy(out, query(row), bytes);
+        memset(out + bytes, 0, static_cast<size_t>(words) * 4 - bytes);
+      }
+    } else {
+      for (int64_t row = 0; row < n_; row += kRows) {
+        const int rows = rows_of(row);
+        const T* q[kLanes];
+        for (int r = 0; r < kLanes; ++r) q[r] = r < rows ? query(row + r) : nullptr;
+        float* out = q_ + row * words;
+        for (int64_t w = 0; w < words; w += kLanes) {
+          const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
+          F x[kLanes];
+          load_square(q, w, words, x);
+          for (int i = 0; i < n; ++i) store_n(out + (w + i) * rows, x[i], rows);
+        }
       }
     }
   }
 
   // One block of rows meets one chunk.
-  void meet(int64_t chunk, int64_t row, bool finite) {
+  void meet(Chunk& chunk, int64_t row) {
     const int rows = rows_of(row);
     Visible see[kRows];
     int begin = kChunk, end = 0;
     for (int r = 0; r < rows; ++r) {
       const int64_t q = (item_.first_row + row + r) / p_.group;
-      see[r] = {within(first_visible(q) - chunk), within(end_visible(q) - chunk),
-                within(prefix_ - chunk)};
+      see[r] = {within(first_visible(q) - chunk.at), within(end_visible(q) - chunk.at),
+                within(prefix_ - chunk.at)};
       if (!see[r].any()) continue;
       const int first = see[r].prefix > 0 ? 0 : see[r].first;
       const int last = see[r].end > see[r].prefix ? see[r].end : see[r].prefix;
@@ -497,19 +611,23 @@ class Attention {
       end = last > end ? last : end;
     }
     if (begin >= end) return;
-    const int64_t words = words_of<T>(p_.D);
-    scores_of<kInPairs<T>, kRows>(rows, q_ + row * words, k_, words, begin, end, s_);
+    const int64_t words = packed_words<T>(p_.D);
+    products_.scores(rows, q_ + row * words, k_, words, begin, end, s_);
     const Merge merge = softmax(row, see, begin, end);
     float* o = o_ + row * wide_;
-    if (finite) {
-      values_of<kInPairs<T>, kRows>(rows, s_, PackedValues{v_, wide_}, wide_, wide_,
-                                    first_step<T>(begin), end_step<T>(end), merge, o);
+    const int first = first_step<T>(begin), last = end_step<T>(end);
+    if (chunk.finite) {
+      products_.values(rows, s_, v_, wide_, first, last, merge, o);
       return;
     }
     for (int r = 0; r < rows; ++r) {
       if (!merge.live[r]) continue;
-      values_of_visible<kInPairs<T>>(s_ + r * kScoreStride, v_, wide_, see[r], merge.keep[r],
-                                     merge.take[r], o + r * wide_);
+      if (chunk.see != see[r]) {
+        chunk.see = see[r];
+        pack(chunk);
+      }
+      products_.values(1, s_ + r * kScoreStride, v_, wide_, first, last, Merge(merge, r),
+                       o + r * wide_);
     }
   }
 
@@ -605,6 +723,7 @@ class Attention {
   const Keys& keys_;
   const int64_t first_q_, kv_len_, offset_, prefix_, n_, wide_;
   float *k_, *v_, *s_, *max_, *sum_, *o_, *q_;
+  Products<T> products_;
 };
 
 }  // namespace

@@ -43,11 +43,13 @@ namespace IVR_ISA {
 void paged_attention(const PagedAttentionParams& p, const AttentionItem* items, float* scratch,
                      int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    if (p.a.dtype == DType::bf16) {
-      run<bf16>(p, items[i], scratch);
-    } else {
-      run<float>(p, items[i], scratch);
+    if constexpr (kTakesF32) {
+      if (p.a.dtype == DType::f32) {
+        run<float>(p, items[i], scratch);
+        continue;
+      }
     }
+    run<bf16>(p, items[i], scratch);
   }
 }
 

@@ -121,6 +121,15 @@ inline __m512i round_pairs(F even, F odd) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(odd)), 16));
 #endif
 }
+// 32 numbers as round_pairs rounds them, one after the other.
+inline void store_rounded(void* p, F first, F second) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+#else
+  store(static_cast<bf16*>(p), first);
+  store(static_cast<bf16*>(p) + kLanes, second);
+#endif
+}
 #if defined(__AVX512BF16__)
 // 16 pairs of bf16.
 struct Pairs {
@@ -128,10 +137,6 @@ struct Pairs {
 };
 inline Pairs set_pairs(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
 inline Pairs as_pairs(F bits) { return {_mm512_castps_si512(bits.v)}; }
-// 32 finite numbers as bf16, one after the other.
-inline void store_rounded(void* p, F first, F second) {
-  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
-}
 inline Pairs load_pairs(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 // Adds the odd, then the even product of each pair to its lane, rounding after each; denormals
 // count as zero.

@@ -1,0 +1,3 @@
+// flash_attention on matrix tiles: the same source for one instruction set more.
+#define IVR_TILES
+#include "kernels/cpu/flash_attention.cpp"
