@@ -97,6 +97,7 @@ run_check() {
   done
   step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
     -k both_variants
+  step "test products" 60 python3 -m pytest -q -p no:cacheprovider tests/test_gemm.py -k on_hopper
   step selftest 60 python3 -m internvl_rt selftest --device cuda
   step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.
