@@ -12,15 +12,16 @@
 #
 # The machine needs python3 with torch >= 2.10, triton, numpy, pillow, tokenizers, safetensors and
 # pytest, if possible transformers, nvcc 13
-# (on the PATH or in /usr/local/cuda/bin), a C++20 compiler and compute-sanitizer; no network. What
-# builds the package (pybind11 >= 3, scikit-build-core >= 0.11, cmake >= 3.28, ninja), and pytest or
-# tokenizers, can be carried where they are missing: put wheels for that machine's Python, with the
-# wheels that they need themselves, into the ignored folder .whl/ of the checkout,
+# (on the PATH or in /usr/local/cuda/bin), a C++20 compiler, cmake >= 3.28 and compute-sanitizer; no
+# network. What else builds the package (pybind11 >= 3, scikit-build-core >= 0.11, ninja), and pytest
+# or tokenizers, can be carried where they are missing: put wheels for that machine's Python, with
+# the wheels that they need themselves, into the ignored folder .whl/ of the checkout,
 #
 #   pip download --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-#     --platform manylinux2014_x86_64 -d .whl "pybind11>=3" "scikit-build-core>=0.11" cmake ninja
+#     --platform manylinux2014_x86_64 -d .whl "pybind11>=3" "scikit-build-core>=0.11" ninja
 #
-# and they are installed beside the machine's packages, which stay as they are. The headers that the
+# and they are installed beside the machine's packages, which stay as they are. (The wheel of cmake,
+# 29 MiB, does not fit beside the checkout.) The headers that the
 # matrix products of Hopper are compiled from are never there; they come as one wheel more, of 6 MB:
 #
 #   pip download --no-deps -d .whl nvidia-cutlass==4.2.0.0
@@ -97,6 +98,7 @@ run_check() {
   done
   step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
     -k both_variants
+  step "test products" 60 python3 -m pytest -q -p no:cacheprovider tests/test_gemm.py -k on_hopper
   step selftest 60 python3 -m internvl_rt selftest --device cuda
   step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.

@@ -32,7 +32,9 @@ void launch_cuda(const Checker& check, Launch launch, const Params& params, cons
   if (error == cudaSuccess && device != t.device_index) error = cudaSetDevice(t.device_index);
   if (error == cudaSuccess) error = launch(params, stream);
   if (device != t.device_index) cudaSetDevice(device);
-  if (error != cudaSuccess) check.fail(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // what was refused here is not to be found behind the next launch
+  check.fail(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 #else
 #define IVR_CUDA_KERNEL(op) nullptr

@@ -1,5 +1,6 @@
 """The matrix products of Hopper: which of them takes a call, their epilogue under emulation, what
-nvcc made of them, what their launches ask for, and the headers that they are built from.
+nvcc made of them, what their launches ask for, and the headers that they are built from. Descriptors
+of attention's matrices are compared with CUTLASS's here, too.
 
 One test at the end of these needs a GPU.
 """
@@ -385,6 +386,26 @@ def test_launches(launches, M, N, K, x_m, multiprocessors):
         assert launch.workspace == 0
         assert launch.shared <= SHARED_LIMIT
         assert launch.stages >= 4
+
+
+# ---- the matrices of attention, as CUTLASS describes them --------------------------------------
+
+
+def test_descriptors_are_those_of_cutlass(headers, tmp_path):
+    """The emulator has the meaning of a descriptor from the documentation alone."""
+    ptx = tmp_path / "descriptors.ptx"
+    output(
+        *(_nvcc(), "-std=c++20", "-O3", "--expt-relaxed-constexpr", "-ptx"),
+        *("-gencode=arch=compute_90a,code=compute_90a", f"-I{ROOT}", "-isystem", headers),
+        *(ROOT / "tests" / "matrix_descriptors.cu", "-o", ptx),
+    )
+    found = {}
+    for kernel in re.split(r"\.visible \.entry ", ptx.read_text())[1:]:
+        bytes_on = re.findall(r"add\.s32 .*, (\d+);", kernel)
+        constants = re.findall(r"or\.b64 .*, (\d+);", kernel)
+        found[re.match(r"\w+", kernel)[0]] = [*zip(bytes_on, constants, strict=True)]
+    assert len(found["theirs"]) == 4
+    assert found["ours"] == found["theirs"]
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------

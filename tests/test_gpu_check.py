@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import fake_cuda
 from internvl_rt import ops
+from internvl_rt.ops.registry import outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
 SCRIPT = BENCH / "gpu_check.sh"
@@ -296,7 +298,9 @@ def test_the_grid_barrier_is_built_and_says_what_is_wrong(gpu_check, tmp_path, m
 
 def test_every_op_has_something_to_time(gpu_check):
     for op in gpu_check.on_gpu_ops():
-        assert gpu_check.work(op, gpu_check.GPU), op.name
+        timed = {name for name, *_ in gpu_check.work(op, gpu_check.GPU)}
+        assert timed, op.name
+        assert not timed & {case.name for case in op.cases if case.cpu_only}
     for name, shapes in gpu_check.SHAPES.items():
         op = ops.catalogue()[name]
         assert all(shape.count("x") == op.shape_help.count("x") for shape in shapes)
@@ -307,3 +311,35 @@ def test_a_machine_without_a_gpu_is_not_ready(gpu_check, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="cuda: no cuda here"):
         gpu_check.main(["ready", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "machine.json").read_text())["dry_run"] is False
+
+
+def test_small_cases_reach_tensor_cores(gpu_check):
+    for name, wanted in gpu_check.TENSOR_CORES.items():
+        small = [case.name for case in gpu_check.small_cases(ops.catalogue()[name])]
+        assert set(wanted) < set(small), f"{name}: {small}"
+        assert len(small) == len(wanted) + gpu_check.SMALL
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in ops.catalogue().values() if "cuda" in op.faces], ids=lambda op: op.name
+)
+def test_what_a_graph_can_hold(op, gpu_check, emulator, monkeypatch):
+    """Captured, an op must not copy from the host: the bench knows which one does."""
+    fake_cuda.install(monkeypatch, emulator)
+    platform = fake_cuda.FakeCuda()
+    case = gpu_check.small_cases(op)[0]
+    arguments = {
+        name: fake_cuda.OnDevice(x, platform.machine) if isinstance(x, torch.Tensor) else x
+        for name, x in case.arguments(op.name, case.dtypes[0]).items()
+    }
+    call = lambda: op.function(**arguments)  # noqa: E731
+    with platform.scope():
+        if op.name in gpu_check.FROM_HOST:
+            with pytest.raises(AssertionError, match="in a graph"):
+                platform.capture(call)
+            return
+        eager = outputs_of(call())
+        graph = platform.capture(call)
+        graph.replay()
+    for x, y in zip(eager, outputs_of(graph.outputs), strict=True):
+        assert torch.equal(x.inner, y.inner)

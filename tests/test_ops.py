@@ -47,7 +47,9 @@ ON_GPU = [
         id="-".join((op.name, backend, case.name, str(dtype).removeprefix("torch."))),
         marks=pytest.mark.skipif(_lacks(backend) is not None, reason=str(_lacks(backend))),
     )
-    for op, case, dtype in all_cases()
+    for op in ops.catalogue().values()
+    for case in op.gpu_cases
+    for dtype in case.dtypes
     for backend in ("cuda", "triton")
     if backend in op.faces
 ]

@@ -22,6 +22,7 @@ import torch
 
 from batches import check_batches
 from internvl_rt import ops
+from internvl_rt.ops import registry
 from internvl_rt.ops.registry import Case, Inputs, all_cases, check
 from sass import LOAD, MATRIX, NARROW, STORE, read_kernels
 
@@ -395,19 +396,71 @@ BUILDS = [
 ]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("op", "build", "arguments"), BUILDS)
-def test_ahead_of_time(op, build, arguments, arch, tmp_path, monkeypatch):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """compiler(name): a module of this checkout, whose kernels are compiled."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(sys.modules, "internvl_rt._triton", _checkout())
     for name in [n for n in sys.modules if n.startswith("internvl_rt._triton.")]:
         monkeypatch.delitem(sys.modules, name)
-    module = importlib.import_module(f"internvl_rt._triton.{op}")
+    return lambda name: importlib.import_module(f"internvl_rt._triton.{name}")
+
+
+class AbsentDevice:
+    """What Triton asks its driver before it compiles for a launch."""
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+# Sizes of 1, no key, nothing to rotate, odd strides.
+SPECIAL = [
+    (op, case, case.dtypes[-1])
+    for op in OPS
+    for case in op.cases
+    if case.name in ("one", "empty_keys_sinks", "empty_rotation", "ratio_1", "odd", "odd_20")
+]
+
+
+@pytest.mark.parametrize(("op", "case", "dtype"), SPECIAL, ids=_id)
+def test_a_launch_compiles_what_it_specialises(op, case, dtype, compiler, monkeypatch):
+    """Integers of 1 become constants and pointers tell their alignment: a device gets neither the
+    source that is interpreted nor the one that is compiled ahead of time."""
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *arguments, grid, warmup, **options):
+        compiled.append(run(self, *arguments, grid=grid, warmup=True, **options))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", AbsentDevice())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(compiler("check"), "interpreted", lambda: True)  # tensors of the CPU
+    monkeypatch.setattr(registry, "missing", lambda backend: None)
+    op.function(**case.arguments(op.name, dtype), backend="triton")
+    assert compiled
+    assert all(kernel.asm["cubin"] for kernel in compiled)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("op", "build", "arguments"), BUILDS)
+def test_ahead_of_time(op, build, arguments, arch, compiler, tmp_path):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = compiler(op)
     b = build(module, *arguments)
     kernel = getattr(module, b.kernel)
     names = kernel.arg_names

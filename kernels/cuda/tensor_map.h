@@ -46,7 +46,7 @@ inline cudaError_t make_tensor_map(const TensorBox& box, TensorMap& map) {
              kSwizzles[static_cast<int>(box.swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  static_assert(sizeof(map) == sizeof(encoded) && alignof(TensorMap) == alignof(CUtensorMap));
+  static_assert(sizeof(map) == sizeof(encoded) && alignof(TensorMap) % alignof(CUtensorMap) == 0);
   std::memcpy(&map, &encoded, sizeof(map));
   return cudaSuccess;
 }

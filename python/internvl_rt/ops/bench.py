@@ -274,7 +274,7 @@ Work = tuple[str, torch.dtype, Build]  # case or shape, dtype, arguments
 def _work(
     op: Op, shape: str | None, dtypes: Sequence[torch.dtype] | None, *, gpu: bool
 ) -> list[Work]:
-    cases = [case for case in op.cases if case.bench and not (gpu and case.cpu_only)]
+    cases = [case for case in (op.gpu_cases if gpu else op.cases) if case.bench]
     known = list(dict.fromkeys(dtype for case in cases for dtype in case.dtypes))
     for dtype in dtypes or ():
         if dtype not in known:

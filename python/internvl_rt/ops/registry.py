@@ -183,6 +183,11 @@ class Op:
         return tuple(b for b in BACKENDS if b == "reference" or b in self.faces)
 
     @property
+    def gpu_cases(self) -> tuple[Case, ...]:
+        """The cases that a kernel for a GPU takes."""
+        return tuple(case for case in self.cases if not case.cpu_only)
+
+    @property
     def signature(self) -> str:
         return f"{self.name}{inspect.signature(self.function)}"
 
