@@ -207,8 +207,6 @@ TASKS = (
     *("number", "shape and colour", "count", "relation", "emoji"),
     *("box", "count to nine", "two pictures", "second turn"),
 )
-# What the committed model offers: those that it answers right more often than not.
-OFFERED = ("number", "shape and colour", "count", "emoji")
 
 
 def corpus() -> list[str]:
