@@ -361,7 +361,7 @@ def grouped_linear(
     return fill(
         *("grouped_linear", "GroupedLinearParams"),
         **{"x": x, "rows": rows, "bias": bias, "offsets": offsets, "out": out, "dtype": x.dtype},
-        **{"R": x.shape[0], "M": M, "N": N, "K": K, "E": E},
+        **{"R": x.shape[0], "M": M, "N": N, "K": K, "E": E, "format": int(weight_format)},
         weight=torch.stack([ops.unpack(experts[e]) for e in range(E)]),
         **_strides(x_r=x, bias_e=bias, out_m=out),
         decode=M <= 16 if decode is None else decode,
