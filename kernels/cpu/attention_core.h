@@ -27,7 +27,6 @@ constexpr int kScoreStride = kChunk + 16;  // a power of two would put all rows 
 constexpr int kStateStride = 16;           // running max and sum of a block of rows
 // Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
 constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
-constexpr float kLog2e = 1.44269504088896341f;
 
 // What is multiplied lies in words of 32 bits: a number, or a pair of bf16 where the instruction
 // set has dot products of pairs: along d for scores, along the keys for values.
