@@ -14,14 +14,12 @@ AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& 
   check.require(check["B+1"] >= 1, "cu_q is empty, expected B+1 >= 1 offsets");
   check.bind("B", check["B+1"] - 1, "cu_q");
   const int64_t D = check["D"], H = check["H"], K = check["K"];
-  check.require(D >= 4 && D % 4 == 0 && D <= kAttentionMaxHeadDim,
-                "head dim D is " + std::to_string(D) + ", allowed: multiples of 4 from 4 to " +
-                    std::to_string(kAttentionMaxHeadDim));
-  check.require(K >= 1 && H % K == 0,
-                "H = " + std::to_string(H) +
-                    " query heads is no multiple of K = " + std::to_string(K) + " kv heads");
-  check.require(std::isfinite(options.scale) && options.scale > 0,
-                "scale is " + std::to_string(options.scale) + ", expected a finite number > 0");
+  check.require(D >= 4 && D % 4 == 0 && D <= kAttentionMaxHeadDim, "head dim D is ", D,
+                ", allowed: multiples of 4 from 4 to ", kAttentionMaxHeadDim);
+  check.require(K >= 1 && H % K == 0, "H = ", H, " query heads is no multiple of K = ", K,
+                " kv heads");
+  check.require(std::isfinite(options.scale) && options.scale > 0, "scale is ", options.scale,
+                ", expected a finite number > 0");
   AttentionParams p{.q = q.data,
                     .out = out.data,
                     .sinks = nullptr,
@@ -43,8 +41,8 @@ AttentionParams attention_params(Checker& check, const Tensor& q, const Tensor& 
                     .sinks_dtype = DType::f32};
   if (options.window) {
     check.require(options.causal, "window is given, but causal is false");
-    check.require(*options.window >= 1,
-                  "window is " + std::to_string(*options.window) + ", expected at least 1 or None");
+    check.require(*options.window >= 1, "window is ", *options.window,
+                  ", expected at least 1 or None");
     p.window = *options.window;
   }
   if (options.sinks) {
@@ -69,9 +67,8 @@ void check_cuda_rows(const Checker& check, const AttentionParams& p,
     for (int i = 0; i + 1 < t->ndim; ++i) {
       aligned = aligned && (t->size(i) <= 1 || t->stride(i) % elements == 0);
     }
-    check.require(aligned, std::string(name) +
-                               " has an address or a stride that is no multiple of " +
-                               std::to_string(elements) + " elements, as CUDA expects it");
+    check.require(aligned, name, " has an address or a stride that is no multiple of ", elements,
+                  " elements, as CUDA expects it");
   }
 }
 

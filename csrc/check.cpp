@@ -1,15 +1,26 @@
 #include "csrc/check.h"
 
+#include <algorithm>
 #include <cctype>
 #include <stdexcept>
 
 namespace ivr {
 
+namespace {
+
+constexpr size_t kUsualDims = 12;
+
+bool is_number(const char* dim) { return std::isdigit(static_cast<unsigned char>(dim[0])); }
+
+}  // namespace
+
+Checker::Checker(const char* op) : op_(op) { bindings_.reserve(kUsualDims); }
+
 void Checker::fail(const std::string& what) const {
   throw std::invalid_argument(std::string(op_) + ": " + what);
 }
 
-const Checker::Binding* Checker::find(const std::string& name) const {
+const Checker::Binding* Checker::find(const char* name) const {
   for (const Binding& b : bindings_) {
     if (b.name == name) return &b;
   }
@@ -17,7 +28,7 @@ const Checker::Binding* Checker::find(const std::string& name) const {
 }
 
 void Checker::bind(const char* dim, int64_t value, const char* origin) {
-  bindings_.push_back({dim, value, origin});
+  bindings_.push_back({dim, value, origin, std::nullopt});
 }
 
 int64_t Checker::operator[](const char* dim) const {
@@ -28,13 +39,11 @@ int64_t Checker::operator[](const char* dim) const {
 
 void Checker::tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
                      std::initializer_list<const char*> dims) {
-  bool allowed = false;
-  std::string names;
-  for (DType d : dtypes) {
-    allowed |= d == t.dtype;
-    names += (names.empty() ? "" : " or ") + std::string(name_of(d));
+  if (std::find(dtypes.begin(), dtypes.end(), t.dtype) == dtypes.end()) {
+    std::string names;
+    for (DType d : dtypes) names += (names.empty() ? "" : " or ") + std::string(name_of(d));
+    fail(std::string(name) + " is " + name_of(t.dtype) + ", expected " + names);
   }
-  if (!allowed) fail(std::string(name) + " is " + name_of(t.dtype) + ", expected " + names);
 
   if (has_device_ && (t.device != device_ || t.device_index != device_index_)) {
     fail(std::string(name) + " is on another device than the tensors before it");
@@ -43,34 +52,38 @@ void Checker::tensor(const char* name, const Tensor& t, std::initializer_list<DT
   device_ = t.device;
   device_index_ = t.device_index;
 
-  bool matches = t.ndim == static_cast<int>(dims.size());
+  const size_t known = bindings_.size();
+  if (t.ndim != static_cast<int>(dims.size())) refuse_shape(name, t, dims, known);
   int i = 0;
-  std::string expected, origins;
   for (const char* dim : dims) {
-    int64_t want;
-    std::string text = dim;
-    if (std::isdigit(static_cast<unsigned char>(dim[0]))) {
-      want = std::stoll(dim);
+    const int64_t size = t.shape[i++];
+    if (is_number(dim)) {
+      if (size != std::stoll(dim)) refuse_shape(name, t, dims, known);
     } else if (const Binding* b = find(dim)) {
-      want = b->value;
-      text += "=" + std::to_string(want);
-      origins += (origins.empty() ? "" : ", ") + std::string(dim) + " from " + b->origin;
+      if (size != b->value) refuse_shape(name, t, dims, known);
     } else {
-      want = matches ? t.shape[i] : -1;
-      if (matches) bindings_.push_back({dim, want, std::string(name) + " " + t.shape_text()});
+      bindings_.push_back({dim, size, name, t});
     }
-    if (matches && t.shape[i] != want) matches = false;
-    expected += (i ? ", " : "") + text;
-    ++i;
-  }
-  if (!matches) {
-    fail(std::string(name) + " has shape " + t.shape_text() + ", expected [" + expected + "]" +
-         (origins.empty() ? "" : " (" + origins + ")"));
   }
   if (t.ndim > 0 && t.size(-1) > 1 && t.stride(-1) != 1) {
     fail(std::string(name) + " must be contiguous in its last dimension (stride " +
          std::to_string(t.stride(-1)) + ")");
   }
+}
+
+void Checker::refuse_shape(const char* name, const Tensor& t,
+                           std::initializer_list<const char*> dims, size_t known) const {
+  std::string expected, origins;
+  for (const char* dim : dims) {
+    expected += (expected.empty() ? "" : ", ") + std::string(dim);
+    const Binding* b = is_number(dim) ? nullptr : find(dim);
+    if (!b || b >= bindings_.data() + known) continue;
+    expected += "=" + std::to_string(b->value);
+    origins += (origins.empty() ? "" : ", ") + std::string(dim) + " from " + b->origin;
+    if (b->tensor) origins += " " + b->tensor->shape_text();
+  }
+  fail(std::string(name) + " has shape " + t.shape_text() + ", expected [" + expected + "]" +
+       (origins.empty() ? "" : " (" + origins + ")"));
 }
 
 void check_offsets(const Checker& check, const char* name, const Tensor& cu, const char* total) {

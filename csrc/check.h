@@ -10,6 +10,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,7 @@ namespace ivr {
 
 class Checker {
  public:
-  explicit Checker(const char* op) : op_(op) {}
+  explicit Checker(const char* op);
 
   // dims are names, or decimal numbers for fixed sizes. The last dimension must be contiguous
   // unless it has at most one element. All tensors of an op must be on one device.
@@ -30,9 +31,11 @@ class Checker {
   void bind(const char* dim, int64_t value, const char* origin);
   int64_t operator[](const char* dim) const;
 
-  // Throws ValueError "op: <what>" unless the condition holds.
-  void require(bool condition, const std::string& what) const {
-    if (!condition) fail(what);
+  // Throws ValueError "op: <parts, one after the other>" unless the condition holds. Texts, numbers
+  // and shapes of tensors are put together only then: a call that is right makes no strings.
+  template <class... Parts>
+  void require(bool condition, const Parts&... parts) const {
+    if (!condition) fail((std::string() + ... + text_of(parts)));
   }
   [[noreturn]] void fail(const std::string& what) const;
 
@@ -40,9 +43,20 @@ class Checker {
   struct Binding {
     std::string name;
     int64_t value;
-    std::string origin;
+    const char* origin;
+    std::optional<Tensor> tensor;  // of which `origin` is the name
   };
-  const Binding* find(const std::string& name) const;
+  static std::string text_of(const char* text) { return text; }
+  static std::string text_of(const std::string& text) { return text; }
+  static std::string text_of(const Tensor& t) { return t.shape_text(); }
+  template <class Number>
+  static std::string text_of(Number number) {
+    return std::to_string(number);
+  }
+  // The first `known` bindings are those of the tensors before t.
+  [[noreturn]] void refuse_shape(const char* name, const Tensor& t,
+                                 std::initializer_list<const char*> dims, size_t known) const;
+  const Binding* find(const char* name) const;
 
   const char* op_;
   std::vector<Binding> bindings_;

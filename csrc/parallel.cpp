@@ -40,11 +40,11 @@ class Pool {
 
   int size() const { return threads_; }
 
-  void run(int64_t n, int64_t chunk, detail::RangeFn fn, void* context) {
+  void run(int64_t n, int64_t grain, detail::RangeFn fn, void* context) {
     fn_ = fn;
     context_ = context;
     n_ = n;
-    chunk_ = chunk;
+    grain_ = grain;
     next_.store(0, std::memory_order_relaxed);
     open_.store(true);
     epoch_.fetch_add(1);
@@ -67,12 +67,16 @@ class Pool {
  private:
   static constexpr int kSpins = 2000;  // some 20 us: longer than the gap between two ops
 
+  // A chunk is a share of what is left: long ones first, which read memory as one stream, and short
+  // ones last, so that no thread waits long for another one.
   void take_chunks() {
     inside_region = true;
-    for (;;) {
-      const int64_t begin = next_.fetch_add(chunk_, std::memory_order_relaxed);
-      if (begin >= n_) break;
-      fn_(context_, begin, std::min(n_, begin + chunk_));
+    int64_t begin = next_.load(std::memory_order_relaxed);
+    while (begin < n_) {
+      const int64_t end = std::min(n_, begin + std::max(grain_, (n_ - begin) / (2 * threads_)));
+      if (!next_.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      fn_(context_, begin, end);
+      begin = next_.load(std::memory_order_relaxed);
     }
     inside_region = false;
   }
@@ -105,7 +109,7 @@ class Pool {
   detail::RangeFn fn_ = nullptr;
   void* context_ = nullptr;
   int64_t n_ = 0;
-  int64_t chunk_ = 1;
+  int64_t grain_ = 1;
 };
 
 // Everything a forked child must forget: its copy of the pool has no threads, and another thread of
@@ -188,9 +192,7 @@ void run_region(int64_t n, int64_t grain, RangeFn fn, void* context) {
     delete s.pool;
     s.pool = new Pool(threads);
   }
-  // Eight chunks a thread even out a disturbed core at the cost of a few tickets.
-  const int64_t chunk = std::max(grain, (n + threads * 8 - 1) / (threads * 8));
-  s.pool->run(n, chunk, fn, context);
+  s.pool->run(n, grain, fn, context);
 }
 
 }  // namespace detail

@@ -1,6 +1,6 @@
 // One process-wide pool of threads.
 //
-// Work is handed out in chunks by a ticket counter, so that a disturbed core takes fewer of them;
+// Work is handed out in chunks that become shorter, so that a disturbed core takes fewer of them;
 // the caller works too. Regions started from several Python threads are served one after the other,
 // a region inside a region runs inline, idle workers sleep, and a forked child starts a pool of its
 // own. Results never depend on the number of threads: a chunk is computed by one thread from start

@@ -13,8 +13,7 @@ constexpr int64_t kGrainElements = 8192;
 void gated_activation(Tensor x, Tensor y, Gate gate) {
   Checker check("gated_activation");
   check.tensor("x", x, {DType::f32, DType::bf16}, {"T", "width"});
-  check.require(x.size(1) % 2 == 0,
-                "x has shape " + x.shape_text() + ", expected [T, 2I] with an even last size");
+  check.require(x.size(1) % 2 == 0, "x has shape ", x, ", expected [T, 2I] with an even last size");
   check.bind("I", x.size(1) / 2, "x");
   check.tensor("y", y, {x.dtype}, {"T", "I"});
   const GatedActivationParams p{.x = x.data,

@@ -57,10 +57,9 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> scale, std::optional<bool> decode, Tensor out) {
   Checker check("linear");
   check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
-  check.require(check["K"] == K,
-                "x has shape " + x.shape_text() + ", expected [M, K=" + std::to_string(K) +
-                    "] (K from weight [" + std::to_string(N) + ", " + std::to_string(K) + "])");
-  check.require(N >= 0, "weight has N=" + std::to_string(N) + ", expected N >= 0");
+  check.require(check["K"] == K, "x has shape ", x, ", expected [M, K=", K, "] (K from weight [", N,
+                ", ", K, "])");
+  check.require(N >= 0, "weight has N=", N, ", expected N >= 0");
   check.require(format != WeightFormat::fp8,
                 "weight format is not implemented, available: f32, bf16, int8, int4");
   check.require(activation != Activation::swiglu,
@@ -68,9 +67,8 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   const DType dtype = is_quantised(format)          ? DType::u8
                       : format == WeightFormat::f32 ? DType::f32
                                                     : DType::bf16;
-  check.require(
-      x.dtype == dtype || is_quantised(format),
-      std::string("x is ") + name_of(x.dtype) + ", expected the weight's " + name_of(dtype));
+  check.require(x.dtype == dtype || is_quantised(format), "x is ", name_of(x.dtype),
+                ", expected the weight's ", name_of(dtype));
   check.require(x.device == Device::cpu || !is_quantised(format),
                 "quantised weights are for the CPU, x is on a CUDA device");
   check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),

@@ -35,9 +35,8 @@ void moe_route(Tensor logits, int64_t top_k, bool normalize, Tensor ids, Tensor 
   Checker check("moe_route");
   check.tensor("logits", logits, {DType::f32, DType::bf16}, {"T", "E"});
   const int64_t T = check["T"], E = check["E"];
-  check.require(top_k >= 1 && top_k <= E, "top_k is " + std::to_string(top_k) +
-                                              ", allowed: 1 to the E = " + std::to_string(E) +
-                                              " experts");
+  check.require(top_k >= 1 && top_k <= E, "top_k is ", top_k, ", allowed: 1 to the E = ", E,
+                " experts");
   check.require(T * top_k <= INT32_MAX && E < INT32_MAX,
                 "more than 2^31 assignments, expected fewer tokens");
   check.bind("k", top_k, "top_k");

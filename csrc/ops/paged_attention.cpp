@@ -62,8 +62,7 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table
   check.tensor("page_table", page_table, {DType::i32}, {"B", "max_pages"});
   check.tensor("kv_lens", kv_lens, {DType::i32}, {"B"});
   const int64_t P = check["P"];
-  check.require(P >= 1 && (P & (P - 1)) == 0,
-                "page size P is " + std::to_string(P) + ", expected a power of two");
+  check.require(P >= 1 && (P & (P - 1)) == 0, "page size P is ", P, ", expected a power of two");
   int shift = 0;
   while ((int64_t{1} << shift) < P) ++shift;
   PagedAttentionParams p{.a = a,

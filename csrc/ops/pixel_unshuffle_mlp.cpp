@@ -13,9 +13,8 @@ constexpr int64_t kGrainElements = 16384;
 void pixel_unshuffle_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, int64_t h, int64_t w,
                           int64_t r, bool by_columns, float eps) {
   Checker check("pixel_unshuffle_mlp");
-  check.require(h >= 1 && w >= 1 && r >= 1 && h % r == 0 && w % r == 0,
-                "grid is (" + std::to_string(h) + ", " + std::to_string(w) +
-                    "), expected multiples of ratio=" + std::to_string(r));
+  check.require(h >= 1 && w >= 1 && r >= 1 && h % r == 0 && w % r == 0, "grid is (", h, ", ", w,
+                "), expected multiples of ratio=", r);
   check.require(eps >= 0, "eps is negative or NaN, expected a number >= 0");
   check.bind("h*w", h * w, "grid");
   check.tensor("x", x, {DType::f32, DType::bf16}, {"t", "h*w", "C"});

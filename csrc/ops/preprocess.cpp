@@ -147,21 +147,19 @@ Request checked(Checker& check, const Tensor& image, const Tensor& table, const 
   check.tensor("image", image, {DType::u8}, {"H", "W", "3"});
   check.tensor("table", table, {out.dtype}, {"3", "256"});
   check.require(columns >= 0 && rows >= 0 && columns <= 1024 && rows <= 1024,
-                "columns and rows are " + std::to_string(columns) + " and " + std::to_string(rows) +
-                    ", allowed: 0 to 1024");
-  check.require(image_size >= 1 && image_size <= 16384,
-                "image_size is " + std::to_string(image_size) + ", allowed: 1 to 16384");
+                "columns and rows are ", columns, " and ", rows, ", allowed: 0 to 1024");
+  check.require(image_size >= 1 && image_size <= 16384, "image_size is ", image_size,
+                ", allowed: 1 to 16384");
   check.bind("S", image_size, "image_size");
   check.bind("t", columns * rows + (thumbnail ? 1 : 0), "columns * rows and thumbnail");
   check.tensor("out", out, {DType::f32, DType::bf16}, {"t", "3", "S", "S"});
   check.require(out.contiguous(), "out is not contiguous");
   check.require(table.contiguous(), "table is not contiguous");
   const int64_t H = check["H"], W = check["W"];
-  check.require(H >= 1 && W >= 1 && H <= kMaxSide && W <= kMaxSide,
-                "image has shape " + image.shape_text() + ", allowed: sides of 1 to 16777216");
-  check.require(W == 1 || image.stride(1) == 3,
-                "image has a stride of " + std::to_string(image.stride(1)) +
-                    " between pixels, expected 3: rows of packed RGB");
+  check.require(H >= 1 && W >= 1 && H <= kMaxSide && W <= kMaxSide, "image has shape ", image,
+                ", allowed: sides of 1 to 16777216");
+  check.require(W == 1 || image.stride(1) == 3, "image has a stride of ", image.stride(1),
+                " between pixels, expected 3: rows of packed RGB");
   return {H, W, columns, rows, image_size, thumbnail};
 }
 

@@ -27,10 +27,9 @@ void rope(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor inv_freq, Tenso
   check.tensor("out", out, {q.dtype}, {"T", "H", "D"});
   const int64_t T = check["T"], H = check["H"], K = check["K"], D = check["D"], B = check["B"];
   const int64_t half = check["R/2"], P = check["P"], places = check["pages"] * P;
-  check.require(D <= kRopeMaxDim, "head dim D is " + std::to_string(D) + ", at most " +
-                                      std::to_string(kRopeMaxDim) + " allowed");
-  check.require(2 * half <= D, "inv_freq has R/2 = " + std::to_string(half) +
-                                   " columns, at most D/2 = " + std::to_string(D / 2) + " allowed");
+  check.require(D <= kRopeMaxDim, "head dim D is ", D, ", at most ", kRopeMaxDim, " allowed");
+  check.require(2 * half <= D, "inv_freq has R/2 = ", half, " columns, at most D/2 = ", D / 2,
+                " allowed");
   const RopeParams p{.q = q.data,
                      .k = k.data,
                      .v = v.data,

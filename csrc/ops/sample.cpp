@@ -82,9 +82,8 @@ void sample(Tensor logits, std::optional<Tensor> temperature, std::optional<Tens
       check.require(p.cu_history[b] <= p.cu_history[b + 1], "cu_history must not decrease");
     }
     for (int64_t i = 0; i < p.L; ++i) {
-      check.require(p.history[i] >= 0 && p.history[i] < p.V,
-                    "history[" + std::to_string(i) + "] is " + std::to_string(p.history[i]) +
-                        ", expected 0 to V-1=" + std::to_string(p.V - 1));
+      check.require(p.history[i] >= 0 && p.history[i] < p.V, "history[", i, "] is ", p.history[i],
+                    ", expected 0 to V-1=", p.V - 1);
     }
   }
   if (B == 0) return;

@@ -41,7 +41,7 @@ class InternVL:
         self.vision = VisionTower(config.vision, w, config.vision_layers_used, opset, dtype)
         self.projector = Projector(config, w, opset, dtype)
         self._tiles = TileGraphs(self._encode, config.image_size, dtype, self.platform)
-        self.capturable = self.platform.graphs and not opset.has_reference
+        self.capturable = not opset.has_reference
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """[t, 3, height, width] -> [t, n, hidden] on the platform, in micro-batches of tiles.
@@ -51,7 +51,8 @@ class InternVL:
         """
         with self.platform.scope():
             pixels = self.platform.receive(pixels)
-            encode = self._tiles if self.capturable and self._tiles.fit(pixels) else self._encode
+            captured = self.platform.tile_graphs and self.capturable and self._tiles.fit(pixels)
+            encode = self._tiles if captured else self._encode
             sizes = micro_batches(len(pixels), self.platform.micro_batches)
             out = [encode(tiles) for tiles in pixels.split(sizes)]
             return self.platform.hand_out(torch.cat(out) if out else self._encode(pixels))

@@ -95,7 +95,7 @@ def make_plan(
     text = config.text
     kv_per_token = 2 * text.num_layers * text.num_kv_heads * text.head_dim * size
     activations = max(_vision_peak(config, platform), _text_peak(config, prefill_chunk)) * size
-    if platform.graphs:
+    if platform.tile_graphs:
         activations += _vision_peak(config, platform) * size + _decode_peak(config)
     if platform.device.type != "cpu":
         weights, embed = weights + embed, 0

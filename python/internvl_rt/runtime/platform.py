@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from internvl_rt.ops.registry import recorded
 from internvl_rt.runtime.memory import GIB, available_memory
 
 Shape = tuple[Sequence[int], torch.dtype]
@@ -30,13 +31,16 @@ class Platform(Protocol):
 
     phased: decode steps and prefill have kernels of their own, so a batch is one or the other.
     micro_batches: numbers of tiles that run through the vision tower together, largest first.
-    graphs: work on buffers that stay in place can be captured, and replayed at once.
+    decode_graphs: a decode step is captured, and replayed, with as many rows as the next larger of
+        these; one with more rows than the last is not.
+    tile_graphs: whether micro-batches of tiles are captured too.
     """
 
     device: torch.device
     phased: bool
     micro_batches: tuple[int, ...]
-    graphs: bool
+    decode_graphs: tuple[int, ...]
+    tile_graphs: bool
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """Within it, work goes to this platform, in order, from one thread at a time."""
@@ -60,7 +64,7 @@ class Platform(Protocol):
         """Buffers that stay in place, for graphs."""
 
     def capture(self, work: Callable[[], Any]) -> Graph:
-        """Runs work, which reads and writes buffers that stay in place, and captures it."""
+        """Captures work, which reads and writes buffers that stay in place."""
 
     def available_memory(self) -> int:
         """Bytes that a model may take."""
@@ -79,7 +83,9 @@ class CpuPlatform:
     phased = False
     # Enough rows for the matrix products, and a peak that does not grow with the number of tiles.
     micro_batches = (4, 3, 2, 1)
-    graphs = False
+    # Few rows: what Python adds to a step is a tenth of it, and no row is padded.
+    decode_graphs = (1, 2, 3, 4)
+    tile_graphs = False
     _scope = contextlib.nullcontext()
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
@@ -101,13 +107,31 @@ class CpuPlatform:
         return x
 
     def mirror(self, shapes: Mapping[str, Shape]) -> Mirror:
-        raise NotImplementedError("the CPU captures no graphs")
+        return Mirror(self, shapes)
 
     def capture(self, work: Callable[[], Any]) -> Graph:
-        raise NotImplementedError("the CPU captures no graphs")
+        return _Tape(work)
+
+    def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
 
     def available_memory(self) -> int:
         return available_memory()
+
+
+class _Tape:
+    """The calls of kernels in some work, without the Python around them.
+
+    What torch itself does in it, other than views and empty tensors, is not done again.
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        with recorded() as self._calls:
+            self.outputs = work()
+
+    def replay(self) -> None:
+        for call, arguments, named in self._calls:
+            call(*arguments, **named)
 
 
 class CudaPlatform:
@@ -116,7 +140,9 @@ class CudaPlatform:
     phased = True
     # By default a picture has at most 12 tiles and a thumbnail.
     micro_batches = (13, 7, 4, 2, 1)
-    graphs = True
+    # So that few graphs serve all; the last is the engine's largest batch.
+    decode_graphs = (1, 2, 4, 8, 16, 32, 64)
+    tile_graphs = True
 
     def __init__(self, index: int) -> None:
         self.device = torch.device("cuda", index)

@@ -1,4 +1,7 @@
-"""Runs what the engine has scheduled: as one batch, or on a GPU as one per phase, and samples."""
+"""Runs what the engine has scheduled: as one batch, or on a GPU as one per phase, and samples.
+
+A decode step of few rows on the CPU, or of any number on a GPU, is captured once and replayed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from internvl_rt import _C
 from internvl_rt.models.internvl import InternVL
 from internvl_rt.runtime.batch import Batch, Chunk, make_batch
 from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
@@ -15,9 +19,7 @@ from internvl_rt.runtime.platform import Graph, Shape
 from internvl_rt.runtime.request import Request, SamplingParams
 
 MAX_BATCH = 64
-# A decode step runs as the next larger of these batches, so that few graphs serve all; what a table
-# of pages has room for only decides how many blocks of the GPU find nothing to do.
-BATCHES = (1, 2, 4, 8, 16, 32, MAX_BATCH)
+# What a table of pages has room for only decides how many blocks of a GPU find nothing to do.
 FIRST_TABLE, TABLE_GROWTH = 16, 4  # pages
 
 # Columns of ops.sample that hold one number of SamplingParams per row.
@@ -67,7 +69,7 @@ class Part:
 class Runner:
     def __init__(self, model: InternVL, cache: KvCache) -> None:
         self.model, self.cache, self.platform = model, cache, model.platform
-        self._graphs: dict[tuple[int, int], _DecodeGraph] = {}
+        self._graphs: dict[tuple[str, int, int], _DecodeGraph] = {}
         if self.model.capturable:
             for tensor in (*cache.k, *cache.v):
                 tensor[cache.scratch].zero_()
@@ -75,7 +77,7 @@ class Runner:
     def __call__(self, parts: Sequence[Part]) -> list[tuple[Request, int]]:
         """The next token of every request whose part ends with one; -1 for logits with NaN."""
         groups = {"prefill": list(parts)}
-        if self.platform.phased:
+        if self.platform.phased or all(p.decodes for p in parts):
             groups = {
                 "decode": [p for p in parts if p.decodes],
                 "prefill": [p for p in parts if not p.decodes],
@@ -90,7 +92,8 @@ class Runner:
 
     def _run(self, parts: list[Part], phase: str) -> Tensor | None:
         """int64 ids, on the device."""
-        if phase == "decode" and self.model.capturable:
+        most = self.platform.decode_graphs[-1]
+        if phase == "decode" and self.model.capturable and len(parts) <= most:
             return self._replay(parts)
         requests = [p.request for p in parts if p.samples]
         batch = make_batch([p.chunk() for p in parts], self.model.decoder.rotary, phase)
@@ -108,12 +111,13 @@ class Runner:
         return self.model.ops.sample(logits, **options)
 
     def _replay(self, parts: list[Part]) -> Tensor:
-        size = next(n for n in BATCHES if n >= len(parts))
+        size = next(n for n in self.platform.decode_graphs if n >= len(parts))
         keys = max(p.start for p in parts) + 1
         pages = table_width(KvCache.pages_for(keys), self.cache.allocator.capacity)
-        graph = self._graphs.get((size, pages))
+        key = (_C.isa(), size, pages)  # an instruction set's calls are not another one's
+        graph = self._graphs.get(key)
         if graph is None:
-            graph = self._graphs[size, pages] = _DecodeGraph(self.model, self.cache, size, pages)
+            graph = self._graphs[key] = _DecodeGraph(self.model, self.cache, size, pages)
         logits, ids = graph(parts)
         requests = [p.request for p in parts]
         if not any(_looks_back(r) for r in requests):
