@@ -41,7 +41,6 @@ constexpr bool kOnTiles = false;
 constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
 #endif
 constexpr int kStateStride = kOnTiles ? kRows : 16;  // running max and sum of a block of rows
-constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kInfinity = __builtin_inff();
 
 // What is multiplied lies in words of 32 bits: a number, or a pair of bf16 where the instruction

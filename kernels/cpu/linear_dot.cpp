@@ -29,8 +29,10 @@ constexpr int64_t kDepth = 256;
 constexpr int64_t kPiece = kDepth / 2 * kPanelColumns;  // words of a piece of a panel
 constexpr int64_t kRowStep = 360;  // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;  // 368 KB of partial sums
-constexpr int64_t kFewRows = 36;   // below, the weights pass once, in the order of memory
-constexpr int64_t kAhead = 2048;   // bytes of a stream that are fetched in advance
+// Below either, the weights pass once, in the order of memory.
+constexpr int64_t kFewRows = 36;
+constexpr int64_t kFewBytes = 640 << 10;  // of x: all of K stays in L2
+constexpr int64_t kAhead = 2048;          // bytes of a stream that are fetched in advance
 // Pairs of each of 16 rows in place, which are fetched into L2: rows of 1792 bytes share few sets
 // of L1 (12 against 25 GB/s). Not of the next panel: another thread may take that one.
 constexpr int64_t kRowsAhead = 256;
@@ -303,13 +305,13 @@ void one_group_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, f
   }
 }
 
-// A piece of every panel, then the next piece: the rows of x stay in L2. Few rows stay there
-// anyway, and take one panel after the other in the order of memory.
+// A piece of every panel, then the next piece: so much of the rows of x stays in L2. Few rows stay
+// there anyway, and take one panel after the other.
 void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
             uint32_t* made, float* sums) {
   const int64_t all = pairs_of(p), panels = panel1 - panel0;
   const int64_t pieces = all == 0 ? 1 : ceil_div(all, kDepth / 2);
-  const bool few = m1 - m0 < kFewRows;
+  const bool few = m1 - m0 < kFewRows || (m1 - m0) * all * 4 < kFewBytes;
   for (int64_t i = 0; i < pieces * panels; ++i) {
     const int64_t panel = few ? i / pieces : i % panels;
     const int64_t k = (few ? i % pieces : i / panels) * (kDepth / 2);

@@ -29,13 +29,13 @@ template <class T>
 float sum_of_exp(const T* x, int64_t n, float max) {
   F total = set(0.0f);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) total = total + exp(load(x + i) - set(max));
+  for (; i + kLanes <= n; i += kLanes) total = total + exp_small(load(x + i) - set(max));
   if (i < n) {
     float tail[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) {
       tail[j] = i + j < n ? to_float(x[i + j]) : -__builtin_inff();
     }
-    total = total + exp(load(tail) - set(max));
+    total = total + exp_small(load(tail) - set(max));
   }
   return sum(total);
 }
@@ -50,7 +50,7 @@ void run(const MoeRouteParams& p, int64_t begin, int64_t end) {
     const float total = p.normalize ? sum_of_exp(w, p.k, max) : sum_of_exp(x, p.E, max);
     for (int64_t j = 0; j < p.k; j += kLanes) {
       const int64_t n = p.k - j < kLanes ? p.k - j : kLanes;
-      store_n(w + j, exp(load_n(w + j, n) - set(max)) / set(total), n);
+      store_n(w + j, exp_small(load_n(w + j, n) - set(max)) / set(total), n);
     }
   }
 }

@@ -349,48 +349,6 @@ inline float fma1(float a, float b, float c) {
 #endif
 }
 
-// e^x within 2 ulp: x = n ln2 + r, |r| <= ln2/2, degree-6 polynomial in r. Below -87.3 the result
-// is exactly 0 (no denormals), above 88.7 it is inf; NaN stays NaN.
-inline F exp(F x) {
-  const F n = round_even(max(set(-127.0f), min(set(128.0f), x * set(1.44269504088896341f))));
-  F r = fma(n, set(-0.693359375f), x);
-  r = fma(n, set(2.12194440e-4f), r);
-  F p = set(1.9875691500e-4f);
-  p = fma(p, r, set(1.3981999507e-3f));
-  p = fma(p, r, set(8.3334519073e-3f));
-  p = fma(p, r, set(4.1665795894e-2f));
-  p = fma(p, r, set(1.6666665459e-1f));
-  p = fma(p, r, set(5.0000001201e-1f));
-  p = fma(p, r * r, r + set(1.0f));
-  // Two factors: 2^n alone overflows the exponent field at n = 128.
-  const F half = round_even(n * set(0.5f));
-  const F y = p * exp2_int(half) * exp2_int(n - half);
-  return select_lt(x, set(-87.3365f), set(0.0f),
-                   select_lt(set(88.7228f), x, set(1e38f) * set(1e38f), y));
-}
-
-// x * sigmoid(alpha * x).
-inline F silu(F x, float alpha = 1.0f) { return x / (set(1.0f) + exp(x * set(-alpha))); }
-
-// x * Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, within 1.5e-7 (absolute) of the exact value.
-// -log erfc(u / sqrt 2) is a smooth function: a polynomial of degree 8 without constant term,
-// fitted on [0, 7] with the error's weight in the result, where it is off by 9e-9; beyond, it grows
-// on.
-inline F gelu(F x) {
-  const F u = max(set(0.0f) - x, x);
-  F q = set(1.3183901046e-6f);
-  q = fma(q, u, set(-1.9447306840e-5f));
-  q = fma(q, u, set(9.1128800705e-5f));
-  q = fma(q, u, set(1.8859260308e-4f));
-  q = fma(q, u, set(-5.0221495335e-3f));
-  q = fma(q, u, set(3.6478683352e-2f));
-  q = fma(q, u, set(3.1826692820e-1f));
-  q = fma(q, u, set(7.9788935184e-1f));
-  // Capped, so that inf * 0 does not arise; max and min pass a NaN in their second argument on.
-  const F half = set(0.5f) * min(set(64.0f), u);
-  return max(set(0.0f), x) - half * exp(set(0.0f) - q * u);
-}
-
 // 2^x for x <= 1, within 2 ulp; exactly 0 below -126 (no denormals), NaN stays NaN. The workhorse
 // of softmax: x = n + r, |r| <= 1/2, minimax polynomial in r (relative error 2e-9 before rounding).
 inline F exp2_small(F x) {
@@ -414,6 +372,36 @@ inline F exp2_small(F x) {
 #else
   return select_lt(x, set(-126.0f), set(0.0f), p * exp2_int(n));
 #endif
+}
+
+constexpr float kLog2e = 1.44269504088896341f;
+// e^x for x <= 0; its relative error is that of x, rounded, beside 2^x's own.
+inline F exp_small(F x) { return exp2_small(x * set(kLog2e)); }
+
+// x * sigmoid(alpha * x). The power is that of -|alpha x|, which does not overflow.
+inline F silu(F x, float alpha = 1.0f) {
+  const F t = x * set(alpha), zero = set(0.0f), one = set(1.0f);
+  const F e = exp_small(min(t, zero - t));
+  return x * select_lt(t, zero, e, one) / (one + e);
+}
+
+// x * Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, within 1.5e-7 (absolute) of the exact value.
+// -log erfc(u / sqrt 2) is a smooth function: a polynomial of degree 8 without constant term,
+// fitted on [0, 7] with the error's weight in the result, where it is off by 9e-9; beyond, it grows
+// on.
+inline F gelu(F x) {
+  const F u = max(set(0.0f) - x, x);
+  F q = set(1.3183901046e-6f);
+  q = fma(q, u, set(-1.9447306840e-5f));
+  q = fma(q, u, set(9.1128800705e-5f));
+  q = fma(q, u, set(1.8859260308e-4f));
+  q = fma(q, u, set(-5.0221495335e-3f));
+  q = fma(q, u, set(3.6478683352e-2f));
+  q = fma(q, u, set(3.1826692820e-1f));
+  q = fma(q, u, set(7.9788935184e-1f));
+  // Capped, so that inf * 0 does not arise; max and min pass a NaN in their second argument on.
+  const F half = set(0.5f) * min(set(64.0f), u);
+  return max(set(0.0f), x) - half * exp_small(set(0.0f) - q * u);
 }
 
 // {first, first + 1, ...}
