@@ -47,8 +47,9 @@ def test_a_row_does_not_depend_on_the_others(isa, make, dtype, N, K):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_rows_equal_rows_alone(isa, make, dtype):
-    x, w = make(530, 800).to(dtype), pack(make(300, 800).to(dtype))
+@pytest.mark.parametrize("K", [800, 1400])  # a block of rows fits L2, and does not
+def test_many_rows_equal_rows_alone(isa, make, dtype, K):
+    x, w = make(530, K).to(dtype), pack(make(300, K).to(dtype))
     together = linear(x, w)
     for m in (0, 1, 119, 120, 240, 333, 511, 512, 528, 529):
         assert torch.equal(bits(together[m : m + 1]), bits(linear(x[m : m + 1], w)))

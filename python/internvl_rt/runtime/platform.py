@@ -83,8 +83,9 @@ class CpuPlatform:
     phased = False
     # Enough rows for the matrix products, and a peak that does not grow with the number of tiles.
     micro_batches = (4, 3, 2, 1)
-    # Few rows: what Python adds to a step is a tenth of it, and no row is padded.
-    decode_graphs = (1, 2, 3, 4)
+    # What Python adds to a step of few rows is a tenth of it. A size of its own for each: no row is
+    # padded. The largest tape keeps 5 MB of logits.
+    decode_graphs = tuple(range(1, 9))
     tile_graphs = False
     _scope = contextlib.nullcontext()
 
