@@ -3,6 +3,7 @@
     python bench/gpu_check.py names                   # the ops with a kernel for a GPU
     python bench/gpu_check.py ready --out DIR         # machine.json; fails where tests would skip
     python bench/gpu_check.py small                   # few small cases, for compute-sanitizer
+    python bench/gpu_check.py repeat                  # real shapes, whose bits may not change
     python bench/gpu_check.py probes --out DIR        # the device and its rates: DIR/probes.json
     python bench/gpu_check.py ops rms_norm --out DIR  # DIR/ops-rms_norm.json
     python bench/gpu_check.py peers --out DIR         # what compiles or may be missing: peers.json
@@ -36,7 +37,16 @@ import cpu
 import gpu_parts
 from internvl_rt.ops import bench, catalogue
 from internvl_rt.ops.flash_attention import offsets
-from internvl_rt.ops.registry import Case, Inputs, Op, check, missing, on_device, outputs_of
+from internvl_rt.ops.registry import (
+    Case,
+    Inputs,
+    Op,
+    bits,
+    check,
+    missing,
+    on_device,
+    outputs_of,
+)
 from peers import GPU_PEERS, OTHER_DRAWS, PEERS, slow_peers
 
 BACKENDS = ("cuda", "triton")
@@ -54,6 +64,8 @@ TENSOR_CORES = {
     "linear": ("aligned_bias", "aligned_gelu", "aligned_residual", "aligned_residual_wide"),
     "paged_attention": ("decode_128", "window", "prefix"),
 }
+REPEATS = 30  # of a call
+REPEATED = 4  # real shapes of an op
 # Ops that copy from the host in every call, which no graph can hold.
 FROM_HOST = ("preprocess",)
 
@@ -139,6 +151,37 @@ def small(place: Place) -> bool:
                     with _noted(failed, label):
                         check(op, case, dtype, bench.BACKENDS[backend][0], place.device)
     return not failed
+
+
+def repeat(place: Place) -> bool:
+    """Real shapes again and again into poisoned outputs; False where bits changed, which is a race,
+    or where a call failed."""
+    failed: list[dict[str, str]] = []
+    for op in on_gpu_ops():
+        cases = [item for item in work(op, place) if item[1] == torch.bfloat16]
+        for case, dtype, build in (cases or work(op, place))[:REPEATED]:
+            arguments = build(dtype)
+            for backend in place.backends_of(op):
+                print(op.name, backend, case, flush=True)
+                with _noted(failed, {"op": op.name, "backend": backend, "case": case}):
+                    changed = _repeated(op, arguments, backend, place)
+                    assert not changed, f"{changed} of {REPEATS} calls gave other bits"
+    return not failed
+
+
+def _repeated(op: Op, arguments: dict[str, Any], backend: str, place: Place) -> int:
+    """How many calls did not repeat the first one's bits."""
+    mine = {k: on_device(v, place.device) for k, v in arguments.items()}
+    face = bench.BACKENDS[backend][0]
+    out = op.function(**mine, backend=face)
+    written = (*outputs_of(out), *(mine[name] for name in op.mutates))
+    first, changed = [bits(t).clone() for t in written], 0
+    for _ in range(REPEATS):
+        for t in outputs_of(out):
+            t.fill_(float("nan") if t.is_floating_point() else 113)
+        op.function(**mine, out=out, backend=face)
+        changed += not all(torch.equal(bits(t), f) for t, f in zip(written, first, strict=True))
+    return changed
 
 
 def _device(place: Place) -> dict[str, Any]:
@@ -537,7 +580,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("names", "ready", "small", "probes", "ops", "peers", "report"):
+    for name in ("names", "ready", "small", "repeat", "probes", "ops", "peers", "report"):
         command = commands.add_parser(name)
         command.add_argument("--dry-run", action="store_true")
         if name == "ops":
@@ -545,7 +588,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "report":
             command.add_argument("mode", choices=("check", "bench"))
             command.add_argument("--parts", type=Path, required=True)
-        if name not in ("names", "small"):
+        if name not in ("names", "small", "repeat"):
             command.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     place = DRY if options.dry_run else GPU
@@ -559,6 +602,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ready(place, options.out)
     elif options.command == "small":
         good = small(place)
+    elif options.command == "repeat":
+        good = repeat(place)
     elif options.command == "probes":
         good = probes(place, options.out)
     elif options.command == "ops":

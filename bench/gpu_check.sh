@@ -90,6 +90,7 @@ run_check() {
   step_py probes 60 probes --out "$work"
   if ((${#dry[@]})); then
     step_py small 60 small
+    step_py repeats 60 repeat
     return
   fi
   for op in $ops; do
@@ -99,6 +100,7 @@ run_check() {
   step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
     -k both_variants
   step "test products" 60 python3 -m pytest -q -p no:cacheprovider tests/test_gemm.py -k on_hopper
+  step_py repeats 75 repeat
   step selftest 60 python3 -m internvl_rt selftest --device cuda
   step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.

@@ -283,6 +283,25 @@ def test_the_small_cases(gpu_check, capsys, monkeypatch):
     assert {line.split()[0] for line in lines} == ran | {"failed"}
 
 
+def test_a_result_that_changes_is_found(gpu_check, capsys, monkeypatch):
+    assert gpu_check.main(["repeat", "--dry-run"]) == 0
+    ran = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert ran == {op.name for op in gpu_check.on_gpu_ops()}
+    op, calls = gpu_check.catalogue()["rms_norm"], itertools.count()
+    native = op.faces["native"]
+
+    def racing(x, weight, residual, y, *options):
+        native(x, weight, residual, y, *options)
+        if next(calls) % 16 == 5:
+            y[0, 0, 0] += 1
+
+    monkeypatch.setitem(op.faces, "native", racing)
+    assert gpu_check.main(["repeat", "--dry-run"]) == 1
+    last = [x for x in capsys.readouterr().out.splitlines() if x.startswith("failed")]
+    assert last[0].endswith("2 of 30 calls gave other bits")
+    assert {line.split()[1] for line in last} == {"rms_norm"}
+
+
 def test_the_grid_barrier_is_built_and_says_what_is_wrong(gpu_check, tmp_path, monkeypatch):
     if shutil.which("nvcc") is None:
         with pytest.raises(RuntimeError, match="no nvcc"):
