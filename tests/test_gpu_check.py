@@ -53,9 +53,10 @@ def gpu_check(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def run(*arguments):
+def run(*arguments, tools=()):
+    """tools: folders of programs that come before all others."""
     paths = os.pathsep.join(p for p in sys.path if p)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join(map(str, (*tools, Path(sys.executable).parent, os.environ["PATH"])))
     environment = os.environ | {"PATH": path, "PYTHONPATH": paths}
     command = ["bash", str(SCRIPT), *map(str, arguments)]
     return subprocess.run(
@@ -110,6 +111,45 @@ def test_dry_run_of_bench(tmp_path, gpu_check):
             assert isinstance(row[key], kind), key
         assert row["max_error"] is None or 0 <= row["max_error"] < 0.1
     assert result.stdout.splitlines()[-1].startswith("bench peers")
+
+
+# Says what it was asked for, but for the few steps that the script itself needs.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *gpu_parts.py* | *"gpu_check.py report"*) exec {real} "$@" ;;
+  *"gpu_check.py names"*) printf 'rms_norm\nrope\nsample\n' ;;
+  *"on_gpu[rope-"*) echo no such luck; exit 3 ;;
+  *) echo "ran $*" ;;
+esac
+"""
+
+
+def test_the_steps_of_a_check(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("nvidia-smi", "compute-sanitizer"):
+        (tools / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*"\n')
+    (tools / "python3").write_text(PYTHON.format(real=sys.executable))
+    for program in tools.iterdir():
+        program.chmod(0o755)
+    result = run("check", tmp_path / "out", tools=[tools])
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["check.json", "check.log"]
+    steps = json.loads((tmp_path / "out" / "check.json").read_text())["steps"]
+    names = [s["step"] for s in steps]
+    beside = {f"test {n}" for n in ("models", "rms_norm", "rope", "sample", "variants", "products")}
+    begin, end = names.index("probes") + 1, names.index("repeats")
+    assert names[begin - 3 : begin] == ["build", "ready", "probes"]
+    assert set(names[begin:end]) == beside | {"selftest"}
+    assert len(names[begin:end]) == len(beside) + 1
+    assert names[end:] == ["repeats", "memcheck", "racecheck"]
+    assert [s["step"] for s in steps if s["code"]] == ["test rope"]
+    log = (tmp_path / "out" / "check.log").read_text()
+    assert "== test rope\nno such luck\n== test rope: exit code 3\n" in log
+    assert re.search(
+        r"== test sample\nran -m pytest .* tests/test_ops.py -k on_gpu\[sample-\n", log
+    )
+    assert "compute-sanitizer --tool racecheck" in log
 
 
 @pytest.fixture
