@@ -186,6 +186,9 @@ def test_what_is_carried(checkout, monkeypatch, capsys):
     assert carried.main(["--dry-run"], checkout) == 1
     assert re.fullmatch(r"65\.0 MiB travel, allowed: 64\n", capsys.readouterr().err)
     assert carried.tree_bytes(BENCH.parent) > 1 << 20 or not (BENCH.parent / ".git").exists()
+    (checkout / ".git").mkdir()  # git does not know it
+    assert carried.tree_bytes(checkout) == 0
+    assert "not a git repository" in capsys.readouterr().out
 
 
 def test_a_failing_step_is_named_and_stops_nothing(tmp_path, gpu_check, capsys):
