@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ GRAPH = 20  # calls in a graph
 FIRST = ("linear", "gated_linear", "flash_attention", "paged_attention")
 SMALL = 2  # cases of an op under compute-sanitizer, beside those of TENSOR_CORES
 DRY_OPS = ("flash_attention", "rms_norm")
+OURS = (*bench.BACKENDS, "ours-mma")
 SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 200 rows
 PEER_SECONDS = 80.0  # no further peer is compiled or sought after so long
 BARRIERS = 10_000  # rounds of the grid barrier
@@ -531,14 +533,13 @@ def report(mode: str, parts: Path, out: Path) -> bool:
 
 
 def text(document: dict[str, Any]) -> str:
-    """The table that a person reads."""
+    """The table that a person reads; the file has more."""
     lines = []
     if document["mode"] == "bench":
         lines += [_rows(document["rows"])]
-        for kind in ("refused", "failed"):
-            lines += [
-                f"{kind}: " + " ".join(str(v) for v in entry.values()) for entry in document[kind]
-            ]
+        refused = Counter((entry["op"], entry["peer"]) for entry in document["refused"])
+        lines += [f"refused: {op} by {peer}, {n} cases" for (op, peer), n in refused.items()]
+        lines += ["failed: " + " ".join(map(str, e.values())) for e in document["failed"]]
         for model in document["models"]:
             lines += [f"{model['shape']} in {model['dtype']}", cpu.table(model["rows"])]
     lines += [f"{name}: {_values(value)}" for name, value in document["probes"].items()]
@@ -552,22 +553,32 @@ def text(document: dict[str, Any]) -> str:
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("op", "case", "dtype", "by", "us", "p5", "p95", "graph us", "GB/s", "TFLOP/s")
-    head = (*head, "roofline", "error")
-    lines = [
-        (
-            *(row["op"], row["case"], row["dtype"].replace("float", "f")),
-            row["backend"],
-            *(f"{row[k]:.1f}" for k in ("median_us", "p5_us", "p95_us")),
-            "" if row["graph_us"] is None else f"{row['graph_us']:.1f}",
-            f"{row['gb_per_s']:.0f}",
-            f"{row['gflop_per_s'] * 1e-3:.1f}",
-            f"{row['roofline_share']:.0%}",
-            "" if row["max_error"] is None else f"{row['max_error']:.1g}",
-        )
-        for row in rows
-    ]
+    """Our rows, each beside the fastest peer of its case; ratio: of its time to ours."""
+    head = ("op", "case", "dtype", "by", "us", "graph us", "GB/s", "TFLOP/s", "roofline", "error")
+    head = (*head, "fastest peer", "ratio")
+    lines = []
+    for _, group in itertools.groupby(rows, key=gpu_parts.label):
+        case = list(group)
+        peers = [row for row in case if row["backend"] not in OURS]
+        best = min(peers, key=lambda row: row["median_us"], default=None)
+        lines += [_line(row, best) for row in case if row["backend"] in OURS]
     return bench.columns(head, lines, numbers_from=4)
+
+
+def _line(row: dict[str, Any], peer: dict[str, Any] | None) -> tuple[str, ...]:
+    beside = ("", "")
+    if peer is not None:
+        beside = (peer["backend"], f"{peer['median_us'] / row['median_us']:.2f}")
+    return (
+        *(row["op"], row["case"], row["dtype"].replace("float", "f"), row["backend"]),
+        f"{row['median_us']:.1f}",
+        "" if row["graph_us"] is None else f"{row['graph_us']:.1f}",
+        f"{row['gb_per_s']:.0f}",
+        f"{row['gflop_per_s'] * 1e-3:.1f}",
+        f"{row['roofline_share']:.0%}",
+        "" if row["max_error"] is None else f"{row['max_error']:.1g}",
+        *beside,
+    )
 
 
 def _values(value: dict[str, Any]) -> str:

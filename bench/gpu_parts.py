@@ -50,12 +50,12 @@ def join(mode: str, parts: Path) -> dict[str, Any]:
         for file in (*sorted(parts.glob("ops-*.json")), parts / "peers.json"):
             for kind, entries in read(file, {}).items():
                 document[kind] += entries
-        labels = [*dict.fromkeys(map(_label, document["rows"]))]
-        document["rows"].sort(key=lambda row: labels.index(_label(row)))
+        labels = [*dict.fromkeys(map(label, document["rows"]))]
+        document["rows"].sort(key=lambda row: labels.index(label(row)))
     return document
 
 
-def _label(row: dict[str, Any]) -> tuple[str, ...]:
+def label(row: dict[str, Any]) -> tuple[str, ...]:
     return row["op"], row["case"], row["dtype"]
 
 

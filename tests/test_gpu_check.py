@@ -203,6 +203,26 @@ def test_a_failing_step_is_named_and_stops_nothing(tmp_path, gpu_check, capsys):
     assert not gpu_check.main(["report", "check", "--parts", str(tmp_path), "--out", str(tmp_path)])
 
 
+def test_the_table_of_a_bench(gpu_check):
+    def row(case, backend, us, **others):
+        figures = {"gb_per_s": 1.0, "gflop_per_s": 2e3, "roofline_share": 0.5, "max_error": None}
+        named = {"op": "linear", "case": case, "dtype": "bfloat16", "backend": backend}
+        return named | figures | {"median_us": us, "graph_us": None} | others
+
+    rows = [row("a", "cuda", 2.0, graph_us=1.5), row("a", "torch", 3.0), row("a", "sdpa", 4.0)]
+    rows += [row("b", "cuda", 5.0), row("c", "torch", 1.0)]
+    refused = [{"op": "linear", "case": c, "dtype": "f", "peer": "p", "why": "so"} for c in "ab"]
+    document = {"mode": "bench", "rows": rows, "refused": refused, "models": [], "probes": {}}
+    document |= {"failed": [{"op": "linear", "why": "no"}], "steps": []}
+    lines = [" ".join(line.split()) for line in gpu_check.text(document).splitlines()]
+    assert lines[1:5] == [
+        "linear a bf16 cuda 2.0 1.5 1 2.0 50% torch 1.50",
+        "linear b bf16 cuda 5.0 1 2.0 50%",
+        "refused: linear by p, 2 cases",
+        "failed: linear no",
+    ]
+
+
 def test_a_failing_probe_leaves_the_others(tmp_path, gpu_check, monkeypatch):
     def broken(place):
         raise RuntimeError("no such luck\nat all")
