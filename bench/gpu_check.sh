@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Two runs on a bare machine with a GPU, each of less than ten minutes:
 #
-#   bench/gpu_check.sh check OUT    build for sm_90a, probes, GPU tests, calls repeated, the same
+#   bench/gpu_check.sh check OUT    build for sm_90a, probes, GPU tests, calls repeated, small cases
 #                                   under compute-sanitizer
 #   bench/gpu_check.sh bench OUT    build, probes, whole models beside transformers, every op's real
 #                                   shapes beside torch
