@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -30,12 +31,16 @@ def headers_wheel(root: Path) -> str:
 
 
 def tree_bytes(root: Path) -> int:
-    """Bytes of the files that git tracks or does not ignore; 0 where this is no checkout."""
-    if not (root / ".git").exists():
+    """Bytes of the files that git tracks or does not ignore; 0 where it cannot say, as in a copy
+    that belongs to somebody else."""
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return 0
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
-    files = [root / name for name in listed.split("\0") if name]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        print(listed.stderr.strip())
+        return 0
+    files = [root / name for name in listed.stdout.split("\0") if name]
     return sum(f.stat().st_size for f in files if f.is_file())
 
 

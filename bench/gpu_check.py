@@ -3,6 +3,7 @@
     python bench/gpu_check.py names                   # the ops with a kernel for a GPU
     python bench/gpu_check.py ready --out DIR         # machine.json; fails where tests would skip
     python bench/gpu_check.py small                   # few small cases, for compute-sanitizer
+    python bench/gpu_check.py repeat                  # real shapes, whose bits may not change
     python bench/gpu_check.py probes --out DIR        # the device and its rates: DIR/probes.json
     python bench/gpu_check.py ops rms_norm --out DIR  # DIR/ops-rms_norm.json
     python bench/gpu_check.py peers --out DIR         # what compiles or may be missing: peers.json
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +38,25 @@ import cpu
 import gpu_parts
 from internvl_rt.ops import bench, catalogue
 from internvl_rt.ops.flash_attention import offsets
-from internvl_rt.ops.registry import Case, Inputs, Op, check, missing, on_device, outputs_of
+from internvl_rt.ops.registry import (
+    Case,
+    Inputs,
+    Op,
+    bits,
+    check,
+    missing,
+    on_device,
+    outputs_of,
+)
 from peers import GPU_PEERS, OTHER_DRAWS, PEERS, slow_peers
 
 BACKENDS = ("cuda", "triton")
 GRAPH = 20  # calls in a graph
+FIRST = ("linear", "gated_linear", "flash_attention", "paged_attention")
 SMALL = 2  # cases of an op under compute-sanitizer, beside those of TENSOR_CORES
 DRY_OPS = ("flash_attention", "rms_norm")
-SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 150 rows
+OURS = (*bench.BACKENDS, "ours-mma")
+SECONDS = 0.15  # a row is timed so long: some 500 calls, and a run has about 200 rows
 PEER_SECONDS = 80.0  # no further peer is compiled or sought after so long
 BARRIERS = 10_000  # rounds of the grid barrier
 
@@ -54,6 +67,8 @@ TENSOR_CORES = {
     "linear": ("aligned_bias", "aligned_gelu", "aligned_residual", "aligned_residual_wide"),
     "paged_attention": ("decode_128", "window", "prefix"),
 }
+REPEATS = 30  # of a call
+REPEATED = 4  # real shapes of an op
 # Ops that copy from the host in every call, which no graph can hold.
 FROM_HOST = ("preprocess",)
 
@@ -96,7 +111,15 @@ DRY = Place("cpu", ("cpu",), dry=True)
 
 
 def on_gpu_ops() -> list[Op]:
-    return [op for op in catalogue().values() if any(b in op.faces for b in BACKENDS)]
+    """What takes a model's time comes first: a run may end before the others."""
+    ops = catalogue()
+    names = (*FIRST, *(name for name in ops if name not in FIRST))
+    return [ops[name] for name in names if any(b in ops[name].faces for b in BACKENDS)]
+
+
+def simple_first() -> list[Op]:
+    """For steps that run all ops in one process: a fault on the device takes those behind it."""
+    return on_gpu_ops()[::-1]
 
 
 # ---- check -------------------------------------------------------------------------------------
@@ -130,7 +153,7 @@ def small_cases(op: Op) -> list[Case]:
 def small(place: Place) -> bool:
     """A few cases of every op against the catalogue's law; False where one broke it."""
     failed: list[dict[str, str]] = []
-    for op in on_gpu_ops():
+    for op in simple_first():
         for backend in place.backends_of(op):
             for case in small_cases(op):
                 for dtype in case.dtypes:
@@ -139,6 +162,36 @@ def small(place: Place) -> bool:
                     with _noted(failed, label):
                         check(op, case, dtype, bench.BACKENDS[backend][0], place.device)
     return not failed
+
+
+def repeat(place: Place) -> bool:
+    """Real shapes again and again into poisoned outputs; False where bits changed, which is a race,
+    or where a call failed."""
+    failed: list[dict[str, str]] = []
+    for op in simple_first():
+        for case, dtype, build in work(op, place)[:REPEATED]:
+            arguments = build(dtype)
+            for backend in place.backends_of(op):
+                print(op.name, backend, case, flush=True)
+                with _noted(failed, {"op": op.name, "backend": backend, "case": case}):
+                    changed = _repeated(op, arguments, backend, place)
+                    assert not changed, f"{changed} of {REPEATS} calls gave other bits"
+    return not failed
+
+
+def _repeated(op: Op, arguments: dict[str, Any], backend: str, place: Place) -> int:
+    """How many calls did not repeat the first one's bits."""
+    mine = {k: on_device(v, place.device) for k, v in arguments.items()}
+    face = bench.BACKENDS[backend][0]
+    out = op.function(**mine, backend=face)
+    written = (*outputs_of(out), *(mine[name] for name in op.mutates))
+    first, changed = [bits(t).clone() for t in written], 0
+    for _ in range(REPEATS):
+        for t in outputs_of(out):
+            t.fill_(float("nan") if t.is_floating_point() else 113)
+        op.function(**mine, out=out, backend=face)
+        changed += not all(torch.equal(bits(t), f) for t, f in zip(written, first, strict=True))
+    return changed
 
 
 def _device(place: Place) -> dict[str, Any]:
@@ -302,12 +355,14 @@ Build = Callable[[torch.dtype], dict[str, Any]]
 
 
 def work(op: Op, place: Place) -> list[tuple[str, torch.dtype, Build]]:
-    """Cases and shapes of an op, with their arguments."""
+    """Cases and shapes of an op, with their arguments. On a GPU float32 is there to be right, not
+    fast: only cases that have no other dtype are timed in it."""
     found: list[tuple[str, torch.dtype, Build]] = [
         (case.name, dtype, lambda d, c=case: c.arguments(op.name, d))
         for case in op.gpu_cases
         if (case.name.startswith("odd") if place.dry else case.bench)
         for dtype in case.dtypes
+        if place.dry or dtype == torch.bfloat16 or torch.bfloat16 not in case.dtypes
     ]
     for shape in () if place.dry else SHAPES.get(op.name, ()):
         sizes = tuple(map(int, shape.split("x")))
@@ -483,14 +538,13 @@ def report(mode: str, parts: Path, out: Path) -> bool:
 
 
 def text(document: dict[str, Any]) -> str:
-    """The table that a person reads."""
+    """The table that a person reads; the file has more."""
     lines = []
     if document["mode"] == "bench":
         lines += [_rows(document["rows"])]
-        for kind in ("refused", "failed"):
-            lines += [
-                f"{kind}: " + " ".join(str(v) for v in entry.values()) for entry in document[kind]
-            ]
+        refused = Counter((entry["op"], entry["peer"]) for entry in document["refused"])
+        lines += [f"refused: {op} by {peer}, {n} cases" for (op, peer), n in refused.items()]
+        lines += ["failed: " + " ".join(map(str, e.values())) for e in document["failed"]]
         for model in document["models"]:
             lines += [f"{model['shape']} in {model['dtype']}", cpu.table(model["rows"])]
     lines += [f"{name}: {_values(value)}" for name, value in document["probes"].items()]
@@ -504,22 +558,32 @@ def text(document: dict[str, Any]) -> str:
 
 
 def _rows(rows: Sequence[dict[str, Any]]) -> str:
-    head = ("op", "case", "dtype", "by", "us", "p5", "p95", "graph us", "GB/s", "TFLOP/s")
-    head = (*head, "roofline", "error")
-    lines = [
-        (
-            *(row["op"], row["case"], row["dtype"].replace("float", "f")),
-            row["backend"],
-            *(f"{row[k]:.1f}" for k in ("median_us", "p5_us", "p95_us")),
-            "" if row["graph_us"] is None else f"{row['graph_us']:.1f}",
-            f"{row['gb_per_s']:.0f}",
-            f"{row['gflop_per_s'] * 1e-3:.1f}",
-            f"{row['roofline_share']:.0%}",
-            "" if row["max_error"] is None else f"{row['max_error']:.1g}",
-        )
-        for row in rows
-    ]
+    """Our rows, each beside the fastest peer of its case; ratio: of its time to ours."""
+    head = ("op", "case", "dtype", "by", "us", "graph us", "GB/s", "TFLOP/s", "roofline", "error")
+    head = (*head, "fastest peer", "ratio")
+    lines = []
+    for _, group in itertools.groupby(rows, key=gpu_parts.label):
+        case = list(group)
+        peers = [row for row in case if row["backend"] not in OURS]
+        best = min(peers, key=lambda row: row["median_us"], default=None)
+        lines += [_line(row, best) for row in case if row["backend"] in OURS]
     return bench.columns(head, lines, numbers_from=4)
+
+
+def _line(row: dict[str, Any], peer: dict[str, Any] | None) -> tuple[str, ...]:
+    beside = ("", "")
+    if peer is not None:
+        beside = (peer["backend"], f"{peer['median_us'] / row['median_us']:.2f}")
+    return (
+        *(row["op"], row["case"], row["dtype"].replace("float", "f"), row["backend"]),
+        f"{row['median_us']:.1f}",
+        "" if row["graph_us"] is None else f"{row['graph_us']:.1f}",
+        f"{row['gb_per_s']:.0f}",
+        f"{row['gflop_per_s'] * 1e-3:.1f}",
+        f"{row['roofline_share']:.0%}",
+        "" if row["max_error"] is None else f"{row['max_error']:.1g}",
+        *beside,
+    )
 
 
 def _values(value: dict[str, Any]) -> str:
@@ -537,7 +601,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("names", "ready", "small", "probes", "ops", "peers", "report"):
+    for name in ("names", "ready", "small", "repeat", "probes", "ops", "peers", "report"):
         command = commands.add_parser(name)
         command.add_argument("--dry-run", action="store_true")
         if name == "ops":
@@ -545,7 +609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == "report":
             command.add_argument("mode", choices=("check", "bench"))
             command.add_argument("--parts", type=Path, required=True)
-        if name not in ("names", "small"):
+        if name not in ("names", "small", "repeat"):
             command.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     place = DRY if options.dry_run else GPU
@@ -559,6 +623,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ready(place, options.out)
     elif options.command == "small":
         good = small(place)
+    elif options.command == "repeat":
+        good = repeat(place)
     elif options.command == "probes":
         good = probes(place, options.out)
     elif options.command == "ops":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Two runs on a bare machine with a GPU, each of less than ten minutes:
 #
-#   bench/gpu_check.sh check OUT    build for sm_90a, GPU tests, compute-sanitizer, probes
+#   bench/gpu_check.sh check OUT    build for sm_90a, probes, GPU tests, calls repeated, small cases
+#                                   under compute-sanitizer
 #   bench/gpu_check.sh bench OUT    build, probes, whole models beside transformers, every op's real
 #                                   shapes beside torch
 #
@@ -69,6 +70,17 @@ step() {
   ((code == 0)) || echo "== $name: exit code $code" | tee -a "$log"
 }
 
+# The same beside others, a few at a time; each shows its log when it ends. `wait` waits for all.
+beside() {
+  while (($(jobs -rp | wc -l) >= 4)); do wait -n; done
+  (
+    log=$work/$BASHPID.log
+    export OMP_NUM_THREADS=4
+    step "$@"
+    cat "$log" >>"$out/$mode.log"
+  ) &
+}
+
 py() { python3 bench/gpu_check.py "$@" "${dry[@]}"; }
 step_py() { step "$1" "$2" python3 bench/gpu_check.py "${@:3}" "${dry[@]}"; }
 
@@ -86,24 +98,26 @@ build() {
 }
 
 run_check() {
-  local tool op
+  local tool op pytest=(python3 -m pytest -q -p no:cacheprovider)
   step_py probes 60 probes --out "$work"
   if ((${#dry[@]})); then
     step_py small 60 small
+    step_py repeats 60 repeat
     return
   fi
+  # Their time is that of Python, of references on the CPU and of Triton's compiler.
+  beside "test models" 150 "${pytest[@]}" tests/test_gpu_engine.py -k on_gpu
   for op in $ops; do
-    step "test $op" 75 python3 -m pytest -q -p no:cacheprovider tests/test_ops.py \
-      -k "on_gpu[$op-"
+    beside "test $op" 120 "${pytest[@]}" tests/test_ops.py -k "on_gpu[$op-"
   done
-  step "test variants" 75 python3 -m pytest -q -p no:cacheprovider tests/test_attention.py \
-    -k both_variants
-  step "test products" 60 python3 -m pytest -q -p no:cacheprovider tests/test_gemm.py -k on_hopper
-  step selftest 60 python3 -m internvl_rt selftest --device cuda
-  step "test models" 120 python3 -m pytest -q -p no:cacheprovider tests/test_gpu_engine.py -k on_gpu
+  beside "test variants" 120 "${pytest[@]}" tests/test_attention.py -k both_variants
+  beside "test products" 90 "${pytest[@]}" tests/test_gemm.py -k on_hopper
+  beside selftest 60 python3 -m internvl_rt selftest --device cuda
+  wait
+  step_py repeats 75 repeat
   # Without torch's pool every tensor is an allocation of its own: an access beside it is seen.
   for tool in memcheck racecheck; do
-    step "$tool" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+    step "$tool" 115 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
       --report-api-errors no --error-exitcode 9 python3 bench/gpu_check.py small
   done
 }

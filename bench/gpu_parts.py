@@ -9,14 +9,16 @@ imports nothing but the standard library, to be quick.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 
 def write(file: Path, content: Any) -> None:
-    """As JSON, and as a whole: whoever is killed meanwhile leaves the file as it was."""
-    part = file.with_name(f".{file.name}")
+    """As JSON, and as a whole: whoever is killed meanwhile leaves the file as it was, and so do
+    several at a time."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
     part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     part.replace(file)
 
@@ -48,12 +50,12 @@ def join(mode: str, parts: Path) -> dict[str, Any]:
         for file in (*sorted(parts.glob("ops-*.json")), parts / "peers.json"):
             for kind, entries in read(file, {}).items():
                 document[kind] += entries
-        labels = [*dict.fromkeys(map(_label, document["rows"]))]
-        document["rows"].sort(key=lambda row: labels.index(_label(row)))
+        labels = [*dict.fromkeys(map(label, document["rows"]))]
+        document["rows"].sort(key=lambda row: labels.index(label(row)))
     return document
 
 
-def _label(row: dict[str, Any]) -> tuple[str, ...]:
+def label(row: dict[str, Any]) -> tuple[str, ...]:
     return row["op"], row["case"], row["dtype"]
 
 

@@ -1,6 +1,6 @@
 """The matrix products of Hopper: which of them takes a call, their epilogue under emulation, what
-nvcc made of them, what their launches ask for, and the headers that they are built from; also the
-descriptors of attention's matrices, compared with CUTLASS's.
+nvcc made of them, what their launches ask for, and the headers that they are built from. Here too:
+the descriptors of attention's matrices beside CUTLASS's.
 
 One test at the end of these needs a GPU.
 """

@@ -53,9 +53,10 @@ def gpu_check(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def run(*arguments):
+def run(*arguments, tools=()):
+    """tools: folders of programs that come before all others."""
     paths = os.pathsep.join(p for p in sys.path if p)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join(map(str, (*tools, Path(sys.executable).parent, os.environ["PATH"])))
     environment = os.environ | {"PATH": path, "PYTHONPATH": paths}
     command = ["bash", str(SCRIPT), *map(str, arguments)]
     return subprocess.run(
@@ -112,6 +113,45 @@ def test_dry_run_of_bench(tmp_path, gpu_check):
     assert result.stdout.splitlines()[-1].startswith("bench peers")
 
 
+# Says what it was asked for, but for the few steps that the script itself needs.
+PYTHON = """#!/usr/bin/env bash
+case "$*" in
+  *gpu_parts.py* | *"gpu_check.py report"*) exec {real} "$@" ;;
+  *"gpu_check.py names"*) printf 'rms_norm\nrope\nsample\n' ;;
+  *"on_gpu[rope-"*) echo no such luck; exit 3 ;;
+  *) echo "ran $*" ;;
+esac
+"""
+
+
+def test_the_steps_of_a_check(tmp_path):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("nvidia-smi", "compute-sanitizer"):
+        (tools / name).write_text(f'#!/usr/bin/env bash\necho "{name} $*"\n')
+    (tools / "python3").write_text(PYTHON.format(real=sys.executable))
+    for program in tools.iterdir():
+        program.chmod(0o755)
+    result = run("check", tmp_path / "out", tools=[tools])
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["check.json", "check.log"]
+    steps = json.loads((tmp_path / "out" / "check.json").read_text())["steps"]
+    names = [s["step"] for s in steps]
+    beside = {f"test {n}" for n in ("models", "rms_norm", "rope", "sample", "variants", "products")}
+    begin, end = names.index("probes") + 1, names.index("repeats")
+    assert names[begin - 3 : begin] == ["build", "ready", "probes"]
+    assert set(names[begin:end]) == beside | {"selftest"}
+    assert len(names[begin:end]) == len(beside) + 1
+    assert names[end:] == ["repeats", "memcheck", "racecheck"]
+    assert [s["step"] for s in steps if s["code"]] == ["test rope"]
+    log = (tmp_path / "out" / "check.log").read_text()
+    assert "== test rope\nno such luck\n== test rope: exit code 3\n" in log
+    assert re.search(
+        r"== test sample\nran -m pytest .* tests/test_ops.py -k on_gpu\[sample-\n", log
+    )
+    assert "compute-sanitizer --tool racecheck" in log
+
+
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with what bench/carried.py looks at, and a wheel with the headers."""
@@ -146,6 +186,9 @@ def test_what_is_carried(checkout, monkeypatch, capsys):
     assert carried.main(["--dry-run"], checkout) == 1
     assert re.fullmatch(r"65\.0 MiB travel, allowed: 64\n", capsys.readouterr().err)
     assert carried.tree_bytes(BENCH.parent) > 1 << 20 or not (BENCH.parent / ".git").exists()
+    (checkout / ".git").mkdir()  # git does not know it
+    assert carried.tree_bytes(checkout) == 0
+    assert "not a git repository" in capsys.readouterr().out
 
 
 def test_a_failing_step_is_named_and_stops_nothing(tmp_path, gpu_check, capsys):
@@ -158,6 +201,26 @@ def test_a_failing_step_is_named_and_stops_nothing(tmp_path, gpu_check, capsys):
     assert [s["code"] for s in written["steps"]] == [1, 124, 0]
     (tmp_path / "steps.tsv").write_text("probes\t0\t2\n")
     assert not gpu_check.main(["report", "check", "--parts", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_the_table_of_a_bench(gpu_check):
+    def row(case, backend, us, **others):
+        figures = {"gb_per_s": 1.0, "gflop_per_s": 2e3, "roofline_share": 0.5, "max_error": None}
+        named = {"op": "linear", "case": case, "dtype": "bfloat16", "backend": backend}
+        return named | figures | {"median_us": us, "graph_us": None} | others
+
+    rows = [row("a", "cuda", 2.0, graph_us=1.5), row("a", "torch", 3.0), row("a", "sdpa", 4.0)]
+    rows += [row("b", "cuda", 5.0), row("c", "torch", 1.0)]
+    refused = [{"op": "linear", "case": c, "dtype": "f", "peer": "p", "why": "so"} for c in "ab"]
+    document = {"mode": "bench", "rows": rows, "refused": refused, "models": [], "probes": {}}
+    document |= {"failed": [{"op": "linear", "why": "no"}], "steps": []}
+    lines = [" ".join(line.split()) for line in gpu_check.text(document).splitlines()]
+    assert lines[1:5] == [
+        "linear a bf16 cuda 2.0 1.5 1 2.0 50% torch 1.50",
+        "linear b bf16 cuda 5.0 1 2.0 50%",
+        "refused: linear by p, 2 cases",
+        "failed: linear no",
+    ]
 
 
 def test_a_failing_probe_leaves_the_others(tmp_path, gpu_check, monkeypatch):
@@ -281,6 +344,25 @@ def test_the_small_cases(gpu_check, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert "failed rms_norm cpu odd CompilationError: no" in lines
     assert {line.split()[0] for line in lines} == ran | {"failed"}
+
+
+def test_a_result_that_changes_is_found(gpu_check, capsys, monkeypatch):
+    assert gpu_check.main(["repeat", "--dry-run"]) == 0
+    ran = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert ran == {op.name for op in gpu_check.on_gpu_ops()}
+    op, calls = gpu_check.catalogue()["rms_norm"], itertools.count()
+    native = op.faces["native"]
+
+    def racing(x, weight, residual, y, *options):
+        native(x, weight, residual, y, *options)
+        if next(calls) % 16 == 5:
+            y[0, 0, 0] += 1
+
+    monkeypatch.setitem(op.faces, "native", racing)
+    assert gpu_check.main(["repeat", "--dry-run"]) == 1
+    last = [x for x in capsys.readouterr().out.splitlines() if x.startswith("failed")]
+    assert last[0].endswith("2 of 30 calls gave other bits")
+    assert {line.split()[1] for line in last} == {"rms_norm"}
 
 
 def test_the_grid_barrier_is_built_and_says_what_is_wrong(gpu_check, tmp_path, monkeypatch):

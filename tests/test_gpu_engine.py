@@ -122,6 +122,20 @@ def test_logits_and_features_do_not_depend_on_company(device):
     assert torch.equal(features[3:], model.encode_images(more).cpu())
 
 
+def test_graphs_change_no_bit(device):
+    """Where this fails and the others' laws hold, look at capture and replay, not at kernels."""
+    captured, eager = load(dtype="bfloat16"), load(dtype="bfloat16")
+    eager._core.capturable = False
+    text, (_, pixels) = prompt(9)[None], with_picture(20, 1)
+    sampled = {"temperature": 1.0, "top_p": 0.9, "seed": 3, "eos_token_id": -1}
+    tokens = [m.generate(text, max_new_tokens=4, **sampled) for m in (captured, eager)]
+    assert tokens[0] == tokens[1]
+    assert captured.engine._runner._graphs
+    assert not eager.engine._runner._graphs
+    features = [m.encode_images(pixels).cpu() for m in (captured, eager)]
+    assert torch.equal(*features)
+
+
 class Drawn:
     """Weights for any config, in the place of Parameters."""
 

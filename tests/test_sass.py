@@ -189,6 +189,27 @@ def test_kernels(compiled, arch):
                 assert kernel.count(instruction) == 0, f"{name}: has {instruction}"
 
 
+# All that launchers may ask of CUDA: nothing here allocates, waits or is refused under capture.
+CALLS = {
+    "cudaDeviceGetAttribute",
+    "cudaFuncSetAttribute",
+    "cudaGetDevice",
+    "cudaGetDriverEntryPointByVersion",
+    "cudaGetLastError",
+    "cudaLaunchKernelExC",
+}
+
+
+def test_launchers_neither_allocate_nor_wait_and_run_on_the_stream_given():
+    files = [p for p in (ROOT / "kernels" / "cuda").rglob("*.*") if p.parent.name != "emu"]
+    text = "\n".join(p.read_text() for p in files)
+    assert set(re.findall(r"\b(cuda[A-Z]\w*)\(", text)) == CALLS
+    launches = re.findall(r"<<<(.+?)>>>\(", text, re.DOTALL)
+    assert len(launches) >= len(SOURCES)
+    assert all(launch.endswith(", stream") for launch in launches), launches
+    assert text.count("config.stream = stream;") == text.count("cudaLaunchKernelExC(") == 1
+
+
 BULK = r"""
 #include "kernels/cuda/prim.cuh"
 

@@ -391,9 +391,14 @@ def _equal(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) if not a.is_floating_point() else (a == b) & ~a.isnan()
 
 
+def bits(x: Tensor) -> Tensor:
+    """The bits of x as integers, so that NaN equals itself."""
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return x.contiguous().view(view)
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.contiguous().view(view), b.contiguous().view(view))
+    return torch.equal(bits(a), bits(b))
 
 
 class _Guarded:
