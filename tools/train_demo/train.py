@@ -125,8 +125,8 @@ STAGES = {
         data.Plan(
             "polish",
             (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
-            weights=data.WEIGHTS | {"number": 3.0, "count": 3.0, "relation": 1.5},
-            boxes=0.3,
+            weights=data.WEIGHTS | {"number": 3.0, "count": 3.5, "relation": 1.2},
+            boxes=0.15,
         ),
         0.5,
         224,
