@@ -113,7 +113,7 @@ STAGES = {
             "finish",
             (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
             weights=data.WEIGHTS | {"number": 3.0, "relation": 3.0},
-            boxes=0.4,
+            boxes=0.6,
         ),
         0.5,
         224,
