@@ -8,10 +8,10 @@ Stages: `tower` teaches the vision tower what lies in every patch; `answer` the 
 tower frozen, one task after the other; `whole` all of it, at 112 and at 224 pixels, with the dense
 loss kept; `places` the tower again, with large things; `relate` the decoder on two things and where
 they are; `joint` everything, also pictures of any shape, as a thumbnail or as several tiles;
-`finish` the same with what is offered foremost; `polish` with numbers and counts foremost. A stage
-runs for its minutes: the learning rate and the mixture follow the clock, so a faster machine sees
-more pictures. OUT/state.pt is written every few minutes and read at the start; OUT/log.jsonl gets
-loss and held-out accuracy. Uses a GPU when there is one.
+`finish` the same with numbers and relations foremost; `polish` with numbers and counts; `settle`
+the same at a third of the rates. A stage runs for its minutes: the learning rate and the mixture
+follow the clock, so a faster machine sees more pictures. OUT/state.pt is written every few minutes
+and read at the start; OUT/log.jsonl gets loss and held-out accuracy. Uses a GPU when there is one.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ _FEW_SMALL, _FEW_TILES = data.Source("scene", 112, 40), data.Source("tiles", 224
 _FINISH = {"vision_model.": 2.5e-4, "dense.": 8e-4, "mlp1.": 1e-3, "language_model.": 1e-3}
 _PAIRS = data.Source("pair", 224, 12)
 _POLISH = {"vision_model.": 2e-4, "dense.": 8e-4, "mlp1.": 8e-4, "language_model.": 8e-4}
+_SETTLE = {"vision_model.": 6e-5, "dense.": 3e-4, "mlp1.": 3e-4, "language_model.": 3e-4}
 _LOOKING = (*[data.Source("scene", 224, 32)] * 4, data.Source("thumbnail", 224, 32))
 _LOOKING += (data.Source("pair", 224, 24),)
 _LOOKED_UP = {"relation": 6.0, "number": 1.5, "count": 2.0, "emoji": 0.6}
@@ -127,6 +128,19 @@ STAGES = {
             (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
             weights=data.WEIGHTS | {"number": 3.0, "count": 3.5, "relation": 1.2},
             boxes=0.15,
+        ),
+        0.5,
+        224,
+        decay=1.0,
+    ),
+    "settle": Stage(
+        9,
+        _SETTLE,
+        data.Plan(
+            "settle",
+            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
+            weights=data.WEIGHTS | {"number": 5.0, "count": 3.0, "relation": 1.2},
+            boxes=0.05,
         ),
         0.5,
         224,
