@@ -14,7 +14,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 DEMO_NOTE = (
-    "[demonstration model: numbers, shapes, colours, counting, emoji; it knows nothing else]"
+    "[demonstration model: numbers, shapes, colours, counting, sides, emoji; nothing else]"
 )
 
 
