@@ -13,9 +13,7 @@ EXIT_WRONG = 1  # selftest: it runs, and answers wrongly
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-DEMO_NOTE = (
-    "[demonstration model: numbers, shapes, colours, counting, sides, emoji; nothing else]"
-)
+DEMO_NOTE = "[demonstration model: numbers, shapes, colours, counting, sides, emoji; nothing else]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
