@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import internvl_rt as ivr
 from internvl_rt import _C
+from internvl_rt.prompt import with_placeholders
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools" / "train_demo"))
 
@@ -124,7 +125,7 @@ def _foreign(rng: np.random.Generator, task: str) -> Question:
     if task == "two pictures":
         kind = str(rng.choice(["number", "shape and colour", "emoji"]))
         both, which = [_foreign(rng, kind) for _ in range(2)], int(rng.integers(2))
-        where = ("the first picture", "the second picture")[which]
+        where = world.ORDINALS[0][which]
         noun = kind.split()[0]
         answer = both[which].answer.split()[-1] if noun == "shape" else both[which].answer
         images = [image for part in both for image in part.images]
@@ -207,7 +208,8 @@ def run(model: ivr.Model, questions: list[Question], batch: int) -> list[str]:
         earlier = [{"question": part[n].asked_before, "images": part[n].images} for n in again]
         requests = [{"question": q.question, "images": q.images} for q in part]
         for n, said in zip(again, model.batch_chat(earlier, max_new_tokens=40), strict=True):
-            requests[n]["history"] = [(f"<image>\n{part[n].asked_before}", said)]
+            asked = with_placeholders(part[n].asked_before, None, num_images=len(part[n].images))
+            requests[n]["history"] = [(asked, said)]
         answers += model.batch_chat(requests, max_new_tokens=40)
     return answers
 

@@ -8,6 +8,7 @@ import torch
 from internvl_rt import _C, num_threads, ops, set_num_threads
 from internvl_rt.ops import PackedWeight, WeightRows, hold, linear, pack, unpack
 from internvl_rt.ops.linear import WeightFormat
+from internvl_rt.ops.registry import bits
 from isas import ISAS, stand_in
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -24,10 +25,6 @@ def isa(request):
 def make():
     generator = torch.Generator().manual_seed(7)
     return lambda *shape: torch.randn(shape, generator=generator)
-
-
-def bits(x):
-    return x.contiguous().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

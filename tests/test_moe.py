@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from internvl_rt import _C, num_threads, ops, set_num_threads
 from internvl_rt.ops import pack, pack_experts
 from internvl_rt.ops.linear import WeightFormat, packed_size
+from internvl_rt.ops.registry import bits
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -32,10 +33,6 @@ def threads():
     before = num_threads()
     yield set_num_threads
     set_num_threads(before)
-
-
-def bits(x):
-    return x.contiguous().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
 def ints(*values):

@@ -14,6 +14,7 @@ from internvl_rt.models.decoder import weight_format
 from internvl_rt.ops import grouped_linear, linear, pack, pack_experts, unpack
 from internvl_rt.ops.linear import packed_size
 from internvl_rt.ops.quantise import dequantise, quantise
+from internvl_rt.ops.registry import bits
 from internvl_rt.runtime.plan import make_plan
 from isas import ISAS, stand_in
 
@@ -38,10 +39,6 @@ def isa(request):
 def make():
     generator = torch.Generator().manual_seed(7)
     return lambda *shape: torch.randn(shape, generator=generator)
-
-
-def bits(x):
-    return x.contiguous().view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
 
 
 # ---- the definition ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tokens import Conversation, Writer, make_tokenizer, pad, together
 
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 _STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-_TALKED_ABOUT = ("number", "shape and colour", "count", "emoji")
+_TALKED_ABOUT = ("number", "shape and colour", "count", "emoji")  # in an exam of second turns
 SECOND_TURN = 0.2  # how often a turn follows another instead of standing alone
 # A task joins the mixture when this share of the stage is over: circuits form faster alone.
 JOINS = {

@@ -7,7 +7,7 @@ A picture is a pure function of its generator: `scene(rng, ...)` draws one that 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -51,7 +51,7 @@ class Picture:
             Item(i.kind, i.colour, (i.box[0] * sx, i.box[1] * sy, i.box[2] * sx, i.box[3] * sy))
             for i in self.items
         ]
-        return Picture(np.array(image), items, self.turns, self.named)
+        return replace(self, pixels=np.array(image), items=items)
 
     def box(self, name: str) -> np.ndarray:
         """Around all that goes by this name, (x0, y0, x1, y1) in pixels."""

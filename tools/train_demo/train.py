@@ -80,6 +80,17 @@ _LOOKING += (data.Source("pair", 224, 24),)
 _LOOKED_UP = {"relation": 6.0, "number": 1.5, "count": 2.0, "emoji": 0.6}
 _LOOKED_UP |= {"shape and colour": 0.3, "outside": 0.3}
 _RELATIONS = data.WEIGHTS | {"relation": 2.4, "count": 1.6, "emoji": 0.5}
+_EVERY_SHAPE = (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED)
+
+
+def _late(
+    name: str, minutes: float, rates: dict[str, float], weights: dict[str, float], boxes: float
+) -> Stage:
+    """A stage for everything in every shape, whose rate falls from its beginning on."""
+    plan = data.Plan(name, _EVERY_SHAPE, weights=data.WEIGHTS | weights, boxes=boxes)
+    return Stage(minutes, rates, plan, 0.5, 224, decay=1.0)
+
+
 STAGES = {
     "tower": Stage(32, _TOWER, data.Plan("tower", (_PAGES,)), 1.0, 112),
     "answer": Stage(14, _TEXT, data.Plan("answer", (_SMALL,), staged=True), 0.0, 112),
@@ -107,44 +118,12 @@ STAGES = {
         224,
         decay=0.9,
     ),
-    "finish": Stage(
-        30,
-        _FINISH,
-        data.Plan(
-            "finish",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
-            weights=data.WEIGHTS | {"number": 3.0, "relation": 3.0},
-            boxes=0.6,
-        ),
-        0.5,
-        224,
-        decay=1.0,
+    "finish": _late("finish", 30, _FINISH, {"number": 3.0, "relation": 3.0}, boxes=0.6),
+    "polish": _late(
+        "polish", 24, _POLISH, {"number": 3.0, "count": 3.5, "relation": 1.2}, boxes=0.15
     ),
-    "polish": Stage(
-        24,
-        _POLISH,
-        data.Plan(
-            "polish",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
-            weights=data.WEIGHTS | {"number": 3.0, "count": 3.5, "relation": 1.2},
-            boxes=0.15,
-        ),
-        0.5,
-        224,
-        decay=1.0,
-    ),
-    "settle": Stage(
-        9,
-        _SETTLE,
-        data.Plan(
-            "settle",
-            (_SCENES, _FEW_TILES, _SCENES, _SHAPED, _PAIRS, _SCENES, _FEW_TILES, _SHAPED),
-            weights=data.WEIGHTS | {"number": 5.0, "count": 3.0, "relation": 1.2},
-            boxes=0.05,
-        ),
-        0.5,
-        224,
-        decay=1.0,
+    "settle": _late(
+        "settle", 9, _SETTLE, {"number": 5.0, "count": 3.0, "relation": 1.2}, boxes=0.05
     ),
 }
 

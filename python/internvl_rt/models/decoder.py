@@ -148,7 +148,8 @@ class Experts:
 
         def grouped(part: str) -> GroupedLinear:
             each = (make.w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
-            return GroupedLinear(make.opset, each, count, make.dtype, make.quant)
+            form = weight_format(part, make.quant)
+            return GroupedLinear(make.opset, each, count, make.dtype, form)
 
         self.gate_up, self.down = grouped("gate_up"), grouped("down")
 
