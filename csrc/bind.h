@@ -5,12 +5,37 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <functional>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "csrc/check.h"
 #include "csrc/cpu_isa.h"
 #include "csrc/parallel.h"
 #include "csrc/tensor.h"
+
+namespace ivr {
+
+// Calls of ops that were noted instead of made, and the tensors that they are about.
+struct Tape {
+  std::vector<std::function<void()>> calls;
+  std::vector<pybind11::object> tensors;
+};
+
+extern thread_local Tape* recording;  // what this thread's calls go to; null where they are made
+
+// An op as Python gets it.
+template <class Result, class... Arguments>
+auto recordable(Result (*op)(Arguments...)) {
+  return [op](Arguments... arguments) -> Result {
+    if (!recording) return op(std::move(arguments)...);
+    recording->calls.push_back([op, arguments...] { op(arguments...); });
+    return Result();
+  };
+}
+
+}  // namespace ivr
 
 namespace pybind11::detail {
 
@@ -21,6 +46,7 @@ struct type_caster<ivr::Tensor> {
     // None belongs to std::optional<Tensor>; anything else is read or refused with a reason.
     if (src.is_none()) return false;
     value = ivr::view(src.ptr());
+    if (ivr::recording) ivr::recording->tensors.push_back(reinterpret_borrow<object>(src));
     return true;
   }
 };

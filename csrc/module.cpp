@@ -1,4 +1,5 @@
 #include <map>
+#include <memory>
 
 #include "csrc/bind.h"
 #include "csrc/cuda.h"
@@ -35,7 +36,21 @@ void count_launches([[maybe_unused]] std::map<std::string, uint64_t>& counts,
 #endif
 }
 
+// The native calls in work(), noted and not made, and what it returned.
+std::pair<std::unique_ptr<Tape>, py::object> record(const py::function& work) {
+  struct Scope {
+    explicit Scope(Tape* tape) { recording = tape; }
+    ~Scope() { recording = nullptr; }
+  };
+  auto tape = std::make_unique<Tape>();
+  const Scope scope(tape.get());
+  py::object result = work();
+  return {std::move(tape), std::move(result)};
+}
+
 }  // namespace
+
+thread_local Tape* recording = nullptr;
 
 Binding::Binding(Fn fn) { bindings().push_back(fn); }
 
@@ -50,6 +65,13 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
   m.attr("has_gemm") = false;
 #endif
+  py::class_<Tape>(m, "Tape").def(
+      "replay",
+      [](const Tape& tape) {
+        for (const auto& call : tape.calls) call();
+      },
+      ReleaseGil());
+  m.def("record", &record, py::arg("work"));
   m.def("isa", [] { return std::string(name_of(current_isa())); });
   m.def("supported_isas", &supported_isas);
   m.def("force_isa", &force_isa);

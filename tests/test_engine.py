@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import internvl_rt as ivr
 from internvl_rt import _C, ops
 from internvl_rt.engine import Engine
-from internvl_rt.ops.registry import recorded
 from internvl_rt.runtime import runner
 from internvl_rt.runtime.batch import Chunk, make_batch
 from internvl_rt.runtime.kv_cache import PAGE_SIZE, KvCache
@@ -190,17 +189,31 @@ def test_replayed_steps_give_the_tokens_of_steps_that_are_not(case, monkeypatch)
     assert len(captured) == 3
 
 
-def test_recorded_calls_are_made_later():
-    x, weight = torch.randn(3, 64), torch.randn(64)
+def test_captured_calls_are_made_when_they_are_replayed():
+    x, weight, out = torch.randn(3, 64), torch.randn(64), torch.full((3, 64), float("nan"))
     expected = ops.rms_norm(x, weight, eps=1e-6)
-    out = torch.full_like(x, float("nan"))
-    with recorded() as calls:
-        assert ops.rms_norm(x, weight, eps=1e-6, out=out) is out
+
+    def work():
+        return ops.rms_norm(ops.rms_norm(x, weight, eps=1e-6), weight, eps=1e-6, out=out)
+
+    tape = CpuPlatform().capture(work)
+    assert tape.outputs is out
     assert bool(out.isnan().all())
-    for call, arguments, named in calls:
-        call(*arguments, **named)
-    assert torch.equal(out, expected)
-    assert torch.equal(ops.rms_norm(x, weight, eps=1e-6), expected)
+    torch.full((3, 64), 7.0)  # the first norm's result is nobody else's memory
+    tape.replay()
+    assert torch.equal(out, ops.rms_norm(expected, weight, eps=1e-6))
+    x.mul_(-3)
+    tape.replay()
+    assert torch.equal(out, work())
+
+    def wrong():
+        ops.rms_norm(x, weight[:5], eps=1e-6, out=out)
+
+    with pytest.raises(ValueError, match=r"^rms_norm: weight has shape"):
+        CpuPlatform().capture(wrong).replay()
+    with pytest.raises(ZeroDivisionError):
+        CpuPlatform().capture(lambda: 1 / 0)
+    assert torch.equal(ops.rms_norm(x, weight, eps=1e-6), ops.rms_norm(x, weight, eps=1e-6))
 
 
 @pytest.mark.parametrize("case", ["internvl2-internlm2", "internvl2-phi3"])

@@ -57,7 +57,7 @@ void embed_scatter(Tensor ids, Tensor table, std::optional<Tensor> image,
 }  // namespace
 
 IVR_BIND(embed_scatter) {
-  m.def("embed_scatter", &embed_scatter, ReleaseGil(), py::arg("ids"), py::arg("table"),
+  m.def("embed_scatter", recordable(&embed_scatter), ReleaseGil(), py::arg("ids"), py::arg("table"),
         py::arg("image"), py::arg("image_row"), py::arg("out"));
 }
 

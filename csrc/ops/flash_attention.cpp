@@ -49,9 +49,9 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_kv, do
 }  // namespace
 
 IVR_BIND(flash_attention) {
-  m.def("flash_attention", &flash_attention, ReleaseGil(), py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("cu_q"), py::arg("cu_kv"), py::arg("scale"), py::arg("causal"), py::arg("window"),
-        py::arg("sinks"), py::arg("prefix"), py::arg("out"));
+  m.def("flash_attention", recordable(&flash_attention), ReleaseGil(), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("cu_q"), py::arg("cu_kv"), py::arg("scale"), py::arg("causal"),
+        py::arg("window"), py::arg("sinks"), py::arg("prefix"), py::arg("out"));
 }
 
 }  // namespace ivr

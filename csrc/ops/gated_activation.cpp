@@ -34,7 +34,7 @@ void gated_activation(Tensor x, Tensor y, Gate gate) {
 
 IVR_BIND(gated_activation) {
   py::enum_<Gate>(m, "Gate").value("silu", Gate::silu).value("gpt_oss", Gate::gpt_oss);
-  m.def("gated_activation", &gated_activation, ReleaseGil(), py::arg("x"), py::arg("y"),
+  m.def("gated_activation", recordable(&gated_activation), ReleaseGil(), py::arg("x"), py::arg("y"),
         py::arg("gate"));
 }
 

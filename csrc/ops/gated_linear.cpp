@@ -54,9 +54,9 @@ bool gated_linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat fo
 }  // namespace
 
 IVR_BIND(gated_linear) {
-  m.def("gated_linear", &gated_linear, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
-        py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("gate"), py::arg("decode"),
-        py::arg("out"));
+  m.def("gated_linear", recordable(&gated_linear), ReleaseGil(), py::arg("x"), py::arg("weight"),
+        py::arg("N"), py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("gate"),
+        py::arg("decode"), py::arg("out"));
 }
 
 }  // namespace ivr

@@ -213,9 +213,9 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
 }  // namespace
 
 IVR_BIND(grouped_linear) {
-  m.def("grouped_linear", &grouped_linear, ReleaseGil(), py::arg("x"), py::arg("weight"),
-        py::arg("E"), py::arg("N"), py::arg("K"), py::arg("format"), py::arg("offsets"),
-        py::arg("rows"), py::arg("bias"), py::arg("decode"), py::arg("out"));
+  m.def("grouped_linear", recordable(&grouped_linear), ReleaseGil(), py::arg("x"),
+        py::arg("weight"), py::arg("E"), py::arg("N"), py::arg("K"), py::arg("format"),
+        py::arg("offsets"), py::arg("rows"), py::arg("bias"), py::arg("decode"), py::arg("out"));
 }
 
 }  // namespace ivr

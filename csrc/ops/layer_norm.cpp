@@ -36,8 +36,8 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, float eps) {
 }  // namespace
 
 IVR_BIND(layer_norm) {
-  m.def("layer_norm", &layer_norm, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("bias"),
-        py::arg("y"), py::arg("eps"));
+  m.def("layer_norm", recordable(&layer_norm), ReleaseGil(), py::arg("x"), py::arg("weight"),
+        py::arg("bias"), py::arg("y"), py::arg("eps"));
 }
 
 }  // namespace ivr

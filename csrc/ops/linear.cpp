@@ -167,7 +167,7 @@ IVR_BIND(linear) {
       .value("gelu", Activation::gelu)
       .value("silu", Activation::silu)
       .value("swiglu", Activation::swiglu);
-  m.def("linear", &linear, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
+  m.def("linear", recordable(&linear), ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
         py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
         py::arg("residual"), py::arg("scale"), py::arg("decode"), py::arg("out"));
   m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("data"));

@@ -56,7 +56,7 @@ void moe_combine(Tensor x, Tensor weights, Tensor places, std::optional<Tensor> 
 }  // namespace
 
 IVR_BIND(moe_combine) {
-  m.def("moe_combine", &moe_combine, ReleaseGil(), py::arg("x"), py::arg("weights"),
+  m.def("moe_combine", recordable(&moe_combine), ReleaseGil(), py::arg("x"), py::arg("weights"),
         py::arg("places"), py::arg("residual"), py::arg("out"));
 }
 

@@ -73,7 +73,7 @@ void moe_route(Tensor logits, int64_t top_k, bool normalize, Tensor ids, Tensor 
 }  // namespace
 
 IVR_BIND(moe_route) {
-  m.def("moe_route", &moe_route, ReleaseGil(), py::arg("logits"), py::arg("top_k"),
+  m.def("moe_route", recordable(&moe_route), ReleaseGil(), py::arg("logits"), py::arg("top_k"),
         py::arg("normalize"), py::arg("ids"), py::arg("weights"), py::arg("tokens"),
         py::arg("places"), py::arg("offsets"));
 }

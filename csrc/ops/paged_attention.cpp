@@ -125,10 +125,10 @@ int64_t workspace_size(Tensor q, Tensor k_cache, Tensor page_table) {
 IVR_BIND(paged_attention) {
   m.def("paged_attention_workspace", &workspace_size, py::arg("q"), py::arg("k_cache"),
         py::arg("page_table"));
-  m.def("paged_attention", &paged_attention, ReleaseGil(), py::arg("q"), py::arg("k_cache"),
-        py::arg("v_cache"), py::arg("page_table"), py::arg("cu_q"), py::arg("kv_lens"),
-        py::arg("scale"), py::arg("window"), py::arg("sinks"), py::arg("prefix"),
-        py::arg("workspace"), py::arg("out"));
+  m.def("paged_attention", recordable(&paged_attention), ReleaseGil(), py::arg("q"),
+        py::arg("k_cache"), py::arg("v_cache"), py::arg("page_table"), py::arg("cu_q"),
+        py::arg("kv_lens"), py::arg("scale"), py::arg("window"), py::arg("sinks"),
+        py::arg("prefix"), py::arg("workspace"), py::arg("out"));
 }
 
 }  // namespace ivr

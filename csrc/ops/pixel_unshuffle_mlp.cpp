@@ -48,7 +48,7 @@ void pixel_unshuffle_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, int64_
 }  // namespace
 
 IVR_BIND(pixel_unshuffle_mlp) {
-  m.def("pixel_unshuffle_norm", &pixel_unshuffle_norm, ReleaseGil(), py::arg("x"),
+  m.def("pixel_unshuffle_norm", recordable(&pixel_unshuffle_norm), ReleaseGil(), py::arg("x"),
         py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("h"), py::arg("w"), py::arg("r"),
         py::arg("by_columns"), py::arg("eps"));
 }

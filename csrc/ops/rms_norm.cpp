@@ -60,8 +60,9 @@ void rms_norm(Tensor x, Tensor weight, std::optional<Tensor> residual, Tensor y,
 }  // namespace
 
 IVR_BIND(rms_norm) {
-  m.def("rms_norm", &rms_norm, ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("residual"),
-        py::arg("y"), py::arg("residual_out"), py::arg("eps"), py::arg("weight_in_fp32"));
+  m.def("rms_norm", recordable(&rms_norm), ReleaseGil(), py::arg("x"), py::arg("weight"),
+        py::arg("residual"), py::arg("y"), py::arg("residual_out"), py::arg("eps"),
+        py::arg("weight_in_fp32"));
 }
 
 }  // namespace ivr

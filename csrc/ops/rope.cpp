@@ -86,9 +86,9 @@ void rope(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor inv_freq, Tenso
 }  // namespace
 
 IVR_BIND(rope) {
-  m.def("rope", &rope, ReleaseGil(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("positions"),
-        py::arg("inv_freq"), py::arg("scale"), py::arg("sequence"), py::arg("k_cache"),
-        py::arg("v_cache"), py::arg("slots"), py::arg("out"));
+  m.def("rope", recordable(&rope), ReleaseGil(), py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("positions"), py::arg("inv_freq"), py::arg("scale"), py::arg("sequence"),
+        py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("out"));
 }
 
 }  // namespace ivr

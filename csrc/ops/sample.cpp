@@ -94,7 +94,7 @@ void sample(Tensor logits, std::optional<Tensor> temperature, std::optional<Tens
 }  // namespace
 
 IVR_BIND(sample) {
-  m.def("sample", &sample, ReleaseGil(), py::arg("logits"), py::arg("temperature"),
+  m.def("sample", recordable(&sample), ReleaseGil(), py::arg("logits"), py::arg("temperature"),
         py::arg("top_k"), py::arg("top_p"), py::arg("min_p"), py::arg("repetition_penalty"),
         py::arg("history"), py::arg("cu_history"), py::arg("seed"), py::arg("index"),
         py::arg("workspace"), py::arg("out"));

@@ -6,14 +6,12 @@ Declaring an `Op` is enough to be tested and benchmarked on every backend, dtype
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,29 +117,6 @@ def triton_kernel(module: str, launcher: str) -> Callable[..., None]:
     return face
 
 
-Call = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]
-_record: ContextVar[list[Call] | None] = ContextVar("record", default=None)
-
-
-@contextlib.contextmanager
-def recorded() -> Iterator[list[Call]]:
-    """Within it, this thread's calls of native kernels are listed and not made.
-
-    Made later, in their order, they do what the block says, on the memory that it was given and
-    that it allocated, which the list keeps.
-    """
-    calls: list[Call] = []
-    token = _record.set(calls)
-    try:
-        yield calls
-    finally:
-        _record.reset(token)
-
-
-def _note(calls: list[Call], face: Callable[..., Any], *arguments: Any, **named: Any) -> None:
-    calls.append((face, arguments, named))
-
-
 def _on_cuda(op: str, face: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
     for x in (*arguments, *named.values()):
         if isinstance(x, Tensor) and not x.is_cuda:
@@ -205,10 +180,7 @@ class Op:
                 f"{self.name}: backend is {backend!r}{why} available: {', '.join(there)}"
             )
         face = self.faces[name]
-        if name == "cuda":
-            return functools.partial(_on_cuda, self.name, face)
-        calls = _record.get()
-        return face if calls is None else functools.partial(_note, calls, face)
+        return functools.partial(_on_cuda, self.name, face) if name == "cuda" else face
 
 
 _catalogue: dict[str, Op] = {}

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from internvl_rt.ops.registry import recorded
+from internvl_rt import _C
 from internvl_rt.runtime.memory import GIB, available_memory
 
 Shape = tuple[Sequence[int], torch.dtype]
@@ -127,12 +127,8 @@ class _Tape:
     """
 
     def __init__(self, work: Callable[[], Any]) -> None:
-        with recorded() as self._calls:
-            self.outputs = work()
-
-    def replay(self) -> None:
-        for call, arguments, named in self._calls:
-            call(*arguments, **named)
+        tape, self.outputs = _C.record(work)
+        self.replay = tape.replay
 
 
 class CudaPlatform:
