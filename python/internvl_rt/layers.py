@@ -104,5 +104,6 @@ class LayerNorm:
         self.ops, self.eps = opset, eps
         self.weight, self.bias = weight.to(dtype), bias.to(dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, eps=self.eps)  # [T, C]
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [T, C]; out may be x."""
+        return self.ops.layer_norm(x, self.weight, self.bias, eps=self.eps, out=out)

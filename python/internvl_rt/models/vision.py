@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,22 @@ from internvl_rt.ops import OpSet
 from internvl_rt.parameters import Parameters
 
 VISION_OPS = ("linear", "layer_norm", "rms_norm", "flash_attention", "pixel_unshuffle_mlp")
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What layers work in, one after the other: on the CPU fresh memory costs page faults."""
+
+    rows: Tensor  # [T, C]
+    qkv: Tensor  # [T, 3 * C]
+    mlp: Tensor  # [T, width], where qkv was
+
+    @classmethod
+    def of(cls, x: Tensor, config: VisionConfig) -> _Memory:
+        T, C, width = *x.shape, config.intermediate_size
+        wide = x.new_empty(T * max(3 * C, width))
+        qkv, mlp = (wide[: T * n].view(T, n) for n in (3 * C, width))
+        return cls(torch.empty_like(x), qkv, mlp)
 
 
 class VisionLayer:
@@ -46,17 +63,20 @@ class VisionLayer:
         self.ls1 = w[f"{name}.ls1"].to(dtype)
         self.ls2 = w[f"{name}.ls2"].to(dtype)
 
-    def __call__(self, x: Tensor, cu: Tensor) -> None:
+    def __call__(self, x: Tensor, cu: Tensor, memory: _Memory) -> None:
         """Updates x [T, C] in place; tile b owns the tokens cu[b] : cu[b+1]."""
         H, D = self.heads, self.head_dim
-        qkv = self.qkv(self.norm1(x), phase="prefill").view(-1, 3, H * D)
+        rows = self.norm1(x, out=memory.rows)
+        qkv = self.qkv(rows, phase="prefill", out=memory.qkv).view(-1, 3, H * D)
         if self.q_norm is not None and self.k_norm is not None:
             self.q_norm(qkv[:, 0], out=qkv[:, 0])
             self.k_norm(qkv[:, 1], out=qkv[:, 1])
         q, k, v = qkv.unflatten(2, (H, D)).unbind(1)  # [T, H, D] each
-        a = self.ops.flash_attention(q, k, v, cu, cu, scale=D**-0.5, causal=False)
-        self.proj(a.view(-1, H * D), scale=self.ls1, residual=x, phase="prefill", out=x)
-        f = self.fc1(self.norm2(x), activation="gelu", phase="prefill")
+        a = rows.view(-1, H, D)
+        self.ops.flash_attention(q, k, v, cu, cu, scale=D**-0.5, causal=False, out=a)
+        self.proj(rows, scale=self.ls1, residual=x, phase="prefill", out=x)
+        rows = self.norm2(x, out=memory.rows)
+        f = self.fc1(rows, activation="gelu", phase="prefill", out=memory.mlp)
         self.fc2(f, scale=self.ls2, residual=x, phase="prefill", out=x)
 
 
@@ -103,8 +123,9 @@ class VisionTower:
         cu = torch.arange(t + 1, dtype=torch.int32, device=x.device) * (1 + n)
         if each:
             each(x)
+        memory = _Memory.of(x.view(-1, C), self.config)
         for layer in self.layers:
-            layer(x.view(-1, C), cu)
+            layer(x.view(-1, C), cu, memory)
             if each:
                 each(x)
         return x
