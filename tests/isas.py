@@ -15,5 +15,10 @@ def runs(isa: str, dtype: torch.dtype) -> str:
     return isa if dtype == torch.bfloat16 else stand_in(isa)
 
 
+def reads_rows(isa: str, dtype: torch.dtype) -> bool:
+    """Whether `ops.hold` leaves weights of this dtype where they are."""
+    return dtype == torch.bfloat16 and isa.startswith(("avx512_", "amx"))
+
+
 ISAS = _C.supported_isas()
 PLAIN_ISAS = [isa for isa in ISAS if stand_in(isa) == isa]  # every kernel has their variants

@@ -9,7 +9,7 @@ from internvl_rt import _C, num_threads, ops, set_num_threads
 from internvl_rt.ops import PackedWeight, WeightRows, hold, linear, pack, unpack
 from internvl_rt.ops.linear import WeightFormat
 from internvl_rt.ops.registry import bits
-from isas import ISAS, stand_in
+from isas import ISAS, reads_rows, stand_in
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -131,7 +131,7 @@ def test_rows_in_place_give_the_bits_of_packed_panels(isa, make, dtype, N, K):
     whole = make(N + 4, K + 7).to(dtype)[1:]
     parts = [whole[: N // 2, 3 : K + 3], whole[N // 2 : N, 2 : K + 2]]
     held, packed = hold(parts), pack(parts)
-    assert isinstance(held, WeightRows) == (isa == "avx512_bf16" and dtype == torch.bfloat16)
+    assert isinstance(held, WeightRows) == reads_rows(isa, dtype)
     assert held.shape == (N, K)
     assert torch.equal(unpack(held), unpack(packed))
     x, bias = make(430, K).to(dtype), make(N).to(dtype)
@@ -140,24 +140,21 @@ def test_rows_in_place_give_the_bits_of_packed_panels(isa, make, dtype, N, K):
         assert torch.equal(bits(linear(x[:M], held, bias=bias, activation="gelu")), bits(expected))
 
 
-def test_rows_held_for_another_instruction_set(make):
-    if "avx512_bf16" not in ISAS:
-        pytest.skip("no kernel of this machine reads rows")
+def test_rows_held_for_another_instruction_set(isa, make):
+    if not reads_rows(isa, torch.bfloat16):
+        pytest.skip("this instruction set reads packed panels")
     x, w = make(5, 64).bfloat16(), make(40, 64).bfloat16()
-    try:
-        _C.force_isa("avx512_bf16")
-        held = hold(w)
-        _C.force_isa("portable")
-        assert isinstance(held, WeightRows)
-        assert torch.equal(linear(x, held), linear(x, pack(w)))
-    finally:
-        _C.force_isa("")
+    held = hold(w)
+    assert isinstance(held, WeightRows)
+    _C.force_isa("portable")
+    assert torch.equal(linear(x, held), linear(x, pack(w)))
 
 
-def test_a_held_weight_is_not_copied(make):
-    if _C.isa() != "avx512_bf16":
-        pytest.skip("the best instruction set of this machine reads packed panels")
-    x, w = make(2, 64).bfloat16(), make(40, 64).bfloat16()
+@pytest.mark.parametrize("M", [2, 40])
+def test_a_held_weight_is_not_copied(isa, make, M):
+    if not reads_rows(isa, torch.bfloat16):
+        pytest.skip("this instruction set reads packed panels")
+    x, w = make(M, 64).bfloat16(), make(40, 64).bfloat16()
     held = hold(w)
     w.zero_()
     assert not linear(x, held).any()

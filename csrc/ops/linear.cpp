@@ -49,7 +49,7 @@ void run(const LinearParams& whole, LinearSteps steps) {
 
 // Whether weights may be given as pointers to their rows.
 bool reads_rows(WeightFormat format) {
-  return format == WeightFormat::bf16 && current_isa() == Isa::avx512_bf16;
+  return format == WeightFormat::bf16 && current_isa() >= Isa::avx512_bf16;
 }
 
 void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,

@@ -1,15 +1,19 @@
 // linear on bf16 matrix tiles: two tiles of rows by one panel (32 x 32) in four tiles of sums.
 //
-// A chunk's rows of x stay in L2 (kRowBytes) for all its panels; a piece of a panel of kDepth stays
-// in L1 for all its rows while the next piece, which follows in memory, is fetched into L2. Sums
-// wait in fp32 between pieces, which changes no bit: per element all is one chain over K. x is read
-// where it is; only an incomplete tile (K % 32, M % 16) is copied and padded with zeros. Up to 16
-// rows, one tile of rows meets two panels: two streams from memory.
+// A chunk's rows of x stay in L2 (kRowBytes) for all its panels; a piece of a panel stays in L1 for
+// all its rows. Sums wait in fp32 between pieces, which changes no bit: per element all is one
+// chain over K. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied and padded
+// with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
 //
-// Quantised weights become bf16 in a small buffer, a piece of a panel before it meets its rows.
+// Packed weights are tiles where they lie. Quantised ones and rows of W in place become tiles in a
+// small buffer: where many rows meet them, the next piece is made between the tile products of this
+// one, which leave the vector units idle. Up to 16 rows of x change sides: rows of W are tiles as
+// they are when they come first, x the second operand and the product transposed. Factors and
+// their order in a sum are the same, and so are the bits.
 #include "kernels/cpu/amx.h"
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
+#include "kernels/cpu/linear_rows.h"
 #include "kernels/linear.h"
 
 namespace ivr {
@@ -18,11 +22,15 @@ namespace {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kPanelStepBytes = 2 * kTileBytes;  // of a panel, per 32 k
-constexpr int64_t kSteps = 16;                       // tile steps of a piece: 32 KB of a panel
+// Tile steps of a piece, 16 KB of a panel. Between two uses of its lines pass 16 KB of x and the
+// other lines of the piece: together less than L1's 48 KB.
+constexpr int64_t kSteps = 8;
 constexpr int64_t kPieceBytes = kSteps * kPanelStepBytes;
 constexpr int64_t kRowBytes = 1 << 20;
 constexpr int64_t kMaxRows = 512;
 constexpr int64_t kStreamAhead = 4096;  // bytes of each stream
+constexpr int64_t kStepsAhead = 16;     // of each row of W in place, where many rows of x meet it
+constexpr int64_t kBlockSteps = 32;     // of 16 rows of W in place: 32 KB
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -31,6 +39,22 @@ inline int64_t steps_of(const LinearParams& p) { return ceil_div(p.K, kTileDepth
 // The first of the row tiles that are copied; those before it are read from x.
 inline int64_t first_copied(const LinearParams& p) {
   return p.K % kTileDepth == 0 ? p.M / kTileRows : 0;
+}
+
+// Whether x is the second operand: [K/32][16 pairs][16 rows][2] in the workspace.
+inline bool takes_second(const LinearParams& p) { return p.rows && p.M <= kTileRows; }
+
+// Of the scratch memory, for what becomes of a weight: two pieces, or one tile of rows.
+inline int64_t made_bytes(const LinearParams& p) {
+  const int64_t tile = takes_second(p) ? steps_of(p) * kTileBytes : 0;
+  return tile < 2 * kPieceBytes ? 2 * kPieceBytes : tile;
+}
+
+// Pairs of step s of 16 rows, transposed, to rows of `stride` bytes.
+inline void put_square(const bf16* const* rows, int64_t s, int64_t K, char* to, int64_t stride) {
+  F v[kLanes];
+  load_square(rows, s * (kTileDepth / 2), K, v);
+  for (int i = 0; i < kLanes; ++i) store(reinterpret_cast<float*>(to + i * stride), v[i]);
 }
 
 struct RowTile {
@@ -65,46 +89,113 @@ void plan(LinearParams& p, int threads) {
     p.panel_step /= 2;
   }
   p.panel_blocks = ceil_div(panels, p.panel_step);
-  p.items = tiles - first_copied(p);
-  p.workspace_size = p.items * steps_of(p) * kTileBytes;
+  const bool as_second = takes_second(p);
+  p.items = as_second ? steps_of(p) : tiles - first_copied(p);
+  p.workspace_size = p.items * (as_second ? 1 : steps_of(p)) * kTileBytes;
   // Two panels of one tile's rows, or one panel of a chunk's rows.
   const int64_t rows = p.row_step < 2 * kTileRows ? 2 * kTileRows : p.row_step;
-  p.scratch_size = rows * kPanelColumns * 4 + kPieceBytes;
+  p.scratch_size = made_bytes(p) + rows * kPanelColumns * 4;
 }
 
-// Copies incomplete row tiles to [K/32][16][32], zero-padded.
-void prepare(const LinearParams& p, int64_t begin, int64_t end) {
-  const int64_t steps = steps_of(p);
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t m0 = (first_copied(p) + item) * kTileRows;
-    char* to = static_cast<char*>(p.workspace) + item * steps * kTileBytes;
+// The rows of an incomplete tile, null for those beyond the last, to [K/32][16][32], zero-padded.
+void copy_tile(const bf16* const* rows, int64_t K, char* to) {
+  for (int64_t k = 0; k < K; k += kTileDepth, to += kTileBytes) {
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const bf16* from = static_cast<const bf16*>(p.x) + (m0 + r) * p.x_m;
-      for (int64_t s = 0; s < steps; ++s) {
-        const int64_t k = s * kTileDepth;
-        const int64_t n = m0 + r < p.M ? least(kTileDepth, p.K - k) : 0;
-        char* row = to + s * kTileBytes + r * 64;
-        if (n > 0) memcpy(row, from + k, static_cast<size_t>(n) * 2);
-        if (n < kTileDepth) memset(row + n * 2, 0, static_cast<size_t>(kTileDepth - n) * 2);
-      }
+      const int64_t n = rows[r] ? least(kTileDepth, K - k) : 0;
+      if (n > 0) memcpy(to + r * 64, rows[r] + k, static_cast<size_t>(n) * 2);
+      if (n < kTileDepth) memset(to + r * 64 + n * 2, 0, static_cast<size_t>(kTileDepth - n) * 2);
     }
   }
 }
 
-// How much of what follows in memory to fetch into L2 at each step.
-struct Ahead {
-  const char* at;
-  int64_t bytes;
-};
-
-inline void fetch(Ahead& ahead) {
-  for (int64_t b = 0; b < ahead.bytes; b += 64) __builtin_prefetch(ahead.at + b, 0, 2);
-  ahead.at += ahead.bytes;
+// The rows [m, m + 16) of x.
+void rows_of_x(const LinearParams& p, int64_t m, const bf16* (&rows)[kTileRows]) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    rows[r] = m + r < p.M ? static_cast<const bf16*>(p.x) + (m + r) * p.x_m : nullptr;
+  }
 }
 
+void prepare(const LinearParams& p, int64_t begin, int64_t end) {
+  const bf16* rows[kTileRows];
+  char* to = static_cast<char*>(p.workspace);
+  if (takes_second(p)) {
+    rows_of_x(p, 0, rows);
+    // What stands in the places of rows beyond the last is not stored.
+    for (const bf16*& row : rows) row = row ? row : rows[0];
+    for (int64_t s = begin; s < end; ++s) put_square(rows, s, p.K, to + s * kTileBytes, 64);
+    return;
+  }
+  for (int64_t item = begin; item < end; ++item) {
+    rows_of_x(p, (first_copied(p) + item) * kTileRows, rows);
+    copy_tile(rows, p.K, to + item * steps_of(p) * kTileBytes);
+  }
+}
+
+// A weight that is not packed: LinearParams::rows.
+struct Rows {};
+template <class W>
+constexpr bool kIsMade = kIsCode<W> || __is_same(W, Rows);
+
+// What is kStepsAhead steps further in 16 rows of W, or in those that follow, is fetched into L2.
+inline void fetch_rows(const LinearParams& p, const bf16* const* rows, const bf16* const* next,
+                       int64_t s) {
+  const int64_t ahead = s + kStepsAhead, all = steps_of(p);
+  const int64_t k = (ahead < all ? ahead : ahead - all) * kTileDepth;
+  if (ahead < all) next = rows;
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(next[r] + k, 0, 2);
+}
+
+// Step s of a panel: 32 k of its columns as pairs of bf16, [16][32][2].
+template <class W>
+void make_step(const LinearParams& p, int64_t panel, int64_t s, char* to) {
+  if constexpr (kIsCode<W>) {
+    constexpr int64_t kPairs = kTileDepth / 2;
+    decode(panel_at<W>(p, panel, 0), s * kPairs, kPairs, reinterpret_cast<uint32_t*>(to));
+  } else {
+    const bf16* const* rows = rows_of(p, panel);
+    for (int64_t j = 0; j < kPanelColumns; j += kTileRows) {
+      fetch_rows(p, rows + j, rows + j + kPanelColumns, s);
+      put_square(rows + j, s, p.K, to + j * 4, kPanelColumns * 4);
+    }
+  }
+}
+
+// What is done between the tile products of a block, a share at each of its steps.
+struct Nothing {
+  void operator()() {}
+};
+
+// What follows in memory is fetched into L2.
+struct Fetch {
+  const char* at;
+  int64_t bytes;
+
+  void operator()() {
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
+    at += bytes;
+  }
+};
+
+// Steps [s, s + steps) of a panel are made in equal shares of `calls`.
+template <class W>
+struct Make {
+  const LinearParams& p;
+  int64_t panel, s, steps, calls;
+  char* to;
+  int64_t call = 0, made = 0;
+
+  void operator()() {
+    for (++call; made * calls < steps * call; ++made) {
+      make_step<W>(p, panel, s + made, to + made * kPanelStepBytes);
+    }
+  }
+};
+
 // 32 rows by one panel. c: [32][32].
+template <class Share>
 void block_2x2(Tiles& t, RowTile a0, RowTile a1, const char* w, int64_t steps, float* c,
-               bool resume, Ahead ahead) {
+               bool resume, Share& share) {
   constexpr int64_t kRow = kPanelColumns * 4;
   float* c1 = c + kTileRows * kPanelColumns;
   if (resume) {
@@ -125,7 +216,7 @@ void block_2x2(Tiles& t, RowTile a0, RowTile a1, const char* w, int64_t steps, f
     t.multiply<0, 4, 6>();
     t.load<5>(a1.base + s * a1.step, a1.stride);
     t.multiply<1, 4, 7>();
-    fetch(ahead);
+    share();
     t.multiply<2, 5, 6>();
     t.multiply<3, 5, 7>();
   }
@@ -136,8 +227,9 @@ void block_2x2(Tiles& t, RowTile a0, RowTile a1, const char* w, int64_t steps, f
 }
 
 // 16 rows by one panel. c: [16][32].
+template <class Share>
 void block_1x2(Tiles& t, RowTile a, const char* w, int64_t steps, float* c, bool resume,
-               Ahead ahead) {
+               Share& share) {
   constexpr int64_t kRow = kPanelColumns * 4;
   if (resume) {
     t.load<0>(c, kRow);
@@ -151,7 +243,7 @@ void block_1x2(Tiles& t, RowTile a, const char* w, int64_t steps, float* c, bool
     t.load<6>(w + s * kPanelStepBytes, 128);
     t.load<7>(w + s * kPanelStepBytes + 64, 128);
     t.multiply<0, 4, 6>();
-    fetch(ahead);
+    share();
     t.multiply<1, 4, 7>();
   }
   t.store<0>(c, kRow);
@@ -159,8 +251,9 @@ void block_1x2(Tiles& t, RowTile a, const char* w, int64_t steps, float* c, bool
 }
 
 // 16 rows by two panels. c: [16][64].
+template <class Share>
 void block_1x4(Tiles& t, RowTile a, const char* w0, const char* w1, int64_t steps, float* c,
-               bool resume, Ahead ahead0, Ahead ahead1) {
+               bool resume, Share share0, Share share1) {
   constexpr int64_t kRow = 2 * kPanelColumns * 4;
   if (resume) {
     t.load<0>(c, kRow);
@@ -178,12 +271,12 @@ void block_1x4(Tiles& t, RowTile a, const char* w0, const char* w1, int64_t step
     t.load<5>(w0 + s * kPanelStepBytes, 128);
     t.load<6>(w0 + s * kPanelStepBytes + 64, 128);
     t.multiply<0, 4, 5>();
-    fetch(ahead0);
+    share0();
     t.multiply<1, 4, 6>();
     t.load<7>(w1 + s * kPanelStepBytes, 128);
     t.load<5>(w1 + s * kPanelStepBytes + 64, 128);
     t.multiply<2, 4, 7>();
-    fetch(ahead1);
+    share1();
     t.multiply<3, 4, 5>();
   }
   t.store<0>(c, kRow);
@@ -192,40 +285,119 @@ void block_1x4(Tiles& t, RowTile a, const char* w0, const char* w1, int64_t step
   t.store<3>(c + 48, kRow);
 }
 
-// Steps [s, s + steps) of a panel as pairs of bf16: where they lie, or decoded. s begins a group.
+// Two panels, of `all` steps, at once. Packed ones pass in the order of memory.
+void two_packed(Tiles& t, const LinearParams& p, int64_t panel, bool both, float* sums) {
+  const auto at = [&](int64_t i) {
+    return reinterpret_cast<const char*>(panel_at<bf16>(p, panel + i, 0));
+  };
+  const auto fetch = [&](int64_t i) { return Fetch{at(i) + kStreamAhead, kPanelStepBytes}; };
+  const RowTile a = row_tile(p, 0);
+  const int64_t steps = steps_of(p);
+  if (both) return block_1x4(t, a, at(0), at(1), steps, sums, false, fetch(0), fetch(1));
+  Fetch share = fetch(0);
+  block_1x2(t, a, at(0), steps, sums, false, share);
+}
+
+// Others a piece after the other.
 template <class W>
-const char* as_pairs(const LinearParams& p, int64_t panel, int64_t s, int64_t steps, char* made) {
-  const W* w = panel_at<W>(p, panel, s * kTileDepth);
-  if constexpr (kIsCode<W>) {
-    decode(w, 0, steps * kTileDepth / 2, reinterpret_cast<uint32_t*>(made));
-    return made;
-  } else {
-    return reinterpret_cast<const char*>(w);
+void two_made(Tiles& t, const LinearParams& p, int64_t panel, bool both, float* sums, char* made) {
+  const int64_t all = steps_of(p);
+  for (int64_t s = 0; s == 0 || s < all; s += kSteps) {
+    const int64_t steps = least(kSteps, all - s);
+    for (int64_t i = 0; i <= both; ++i) {
+      for (int64_t j = 0; j < steps; ++j) {
+        make_step<W>(p, panel + i, s + j, made + i * kPieceBytes + j * kPanelStepBytes);
+      }
+    }
+    RowTile a = row_tile(p, 0);
+    a.base += s * a.step;
+    Nothing nothing;
+    if (both) {
+      block_1x4(t, a, made, made + kPieceBytes, steps, sums, s > 0, nothing, nothing);
+    } else {
+      block_1x2(t, a, made, steps, sums, s > 0, nothing);
+    }
   }
 }
 
-// bf16 passes at once, in the order of memory; of codes, half a piece of two panels at a time.
+// 16 rows of W as tiles: where they lie, or copied if a tile is not whole or they lie unevenly.
+RowTile weight_tile(const LinearParams& p, const bf16* const* rows, char* made) {
+  const auto at = [rows](int r) { return reinterpret_cast<const char*>(rows[r]); };
+  const int64_t stride = at(1) - at(0);
+  bool even = p.K % kTileDepth == 0;
+  for (int r = 2; r < kTileRows; ++r) even = even && at(r) - at(r - 1) == stride;
+  if (even) return {at(0), stride, kTileDepth * 2};
+  copy_tile(rows, p.K, made);
+  return {made, 64, kTileBytes};
+}
+
+// Steps [s, s + steps) of 16 rows of W in place.
+struct Block {
+  const bf16* const* rows;
+  int64_t s, steps;
+};
+
+inline Block block_at(const LinearParams& p, const bf16* const* rows, int64_t s) {
+  return {rows, s, least(kBlockSteps, steps_of(p) - s)};
+}
+
+// A block is fetched into L2 in the order of memory, row by row, a share of its lines at a time.
+struct FetchBlock {
+  Block block;
+  int64_t share, row = 0, step = 0;
+
+  void operator()() {
+    for (int64_t i = 0; i < share && row < kTileRows; ++i) {
+      __builtin_prefetch(block.rows[row] + (block.s + step) * kTileDepth, 0, 2);
+      if (++step < block.steps) continue;
+      step = 0;
+      ++row;
+    }
+  }
+};
+
+// Rows of W in place: 16 at a time are multiplied column by column, while what follows is fetched.
+void few_rows_in_place(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums,
+                       char* made) {
+  const int64_t all = steps_of(p);
+  const char* x = static_cast<const char*>(p.workspace);
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    for (int64_t j = 0; j < kPanelColumns; j += kTileRows) {
+      const bf16* const* rows = rows_of(p, panel) + j;
+      const RowTile w = weight_tile(p, rows, made);
+      t.zero<0>();
+      for (int64_t s0 = 0; s0 < all; s0 += kBlockSteps) {
+        const int64_t s1 = s0 + block_at(p, rows, s0).steps;
+        const Block next = s1 < all ? block_at(p, rows, s1) : block_at(p, rows + kTileRows, 0);
+        FetchBlock fetch{next, ceil_div(next.steps * kTileRows, s1 - s0)};
+        for (int64_t s = s0; s < s1; ++s) {
+          fetch();
+          t.load<1>(w.base + s * w.step, w.stride);
+          t.load<2>(x + s * kTileBytes, 64);
+          t.multiply<0, 1, 2>();
+        }
+      }
+      alignas(64) float product[kTileRows][kTileRows];
+      t.store<0>(product, 64);
+      F v[kLanes];
+      for (int n = 0; n < kLanes; ++n) v[n] = load(product[n]);
+      transpose(v);
+      for (int m = 0; m < kLanes; ++m) store(sums + m * kPanelColumns + j, v[m]);
+    }
+    finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
+  }
+}
+
 template <class W>
 void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums,
               char* made) {
-  const int64_t all = steps_of(p);
-  const int64_t piece = kIsCode<W> ? kSteps / 2 : all;
-  const int64_t fetched = kIsCode<W> ? 0 : kPanelStepBytes;
+  if constexpr (__is_same(W, Rows)) return few_rows_in_place(t, p, panel0, panel1, sums, made);
   for (int64_t panel = panel0; panel < panel1; panel += 2) {
     const bool both = panel + 1 < panel1;
-    for (int64_t s = 0; s == 0 || s < all; s += piece) {
-      const int64_t steps = least(piece, all - s);
-      RowTile a = row_tile(p, 0);
-      a.base += s * a.step;
-      const char* w0 = as_pairs<W>(p, panel, s, steps, made);
-      const Ahead ahead0{w0 + kStreamAhead, fetched};
-      if (both) {
-        const char* w1 = as_pairs<W>(p, panel + 1, s, steps, made + kPieceBytes / 2);
-        block_1x4(t, a, w0, w1, steps, sums, s > 0, ahead0, {w1 + kStreamAhead, fetched});
-      } else {
-        block_1x2(t, a, w0, steps, sums, s > 0, ahead0);
-      }
-      if (steps == 0) break;
+    if constexpr (kIsMade<W>) {
+      two_made<W>(t, p, panel, both, sums, made);
+    } else {
+      two_packed(t, p, panel, both, sums);
     }
     const int64_t stride = both ? 2 * kPanelColumns : kPanelColumns;
     finish(p, sums, stride, 0, p.M, panel * kPanelColumns);
@@ -233,37 +405,53 @@ void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, f
   }
 }
 
+// A piece of a panel meets the rows [m0, m1).
+template <class Share>
+void piece_of_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel,
+                   int64_t s, int64_t steps, const char* w, float* sums, Share& share) {
+  const bool last = s + steps >= steps_of(p);
+  for (int64_t m = m0; m < m1; m += 2 * kTileRows) {
+    float* c = sums + (m - m0) * kPanelColumns;
+    RowTile a0 = row_tile(p, m / kTileRows);
+    a0.base += s * a0.step;
+    if (m + kTileRows < m1) {
+      RowTile a1 = row_tile(p, m / kTileRows + 1);
+      a1.base += s * a1.step;
+      block_2x2(t, a0, a1, w, steps, c, s > 0, share);
+    } else {
+      block_1x2(t, a0, w, steps, c, s > 0, share);
+    }
+    if (last) finish(p, c, kPanelColumns, m, least(m1 - m, 2 * kTileRows), panel * kPanelColumns);
+  }
+}
+
 template <class W>
 void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0,
                int64_t panel1, float* sums, char* made) {
-  const int64_t all = steps_of(p);
-  const int64_t tile0 = m0 / kTileRows, tile1 = ceil_div(m1, kTileRows);
-  const int64_t pairs = ceil_div(tile1 - tile0, 2);
-  for (int64_t panel = panel0; panel < panel1; ++panel) {
-    // At least one piece: the epilogue of a product over nothing.
-    for (int64_t s0 = 0; s0 == 0 || s0 < all; s0 += kSteps) {
-      const int64_t steps = least(kSteps, all - s0);
-      const char* w = as_pairs<W>(p, panel, s0, steps, made);
-      // Each pair of row tiles fetches its share of the next piece.
-      const int64_t share = kIsCode<W> ? 0 : ceil_div(kPanelStepBytes / 64, pairs) * 64;
-      Ahead ahead{w + steps * kPanelStepBytes, share};
-      for (int64_t tile = tile0; tile < tile1; tile += 2) {
-        float* c = sums + (tile - tile0) * kTileRows * kPanelColumns;
-        RowTile a0 = row_tile(p, tile);
-        a0.base += s0 * a0.step;
-        if (tile + 1 < tile1) {
-          RowTile a1 = row_tile(p, tile + 1);
-          a1.base += s0 * a1.step;
-          block_2x2(t, a0, a1, w, steps, c, s0 > 0, ahead);
-        } else {
-          block_1x2(t, a0, w, steps, c, s0 > 0, ahead);
-        }
-        ahead.at += steps * share;
-        if (s0 + steps >= all) {
-          const int64_t m = tile * kTileRows;
-          finish(p, c, kPanelColumns, m, least(m1 - m, 2 * kTileRows), panel * kPanelColumns);
-        }
+  const int64_t all = steps_of(p), blocks = ceil_div(m1 - m0, 2 * kTileRows);
+  // At least one piece: the epilogue of a product over nothing.
+  const int64_t pieces = all == 0 ? 1 : ceil_div(all, kSteps), count = (panel1 - panel0) * pieces;
+  // While piece i meets its rows, piece i + 1 is made or fetched.
+  for (int64_t i = kIsMade<W> ? -1 : 0; i < count; ++i) {
+    const auto panel = [&](int64_t j) { return panel0 + j / pieces; };
+    const auto first = [&](int64_t j) { return j % pieces * kSteps; };
+    const auto steps = [&](int64_t j) { return least(kSteps, all - first(j)); };
+    if constexpr (kIsMade<W>) {
+      const int64_t next = i + 1 < count ? steps(i + 1) : 0;
+      char* to = made + (i + 1) % 2 * kPieceBytes;
+      Make<W> make{p, panel(i + 1), first(i + 1), next, i < 0 ? 1 : blocks * steps(i), to};
+      if (i < 0) {
+        make();
+      } else {
+        piece_of_rows(t, p, m0, m1, panel(i), first(i), steps(i), made + i % 2 * kPieceBytes, sums,
+                      make);
       }
+    } else {
+      const bf16* w = panel_at<bf16>(p, panel(i), first(i) * kTileDepth);
+      Fetch fetch{reinterpret_cast<const char*>(w) + steps(i) * kPanelStepBytes,
+                  ceil_div(kPanelStepBytes / 64, blocks) * 64};
+      piece_of_rows(t, p, m0, m1, panel(i), first(i), steps(i), reinterpret_cast<const char*>(w),
+                    sums, fetch);
     }
   }
 }
@@ -273,7 +461,7 @@ void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   Tiles tiles;
   const int64_t panels = panel_count(p.N);
   char* made = static_cast<char*>(scratch);
-  float* sums = reinterpret_cast<float*>(made + kPieceBytes);
+  float* sums = reinterpret_cast<float*>(made + made_bytes(p));
   for (int64_t i = begin; i < end; ++i) {
     // Rows go first, so that neighbours in time share weights.
     const int64_t m = i % p.row_blocks * p.row_step;
@@ -294,7 +482,7 @@ void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
     case WeightFormat::int4:
       return run<Int4Codes>(p, begin, end, scratch);
     default:
-      return run<bf16>(p, begin, end, scratch);
+      return p.rows ? run<Rows>(p, begin, end, scratch) : run<bf16>(p, begin, end, scratch);
   }
 }
 
