@@ -2,8 +2,8 @@
 //
 // A chunk's rows of x stay in L2 (kRowBytes) for all its panels; a piece of a panel stays in L1 for
 // all its rows. Sums wait in fp32 between pieces, which changes no bit: per element all is one
-// chain over K. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied and padded
-// with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
+// chain over K. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied and
+// padded with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
 //
 // Packed weights are tiles where they lie. Quantised ones and rows of W in place become tiles in a
 // small buffer: where many rows meet them, the next piece is made between the tile products of this
@@ -30,7 +30,6 @@ constexpr int64_t kRowBytes = 1 << 20;
 constexpr int64_t kMaxRows = 512;
 constexpr int64_t kStreamAhead = 4096;  // bytes of each stream
 constexpr int64_t kStepsAhead = 16;     // of each row of W in place, where many rows of x meet it
-constexpr int64_t kBlockSteps = 32;     // of 16 rows of W in place: 32 KB
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -331,32 +330,49 @@ RowTile weight_tile(const LinearParams& p, const bf16* const* rows, char* made) 
   return {made, 64, kTileBytes};
 }
 
-// Steps [s, s + steps) of 16 rows of W in place.
-struct Block {
-  const bf16* const* rows;
-  int64_t s, steps;
-};
+// 16 rows are read column by column, kTileDepth k at a step, and memory would rather be read in
+// order: while a block of 16 rows (32 KB) is, the block that follows is fetched into L2 row by row,
+// the same rows further on or the 16 rows behind them.
+class FetchRows {
+ public:
+  // Before the first of `steps` steps.
+  FetchRows(const bf16* const* rows, int64_t steps) : next_(rows), steps_(steps) {}
 
-inline Block block_at(const LinearParams& p, const bf16* const* rows, int64_t s) {
-  return {rows, s, least(kBlockSteps, steps_of(p) - s)};
-}
-
-// A block is fetched into L2 in the order of memory, row by row, a share of its lines at a time.
-struct FetchBlock {
-  Block block;
-  int64_t share, row = 0, step = 0;
-
+  // At each step.
   void operator()() {
-    for (int64_t i = 0; i < share && row < kTileRows; ++i) {
-      __builtin_prefetch(block.rows[row] + (block.s + step) * kTileDepth, 0, 2);
-      if (++step < block.steps) continue;
-      step = 0;
-      ++row;
+    if (left_ == 0) begin_block();
+    --left_;
+    for (int64_t i = 0; i < share_ && row_ < kTileRows; ++i) {
+      __builtin_prefetch(next_[row_] + (begin_ + at_) * kTileDepth, 0, 2);
+      if (++at_ < length_) continue;
+      at_ = 0;
+      ++row_;
     }
   }
+
+ private:
+  static constexpr int64_t kMost = 32;
+
+  int64_t length_from(int64_t begin) const { return least(kMost, steps_ - begin); }
+  void begin_block() {
+    left_ = length_from(begin_);
+    begin_ += left_;
+    if (begin_ == steps_) {
+      begin_ = 0;
+      next_ += kTileRows;
+    }
+    length_ = length_from(begin_);
+    share_ = ceil_div(length_ * kTileRows, left_);
+    row_ = at_ = 0;
+  }
+
+  // The block that is fetched, and where in it; the steps that are left of the one that is read.
+  const bf16* const* next_;
+  int64_t steps_, begin_ = 0, length_ = 0, row_ = 0, at_ = 0;
+  int64_t left_ = 0, share_ = 0;
 };
 
-// Rows of W in place: 16 at a time are multiplied column by column, while what follows is fetched.
+// Rows of W in place, 16 at a time.
 void few_rows_in_place(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums,
                        char* made) {
   const int64_t all = steps_of(p);
@@ -365,17 +381,13 @@ void few_rows_in_place(Tiles& t, const LinearParams& p, int64_t panel0, int64_t 
     for (int64_t j = 0; j < kPanelColumns; j += kTileRows) {
       const bf16* const* rows = rows_of(p, panel) + j;
       const RowTile w = weight_tile(p, rows, made);
+      FetchRows fetch(rows, all);
       t.zero<0>();
-      for (int64_t s0 = 0; s0 < all; s0 += kBlockSteps) {
-        const int64_t s1 = s0 + block_at(p, rows, s0).steps;
-        const Block next = s1 < all ? block_at(p, rows, s1) : block_at(p, rows + kTileRows, 0);
-        FetchBlock fetch{next, ceil_div(next.steps * kTileRows, s1 - s0)};
-        for (int64_t s = s0; s < s1; ++s) {
-          fetch();
-          t.load<1>(w.base + s * w.step, w.stride);
-          t.load<2>(x + s * kTileBytes, 64);
-          t.multiply<0, 1, 2>();
-        }
+      for (int64_t s = 0; s < all; ++s) {
+        fetch();
+        t.load<1>(w.base + s * w.step, w.stride);
+        t.load<2>(x + s * kTileBytes, 64);
+        t.multiply<0, 1, 2>();
       }
       alignas(64) float product[kTileRows][kTileRows];
       t.store<0>(product, 64);
