@@ -24,11 +24,11 @@ void run(const GatedActivationParams& p, int64_t begin, int64_t end) {
       const int64_t n = p.I - i < kLanes ? p.I - i : kLanes;
       const F g = load_n(gate + i, n), u = load_n(up + i, n);
       if (p.gate == Gate::silu) {
-        store_n(y + i, rounded(silu(g), gate) * u, n);
+        store_n(y + i, rounded(silu<kShort<T>>(g), gate) * u, n);
       } else {
         // min and max pass a NaN in their second argument on.
         const F clipped = max(low, min(limit, u));
-        store_n(y + i, silu(min(limit, g), 1.702f) * (clipped + set(1.0f)), n);
+        store_n(y + i, silu<kShort<T>>(min(limit, g), 1.702f) * (clipped + set(1.0f)), n);
       }
     }
   }

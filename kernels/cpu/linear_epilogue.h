@@ -7,12 +7,13 @@
 namespace ivr {
 namespace {
 
+template <class Out>
 inline F activate(F v, Activation activation) {
   switch (activation) {
     case Activation::gelu:
-      return gelu(v);
+      return gelu<kShort<Out>>(v);
     case Activation::silu:
-      return silu(v);
+      return silu<kShort<Out>>(v);
     default:
       return v;
   }
@@ -32,7 +33,7 @@ void finish(const LinearParams& p, const float* c, int64_t c_m, int64_t m0, int6
     for (int64_t i = 0; i < rows; ++i) {
       F v = load(c + i * c_m + j);
       if (bias) v = v + b;
-      v = activate(v, p.activation);
+      v = activate<Out>(v, p.activation);
       if (scale) v = v * s;
       if (p.residual) {
         v = load_n(static_cast<const Out*>(p.residual) + (m0 + i) * p.residual_m + n0 + j, n) + v;

@@ -349,8 +349,22 @@ inline float fma1(float a, float b, float c) {
 #endif
 }
 
-// 2^x for x <= 1, within 2 ulp; exactly 0 below -126 (no denormals), NaN stays NaN. The workhorse
-// of softmax: x = n + r, |r| <= 1/2, minimax polynomial in r (relative error 2e-9 before rounding).
+// c[0] x^n + c[1] x^(n-1) + ... + c[n]
+template <int n>
+inline F polynomial(F x, const float (&c)[n]) {
+  F p = set(c[0]);
+  for (int i = 1; i < n; ++i) p = fma(p, x, set(c[i]));
+  return p;
+}
+
+// The functions below have a short form, of fewer terms, for results that are rounded to bf16.
+template <class T>
+constexpr bool kShort = sizeof(T) < sizeof(float);
+
+// 2^x for x <= 1, within 2 ulp (short: 3e-6); exactly 0 below -126 (no denormals), NaN stays NaN.
+// The workhorse of softmax: x = n + r, |r| <= 1/2, minimax polynomial in r (relative error 2e-9
+// before rounding).
+template <bool Short = false>
 inline F exp2_small(F x) {
 #if defined(__AVX512F__)
   const F r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -359,13 +373,14 @@ inline F exp2_small(F x) {
   const F n = round_even(max(x, set(-126.0f)));
   const F r = x - n;
 #endif
-  F p = set(1.535336188e-4f);
-  p = fma(p, r, set(1.339887442e-3f));
-  p = fma(p, r, set(9.618437358e-3f));
-  p = fma(p, r, set(5.550332471e-2f));
-  p = fma(p, r, set(2.402264791e-1f));
-  p = fma(p, r, set(6.931472029e-1f));
-  p = fma(p, r, set(1.0f));
+  F p;
+  if constexpr (!Short) {
+    p = polynomial(r, {1.535336188e-4f, 1.339887442e-3f, 9.618437358e-3f, 5.550332471e-2f,
+                       2.402264791e-1f, 6.931472029e-1f, 1.0f});
+  } else {
+    p = polynomial(r,
+                   {9.5828296617e-3f, 5.5906426162e-2f, 2.4024099112e-1f, 6.9312417507e-1f, 1.0f});
+  }
 #if defined(__AVX512F__)
   const __mmask16 normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(normal, p.v, n.v)};
@@ -379,29 +394,30 @@ constexpr float kLog2e = 1.44269504088896341f;
 inline F exp_small(F x) { return exp2_small(x * set(kLog2e)); }
 
 // x * sigmoid(alpha * x). The power is that of -|alpha x|, which does not overflow.
+template <bool Short = false>
 inline F silu(F x, float alpha = 1.0f) {
-  const F t = x * set(alpha), zero = set(0.0f), one = set(1.0f);
-  const F e = exp_small(min(t, zero - t));
+  const F t = x * set(alpha * kLog2e), zero = set(0.0f), one = set(1.0f);
+  const F e = exp2_small<Short>(min(t, zero - t));
   return x * select_lt(t, zero, e, one) / (one + e);
 }
 
-// x * Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2, within 1.5e-7 (absolute) of the exact value.
-// -log erfc(u / sqrt 2) is a smooth function: a polynomial of degree 8 without constant term,
-// fitted on [0, 7] with the error's weight in the result, where it is off by 9e-9; beyond, it grows
-// on.
+// x * Phi(x) = max(x, 0) - u erfc(u / sqrt 2) / 2, u = |x|, within 4e-8 (absolute; short: 6e-7, and
+// 4e-6 of min(u / 2, 0.17)) of the exact value. log2 erfc(u / sqrt 2) / u is a smooth function: a
+// polynomial fitted on [0, 7] with the error's weight in the result; beyond, it falls on.
+template <bool Short = false>
 inline F gelu(F x) {
   const F u = max(set(0.0f) - x, x);
-  F q = set(1.3183901046e-6f);
-  q = fma(q, u, set(-1.9447306840e-5f));
-  q = fma(q, u, set(9.1128800705e-5f));
-  q = fma(q, u, set(1.8859260308e-4f));
-  q = fma(q, u, set(-5.0221495335e-3f));
-  q = fma(q, u, set(3.6478683352e-2f));
-  q = fma(q, u, set(3.1826692820e-1f));
-  q = fma(q, u, set(7.9788935184e-1f));
+  F q;
+  if constexpr (!Short) {
+    q = polynomial(u, {-1.9020659465e-6f, 2.8056945666e-5f, -1.3147325080e-4f, -2.7207564563e-4f,
+                       7.2454209439e-3f, -5.2627611905e-2f, -4.5916214585e-1f, -1.1511110067f});
+  } else {
+    q = polynomial(u, {-4.9273145851e-4f, 7.2318571620e-3f, -5.2229184657e-2f, -4.5951190591e-1f,
+                       -1.1510294676f});
+  }
   // Capped, so that inf * 0 does not arise; max and min pass a NaN in their second argument on.
   const F half = set(0.5f) * min(set(64.0f), u);
-  return max(set(0.0f), x) - half * exp_small(set(0.0f) - q * u);
+  return max(set(0.0f), x) - half * exp2_small<Short>(q * u);
 }
 
 // {first, first + 1, ...}
