@@ -7,9 +7,9 @@
 //
 // Packed weights are tiles where they lie. Quantised ones and rows of W in place become tiles in a
 // small buffer: where many rows meet them, the next piece is made between the tile products of this
-// one, which leave the vector units idle. Up to 16 rows of x change sides: rows of W are tiles as
-// they are when they come first, x the second operand and the product transposed. Factors and
-// their order in a sum are the same, and so are the bits.
+// one, which leave the vector units idle; so is the epilogue of the panel before. Up to 16 rows of
+// x change sides: rows of W are tiles as they are when they come first, x the second operand and
+// the product transposed. Factors and their order in a sum are the same, and so are the bits.
 #include "kernels/cpu/amx.h"
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
@@ -91,9 +91,8 @@ void plan(LinearParams& p, int threads) {
   const bool as_second = takes_second(p);
   p.items = as_second ? steps_of(p) : tiles - first_copied(p);
   p.workspace_size = p.items * (as_second ? 1 : steps_of(p)) * kTileBytes;
-  // Two panels of one tile's rows, or one panel of a chunk's rows.
-  const int64_t rows = p.row_step < 2 * kTileRows ? 2 * kTileRows : p.row_step;
-  p.scratch_size = made_bytes(p) + rows * kPanelColumns * 4;
+  // Two panels of sums.
+  p.scratch_size = made_bytes(p) + 2 * p.row_step * kPanelColumns * 4;
 }
 
 // The rows of an incomplete tile, null for those beyond the last, to [K/32][16][32], zero-padded.
@@ -176,18 +175,14 @@ struct Fetch {
   }
 };
 
-// Steps [s, s + steps) of a panel are made in equal shares of `calls`.
-template <class W>
-struct Make {
-  const LinearParams& p;
-  int64_t panel, s, steps, calls;
-  char* to;
-  int64_t call = 0, made = 0;
+// Work of so many parts, spread evenly over so many calls.
+struct Spread {
+  int64_t parts, calls;
+  int64_t call = 0, done = 0;
 
-  void operator()() {
-    for (++call; made * calls < steps * call; ++made) {
-      make_step<W>(p, panel, s + made, to + made * kPanelStepBytes);
-    }
+  template <class Part>
+  void operator()(Part&& part) {
+    for (++call; done * calls < parts * call; ++done) part(done);
   }
 };
 
@@ -417,11 +412,10 @@ void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, f
   }
 }
 
-// A piece of a panel meets the rows [m0, m1).
+// Steps [s, s + steps) of a panel, w, meet the rows [m0, m1).
 template <class Share>
-void piece_of_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel,
-                   int64_t s, int64_t steps, const char* w, float* sums, Share& share) {
-  const bool last = s + steps >= steps_of(p);
+void piece_of_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t s,
+                   int64_t steps, const char* w, float* sums, Share& share) {
   for (int64_t m = m0; m < m1; m += 2 * kTileRows) {
     float* c = sums + (m - m0) * kPanelColumns;
     RowTile a0 = row_tile(p, m / kTileRows);
@@ -433,39 +427,59 @@ void piece_of_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int6
     } else {
       block_1x2(t, a0, w, steps, c, s > 0, share);
     }
-    if (last) finish(p, c, kPanelColumns, m, least(m1 - m, 2 * kTileRows), panel * kPanelColumns);
   }
 }
 
 template <class W>
 void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0,
                int64_t panel1, float* sums, char* made) {
+  constexpr int64_t kPart = 4;  // rows of an epilogue
   const int64_t all = steps_of(p), blocks = ceil_div(m1 - m0, 2 * kTileRows);
-  // At least one piece: the epilogue of a product over nothing.
-  const int64_t pieces = all == 0 ? 1 : ceil_div(all, kSteps), count = (panel1 - panel0) * pieces;
-  // While piece i meets its rows, piece i + 1 is made or fetched.
-  for (int64_t i = kIsMade<W> ? -1 : 0; i < count; ++i) {
-    const auto panel = [&](int64_t j) { return panel0 + j / pieces; };
-    const auto first = [&](int64_t j) { return j % pieces * kSteps; };
-    const auto steps = [&](int64_t j) { return least(kSteps, all - first(j)); };
-    if constexpr (kIsMade<W>) {
-      const int64_t next = i + 1 < count ? steps(i + 1) : 0;
-      char* to = made + (i + 1) % 2 * kPieceBytes;
-      Make<W> make{p, panel(i + 1), first(i + 1), next, i < 0 ? 1 : blocks * steps(i), to};
-      if (i < 0) {
-        make();
-      } else {
-        piece_of_rows(t, p, m0, m1, panel(i), first(i), steps(i), made + i % 2 * kPieceBytes, sums,
-                      make);
-      }
-    } else {
-      const bf16* w = panel_at<bf16>(p, panel(i), first(i) * kTileDepth);
-      Fetch fetch{reinterpret_cast<const char*>(w) + steps(i) * kPanelStepBytes,
-                  ceil_div(kPanelStepBytes / 64, blocks) * 64};
-      piece_of_rows(t, p, m0, m1, panel(i), first(i), steps(i), reinterpret_cast<const char*>(w),
-                    sums, fetch);
-    }
+  const auto sums_of = [&](int64_t panel) {
+    return sums + (panel - panel0) % 2 * p.row_step * kPanelColumns;
+  };
+  const auto finish_rows = [&](int64_t panel, int64_t m, int64_t rows) {
+    finish(p, sums_of(panel) + (m - m0) * kPanelColumns, kPanelColumns, m, least(rows, m1 - m),
+           panel * kPanelColumns);
+  };
+  // Pieces are made alternately in two places.
+  const auto place = [&](int64_t panel, int64_t s) {
+    return made + ((panel - panel0) * ceil_div(all, kSteps) + s / kSteps) % 2 * kPieceBytes;
+  };
+  const auto make = [&](int64_t panel, int64_t s, int64_t i) {
+    make_step<W>(p, panel, s + i, place(panel, s) + i * kPanelStepBytes);
+  };
+  if constexpr (kIsMade<W>) {
+    for (int64_t i = 0; i < least(kSteps, all); ++i) make(panel0, 0, i);
   }
+  for (int64_t panel = panel0; panel < panel1; ++panel) {
+    Spread epilogue{panel > panel0 ? ceil_div(m1 - m0, kPart) : 0, blocks * all};
+    const auto finish_part = [&](int64_t i) { finish_rows(panel - 1, m0 + i * kPart, kPart); };
+    // At least one piece: the epilogue of a product over nothing.
+    for (int64_t s = 0; s == 0 || s < all; s += kSteps) {
+      const int64_t steps = least(kSteps, all - s);
+      if constexpr (kIsMade<W>) {
+        const bool last = s + steps >= all;
+        const int64_t to_panel = last ? panel + 1 : panel, to_s = last ? 0 : s + steps;
+        Spread next{to_panel < panel1 ? least(kSteps, all - to_s) : 0, blocks * steps};
+        auto share = [&] {
+          next([&](int64_t i) { make(to_panel, to_s, i); });
+          epilogue(finish_part);
+        };
+        piece_of_rows(t, p, m0, m1, s, steps, place(panel, s), sums_of(panel), share);
+      } else {
+        const char* w = reinterpret_cast<const char*>(panel_at<bf16>(p, panel, s * kTileDepth));
+        Fetch next{w + steps * kPanelStepBytes, ceil_div(kPanelStepBytes / 64, blocks) * 64};
+        auto share = [&] {
+          next();
+          epilogue(finish_part);
+        };
+        piece_of_rows(t, p, m0, m1, s, steps, w, sums_of(panel), share);
+      }
+    }
+    if (all == 0 && panel > panel0) finish_rows(panel - 1, m0, m1 - m0);
+  }
+  finish_rows(panel1 - 1, m0, m1 - m0);
 }
 
 template <class W>
