@@ -338,7 +338,8 @@ def gated_linear(
     decode: bool | None,
     out: Tensor,
 ) -> ctypes.Structure:
-    assert int(gate) == 0 and not gated, "the one gate that a product has, and a plain weight"
+    assert int(gate) == 0, "the one gate that a product has"
+    assert not gated, "the CPU's order of rows"
     swiglu = _C.Activation.swiglu
     weight = (packed, N, K, weight_format)
     return linear(x, *weight, bias, swiglu, None, None, decode, out)

@@ -118,6 +118,7 @@ _op = register(
             _case("odd_gpt_oss", 5, 62, 33, bias=True, kind="gpt_oss"),
             _case("aligned", 37, 272, 72),
             _case("aligned_bias", 20, 48, 200, bias=True),
+            _case("whole_panels", 37, 320, 72, bias=True),
             _case("qwen2_0.5b_decode", 1, 9728, 896, bench=True, slow=True),
             _case("qwen2_0.5b_prefill", 320, 9728, 896, bench=True, slow=True),
         ),

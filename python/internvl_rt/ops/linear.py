@@ -81,9 +81,7 @@ class WeightRows:
 Weight = Tensor | PackedWeight | WeightRows
 
 
-def hold(
-    weight: Tensor | Sequence[Tensor], *, gated: bool = False
-) -> PackedWeight | WeightRows:
+def hold(weight: Tensor | Sequence[Tensor], *, gated: bool = False) -> PackedWeight | WeightRows:
     """The weight in the form that the current instruction set reads best.
 
     Where its kernel reads rows as fast as packed panels nothing is copied, so that a mapped file
