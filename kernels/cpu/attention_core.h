@@ -394,7 +394,8 @@ inline void softmax_row(float* s, int begin, int end, const Visible& see, float 
     float* at = s + key;
     F x[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) x[i] = exp2_small<Pairwise>(fma(load(at + i * kLanes), scale, shift));
+    for (int i = 0; i < 4; ++i)
+      x[i] = exp2_small<Pairwise>(fma(load(at + i * kLanes), scale, shift));
     if (key < see.first || key + kStep > see.end) {
       for (int i = 0; i < 4; ++i) {
         x[i] = select_lt(zero, visible_lanes(see, key + i * kLanes), x[i], zero);
