@@ -1,6 +1,7 @@
 // What the ops with a product share: its steps and how a call's memory is bounded.
 #pragma once
 
+#include "csrc/check.h"
 #include "kernels/linear.h"
 
 namespace ivr {
@@ -19,5 +20,13 @@ constexpr int64_t kDecodeRows = 16;
 // The steps of a product of x in this dtype and weights of this format, on the current instruction
 // set.
 LinearSteps linear_steps(DType dtype, WeightFormat format);
+
+// Checks x [M, K] and a weight [N, K] and describes their product, without an epilogue. The weight
+// is held as its format and the device say, or is a table of pointers to its rows.
+LinearParams product_of(Checker& check, const Tensor& x, const Tensor& weight, int64_t N, int64_t K,
+                        WeightFormat format);
+
+// Runs a product on the CPU.
+void run_on_cpu(const LinearParams& p);
 
 }  // namespace ivr

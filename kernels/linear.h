@@ -17,6 +17,9 @@
 // linear_codes_dot.cpp multiplies the codes themselves. Scales are bf16 because codes are chosen
 // for the rounded scale: nothing is lost, and int4 moves 6 % less.
 //
+// The weight of a gated product (swiglu) has its rows in turns, kGateColumns of the gate and as
+// many of up, so that a panel holds both.
+//
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
 // pairs and matrix tiles take the odd or the even k of a pair first and count denormals as zero;
@@ -34,6 +37,7 @@ enum class Activation : int32_t { none = 0, gelu = 1, silu = 2, swiglu = 3 };
 
 constexpr int64_t kPanelColumns = 32;
 constexpr int64_t kTileDepth = 32;  // k per bf16 matrix tile
+constexpr int64_t kGateColumns = kPanelColumns / 2;
 
 constexpr int64_t panel_count(int64_t N) { return (N + kPanelColumns - 1) / kPanelColumns; }
 constexpr int64_t kQuantGroup = 64;                 // k that share a scale
@@ -68,13 +72,13 @@ struct LinearParams {
   // The rows of an unpacked weight, null where it is packed: panel_count(N) * 32 pointers to K
   // elements each, any row beyond N, and one panel more that is fetched from but not read.
   const void* const* rows;
-  const void* bias;      // [N] or null
+  const void* bias;      // [N] or null; of a gated product the gate's, then those of up
   const void* residual;  // [M, N] or null; may be out
   const void* scale;     // [N] or null
-  void* out;             // [M, N]
+  void* out;             // [M, N]; of a gated product [M, N / 2]
   int64_t M, N, K;
   int64_t x_m, residual_m, out_m;  // row strides in elements
-  Activation activation;           // none, gelu (exact) or silu
+  Activation activation;           // none, gelu (exact), silu; swiglu without residual and scale
   DType dtype;                     // f32 or bf16: of x, bias and scale
   DType out_dtype;                 // of out and residual: dtype, or f32
   WeightFormat format;             // of weight: dtype's, int8 or int4

@@ -332,12 +332,14 @@ def gated_linear(
     N: int,
     K: int,
     weight_format: Any,
+    gated: bool,
     bias: Tensor | None,
     gate: Any,
     decode: bool | None,
     out: Tensor,
 ) -> ctypes.Structure:
     assert int(gate) == 0, "the one gate that a product has"
+    assert not gated, "the CPU's order of rows"
     swiglu = _C.Activation.swiglu
     weight = (packed, N, K, weight_format)
     return linear(x, *weight, bias, swiglu, None, None, decode, out)

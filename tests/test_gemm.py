@@ -49,6 +49,7 @@ GEMMS = {
     "linear/aligned_residual_wide": "gemm_residual_128x256",
     "gated_linear/aligned": "gemm_swiglu_128x256",
     "gated_linear/aligned_bias": "gemm_swiglu_128x256",
+    "gated_linear/whole_panels": "gemm_swiglu_128x256",
 }
 PRODUCTS = {"linear": emulated.linear, "gated_linear": emulated.gated_linear}
 

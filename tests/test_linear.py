@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from internvl_rt import _C, num_threads, ops, set_num_threads
-from internvl_rt.ops import PackedWeight, WeightRows, hold, linear, pack, unpack
+from internvl_rt.ops import (
+    PackedWeight,
+    WeightRows,
+    gated_activation,
+    gated_linear,
+    hold,
+    linear,
+    pack,
+    unpack,
+)
 from internvl_rt.ops.linear import WeightFormat
 from internvl_rt.ops.registry import bits
 from isas import ISAS, reads_rows, stand_in
@@ -197,6 +206,48 @@ def test_gelu_at_its_ends(isa):
     torch.testing.assert_close(y[0, [3, 5]], torch.tensor([-5.919e-9, 6.0]), rtol=0, atol=1e-9)
 
 
+# ---- a product with its gate ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+def test_a_gated_weight_is_held_in_turns(make, quant):
+    parts = [make(48, 70), make(48, 70)]
+    plain, gated = pack(parts, quant=quant), pack(parts, quant=quant, gated=True)
+    assert gated.gated
+    assert not plain.gated
+    assert torch.equal(unpack(gated), unpack(plain))
+    if quant is None:
+        turned = torch.cat([part[i : i + 16] for i in (0, 16, 32) for part in parts])
+        assert torch.equal(gated.data, pack(turned).data)
+    assert not pack(make(48, 70), quant=quant, gated=True).gated  # one and a half panels
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gated_product_in_one_kernel(isa, make, dtype, quant):
+    parts, bias = [make(96, 100).to(dtype), make(96, 100).to(dtype)], make(192).to(dtype)
+    plain, gated = (pack(parts, quant=quant, gated=gated) for gated in (False, True))
+    x = make(70, 100).to(dtype)
+    _C.kernel_counts(reset=True)
+    together = gated_linear(x, gated, bias=bias)
+    assert sum(_C.kernel_counts(reset=True).values()) == 1
+    two = gated_activation(linear(x, plain, bias=bias))
+    if dtype == torch.float32:
+        assert torch.equal(together, two)
+    else:  # gate and up are not rounded in between
+        torch.testing.assert_close(together, two, rtol=3e-2, atol=3e-2)
+    held = hold(parts, gated=True) if quant is None else gated
+    for M in (1, 2, 13, 17, 40, 69):
+        alone = gated_linear(x[:M], held, bias=bias)
+        assert torch.equal(bits(alone), bits(together[:M])), M
+
+
+def test_a_gated_weight_knows_one_gate(make):
+    gated = pack(make(64, 8), gated=True)
+    with pytest.raises(ValueError, match="gated_linear: kind is 'gpt_oss', but weight is held for"):
+        gated_linear(make(2, 8), gated, kind="gpt_oss")
+
+
 REFUSALS = [
     ({"x": torch.zeros(2, 9)}, r"linear: x has shape \[2, 9\], expected \[M, K=8\]"),
     ({"x": torch.zeros(2, 8).bfloat16()}, "linear: x is bfloat16, expected the weight's float32"),
@@ -205,7 +256,8 @@ REFUSALS = [
         {"residual": torch.zeros(1, 4)},
         r"linear: residual has shape \[1, 4\], expected \[M=2, N=4\]",
     ),
-    ({"activation": "swiglu"}, "linear: activation 'swiglu' is not implemented"),
+    ({"activation": "swiglu"}, "linear: activation is 'swiglu', allowed"),
+    ({"weight": pack(torch.zeros(32, 8), gated=True)}, "linear: weight is held for gated_linear"),
     ({"activation": "relu"}, "linear: activation is 'relu', allowed"),
     ({"out_dtype": torch.bfloat16}, "linear: out_dtype is torch.bfloat16, allowed"),
     ({"out": torch.zeros(2, 5)}, r"linear: out has shape \[2, 5\], expected \[M=2, N=4\]"),

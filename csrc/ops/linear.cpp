@@ -56,32 +56,9 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> bias, Activation activation, std::optional<Tensor> residual,
             std::optional<Tensor> scale, std::optional<bool> decode, Tensor out) {
   Checker check("linear");
-  check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
-  check.require(check["K"] == K, "x has shape ", x, ", expected [M, K=", K, "] (K from weight [", N,
-                ", ", K, "])");
-  check.require(N >= 0, "weight has N=", N, ", expected N >= 0");
-  check.require(format != WeightFormat::fp8,
-                "weight format is not implemented, available: f32, bf16, int8, int4");
   check.require(activation != Activation::swiglu,
-                "activation 'swiglu' is not implemented, available: none, gelu, silu");
-  const DType dtype = is_quantised(format)          ? DType::u8
-                      : format == WeightFormat::f32 ? DType::f32
-                                                    : DType::bf16;
-  check.require(x.dtype == dtype || is_quantised(format), "x is ", name_of(x.dtype),
-                ", expected the weight's ", name_of(dtype));
-  check.require(x.device == Device::cpu || !is_quantised(format),
-                "quantised weights are for the CPU, x is on a CUDA device");
-  check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
-             "packed size");
-  check.bind("N", N, "weight");
-  const bool in_place = weight.dtype == DType::i64;
-  if (in_place) {
-    check.require(reads_rows(format), "weight is not packed, and this instruction set reads none");
-    check.bind("R", (panel_count(N) + 1) * kPanelColumns, "row pointers");
-    check.tensor("weight", weight, {DType::i64}, {"R"});
-  } else {
-    check.tensor("weight", weight, {dtype}, {"P"});
-  }
+                "activation is 'swiglu', allowed: none, gelu, silu");
+  LinearParams p = product_of(check, x, weight, N, K, format);
   if (x.dtype == DType::bf16) {
     check.tensor("out", out, {DType::bf16, DType::f32}, {"M", "N"});
   } else {
@@ -90,32 +67,23 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   if (bias) check.tensor("bias", *bias, {x.dtype}, {"N"});
   if (scale) check.tensor("scale", *scale, {x.dtype}, {"N"});
   if (residual) check.tensor("residual", *residual, {out.dtype}, {"M", "N"});
-  LinearParams p{};
-  p.x = x.data;
-  p.weight = in_place ? nullptr : weight.data;
-  p.rows = in_place ? static_cast<const void* const*>(weight.data) : nullptr;
   p.bias = bias ? bias->data : nullptr;
   p.residual = residual ? residual->data : nullptr;
   p.scale = scale ? scale->data : nullptr;
   p.out = out.data;
-  p.M = check["M"];
-  p.N = N;
-  p.K = K;
-  p.x_m = x.stride(0);
   p.residual_m = residual ? residual->stride(0) : 0;
   p.out_m = out.stride(0);
   p.activation = activation;
-  p.dtype = x.dtype;
   p.out_dtype = out.dtype;
-  p.format = format;
   p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return;
   if (ran_on_cuda(check, IVR_CUDA_KERNEL(linear), p, x)) return;
-  run(p, linear_steps(x.dtype, format));
+  run_on_cpu(p);
 }
 
-// The rows of several weights one after the other, packed into data.
-void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
+// The rows of several weights one after the other, packed into data; gated: those of the second
+// half in turns with those of the first.
+void pack(std::vector<Tensor> weights, WeightFormat format, bool gated, Tensor data) {
   Checker check("pack");
   check.require(!weights.empty(), "got no weight, expected at least one");
   check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
@@ -134,6 +102,15 @@ void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
   check.tensor("data", data, {dtype}, {"P"});
   if (panels * size == 0) return;
   require_cpu(check, data);
+  if (gated) {
+    check.require(N % kPanelColumns == 0, "a gated weight has N=", N, ", expected a multiple of ",
+                  kPanelColumns);
+    const std::vector<const void*> plain = rows;
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t column = n % kPanelColumns, row = n / kPanelColumns * kGateColumns;
+      rows[n] = plain[row + column + (column < kGateColumns ? 0 : N / 2 - kGateColumns)];
+    }
+  }
   rows.resize(panels * kPanelColumns, nullptr);
   const auto run_panel = pack_kernel.pick();
   parallel_for(panels, kPrepareElements / size + 1, [&](int64_t begin, int64_t end) {
@@ -145,6 +122,47 @@ void pack(std::vector<Tensor> weights, WeightFormat format, Tensor data) {
 }
 
 }  // namespace
+
+LinearParams product_of(Checker& check, const Tensor& x, const Tensor& weight, int64_t N, int64_t K,
+                        WeightFormat format) {
+  check.tensor("x", x, {DType::f32, DType::bf16}, {"M", "K"});
+  check.require(check["K"] == K, "x has shape ", x, ", expected [M, K=", K, "] (K from weight [", N,
+                ", ", K, "])");
+  check.require(N >= 0, "weight has N=", N, ", expected N >= 0");
+  check.require(format != WeightFormat::fp8,
+                "weight format is not implemented, available: f32, bf16, int8, int4");
+  const DType dtype = is_quantised(format)          ? DType::u8
+                      : format == WeightFormat::f32 ? DType::f32
+                                                    : DType::bf16;
+  check.require(x.dtype == dtype || is_quantised(format), "x is ", name_of(x.dtype),
+                ", expected the weight's ", name_of(dtype));
+  check.require(x.device == Device::cpu || !is_quantised(format),
+                "quantised weights are for the CPU, x is on a CUDA device");
+  check.bind("P", x.device == Device::cuda ? N * K : panel_count(N) * panel_size(format, K),
+             "packed size");
+  check.bind("N", N, "weight");
+  const bool in_place = weight.dtype == DType::i64;
+  if (in_place) {
+    check.require(reads_rows(format), "weight is not packed, and this instruction set reads none");
+    check.bind("R", (panel_count(N) + 1) * kPanelColumns, "row pointers");
+    check.tensor("weight", weight, {DType::i64}, {"R"});
+  } else {
+    check.tensor("weight", weight, {dtype}, {"P"});
+  }
+  LinearParams p{};
+  p.x = x.data;
+  p.weight = in_place ? nullptr : weight.data;
+  p.rows = in_place ? static_cast<const void* const*>(weight.data) : nullptr;
+  p.M = check["M"];
+  p.N = N;
+  p.K = K;
+  p.x_m = x.stride(0);
+  p.dtype = x.dtype;
+  p.format = format;
+  return p;
+}
+
+void run_on_cpu(const LinearParams& p) { run(p, linear_steps(p.dtype, p.format)); }
 
 LinearSteps linear_steps(DType dtype, WeightFormat format) {
   LinearSteps steps;
@@ -170,7 +188,8 @@ IVR_BIND(linear) {
   m.def("linear", recordable(&linear), ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
         py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
         py::arg("residual"), py::arg("scale"), py::arg("decode"), py::arg("out"));
-  m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("data"));
+  m.def("pack", &pack, ReleaseGil(), py::arg("weights"), py::arg("format"), py::arg("gated"),
+        py::arg("data"));
   m.def("reads_rows", &reads_rows);
   m.def("packed_size", [](int64_t N, int64_t K, WeightFormat format) {
     return panel_count(N) * panel_size(format, K);

@@ -1,4 +1,5 @@
-// What follows a product: out = residual + scale * act(c + bias), for a block of rows of one panel.
+// What follows a product, for a block of rows of one panel: out = residual + scale * act(c + bias),
+// or silu(gate) * up.
 #pragma once
 
 #include "kernels/cpu/simd.h"
@@ -21,8 +22,28 @@ inline F activate(F v, Activation activation) {
 
 // c: fp32 products [rows, 32], row stride c_m; rows stand at m0, columns at n0.
 template <class T, class Out>
+void finish_gated(const LinearParams& p, const float* c, int64_t c_m, int64_t m0, int64_t rows,
+                  int64_t n0) {
+  const T* bias = static_cast<const T*>(p.bias);
+  const int64_t n = n0 / 2;
+  for (int64_t j = 0; j < kGateColumns; j += kLanes) {
+    const F gate_bias = bias ? load(bias + n + j) : set(0.0f);
+    const F up_bias = bias ? load(bias + p.N / 2 + n + j) : set(0.0f);
+    for (int64_t i = 0; i < rows; ++i) {
+      F gate = load(c + i * c_m + j), up = load(c + i * c_m + kGateColumns + j);
+      if (bias) {
+        gate = gate + gate_bias;
+        up = up + up_bias;
+      }
+      store(static_cast<Out*>(p.out) + (m0 + i) * p.out_m + n + j, silu<kShort<Out>>(gate) * up);
+    }
+  }
+}
+
+template <class T, class Out>
 void finish(const LinearParams& p, const float* c, int64_t c_m, int64_t m0, int64_t rows,
             int64_t n0) {
+  if (p.activation == Activation::swiglu) return finish_gated<T, Out>(p, c, c_m, m0, rows, n0);
   const T* bias = static_cast<const T*>(p.bias);
   const T* scale = static_cast<const T*>(p.scale);
   const int64_t columns = p.N - n0 < kPanelColumns ? p.N - n0 : kPanelColumns;

@@ -46,9 +46,9 @@ class _Maker:
     dtype: torch.dtype
     quant: str | None
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str, *, gated: bool = False) -> Linear:
         form = weight_format(name, self.quant)
-        return Linear(self.opset, *self.w.linear(name), self.dtype, form)
+        return Linear(self.opset, *self.w.linear(name), self.dtype, form, gated)
 
     def norm(self, name: str) -> RmsNorm:
         return RmsNorm(
@@ -126,7 +126,7 @@ class Mlp:
 
     def __init__(self, make: _Maker, i: int) -> None:
         self.ops, self.gate = make.opset, make.config.gate
-        self.gate_up = make.linear(f"llm.{i}.gate_up")
+        self.gate_up = make.linear(f"llm.{i}.gate_up", gated=self.gate == "silu")
         self.down = make.linear(f"llm.{i}.down")
 
     def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from internvl_rt import _C
 from internvl_rt.ops.gated_activation import KINDS, gated_activation
 from internvl_rt.ops.gated_activation import reference as gate_reference
-from internvl_rt.ops.linear import PackedWeight, Weight, hold, linear, pack
+from internvl_rt.ops.linear import Weight, hold, linear, pack, readable
 from internvl_rt.ops.linear import cost as product_cost
 from internvl_rt.ops.linear import reference as product_reference
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
@@ -28,13 +28,15 @@ def gated_linear(
 ) -> Tensor:
     """gated_activation(linear(x, weight, bias=bias), kind=kind): SwiGLU (Shazeer, 2020).
 
-    One kernel where a GPU has one (Hopper, kind "silu", the prefill phase, bfloat16 rows of
-    multiples of 16 bytes): gate and up then stay in float32 and the result is rounded once.
-    Elsewhere it is those two ops.
+    One kernel where kind is "silu" and the weight is held for it (`hold` with gated=True, on the
+    CPU), and where a GPU has one (Hopper, the prefill phase, bfloat16 rows of multiples of 16
+    bytes): gate and up then stay in float32 and the result is rounded once. Elsewhere it is those
+    two ops.
 
     x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others;
         on CUDA that holds within a phase.
-    weight: [2I, K] as in `linear`, the gate's rows first, then those of up. bias: [2I].
+    weight: [2I, K], the gate's rows first, then those of up, from `hold` or `pack`; a plain tensor
+        is held anew in every call. bias: [2I].
     kind: as of `gated_activation`. phase: as of `linear`.
     out: [M, I]; rows may be strided; must not overlap x.
     Returns [M, I]. Raises ValueError for shapes, dtypes or options that do not fit.
@@ -49,15 +51,18 @@ def gated_linear(
     if run is None:
         return give("gated_linear", reference(x, weight, bias=bias, kind=kind), out)
     if isinstance(weight, Tensor):
-        weight = hold(weight)
+        weight = hold(weight, gated=kind == "silu" and backend in (None, "native"))
+    elif weight.gated and kind != "silu":
+        raise ValueError(f"gated_linear: kind is {kind!r}, but weight is held for 'silu'")
+    weight = readable(weight)
     if out is None:
         rows = x.shape[0] if x.dim() == 2 else 0
         out = torch.empty((rows, weight.n // 2), dtype=x.dtype, device=x.device)
-    if isinstance(weight, PackedWeight):
-        decode = None if phase is None else phase == "decode"
-        shape = (weight.n, weight.k, weight.format)
-        if run(x, weight.data, *shape, bias, KINDS[kind], decode, out):
-            return out
+    decode = None if phase is None else phase == "decode"
+    held = (weight.data, weight.n, weight.k, weight.format, weight.gated)
+    # A call that is recorded says nothing; for a weight that is held for it there is a kernel.
+    if run(x, *held, bias, KINDS[kind], decode, out) or weight.gated:
+        return out
     both = linear(x, weight, bias=bias, phase=phase, backend=backend)
     return gated_activation(both, kind=kind, out=out, backend=backend)
 
@@ -113,6 +118,7 @@ _op = register(
             _case("odd_gpt_oss", 5, 62, 33, bias=True, kind="gpt_oss"),
             _case("aligned", 37, 272, 72),
             _case("aligned_bias", 20, 48, 200, bias=True),
+            _case("whole_panels", 37, 320, 72, bias=True),
             _case("qwen2_0.5b_decode", 1, 9728, 896, bench=True, slow=True),
             _case("qwen2_0.5b_prefill", 320, 9728, 896, bench=True, slow=True),
         ),

@@ -16,6 +16,7 @@ from internvl_rt.ops import quantise
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
 
 PANEL = quantise.PANEL
+_TURN = PANEL // 2  # rows of a gated weight's gate that are followed by as many of up
 
 _FORMATS = {torch.float32: WeightFormat.f32, torch.bfloat16: WeightFormat.bf16}
 _ACTIVATIONS = dict(_C.Activation.__members__)
@@ -27,13 +28,14 @@ class PackedWeight:
     plain rows on CUDA.
 
     data: one flat tensor, uint8 where it is quantised; n, k: the weight's shape; format: what its
-    elements are.
+    elements are; gated: whether it is held for `gated_linear`.
     """
 
     data: Tensor
     n: int
     k: int
     format: WeightFormat
+    gated: bool = False
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight in the layout of another device."""
@@ -55,7 +57,8 @@ class WeightRows:
     """A weight [n, k] that stays where it is, as in a mapped file.
 
     parts: the tensors whose rows, one after the other, are the weight's; pointers: int64, where
-    each row lies, padded to whole panels and one more.
+    each row lies, padded to whole panels and one more; gated: whether it is held for
+    `gated_linear`.
     """
 
     parts: tuple[Tensor, ...]
@@ -63,6 +66,7 @@ class WeightRows:
     n: int
     k: int
     format: WeightFormat
+    gated: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +81,7 @@ class WeightRows:
 Weight = Tensor | PackedWeight | WeightRows
 
 
-def hold(weight: Tensor | Sequence[Tensor]) -> PackedWeight | WeightRows:
+def hold(weight: Tensor | Sequence[Tensor], *, gated: bool = False) -> PackedWeight | WeightRows:
     """The weight in the form that the current instruction set reads best.
 
     Where its kernel reads rows as fast as packed panels nothing is copied, so that a mapped file
@@ -90,15 +94,21 @@ def hold(weight: Tensor | Sequence[Tensor]) -> PackedWeight | WeightRows:
         for w in weights
     )
     if not (in_place and first.dtype in _FORMATS and _C.reads_rows(_FORMATS[first.dtype])):
-        return pack(weights)
+        return pack(weights, gated=gated)
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
     rows = torch.cat(
         [torch.arange(len(w)) * (w.stride(0) * w.element_size()) + w.data_ptr() for w in weights]
     )
+    gated = gated and n % PANEL == 0
     pointers = torch.zeros((-(-n // PANEL) + 1) * PANEL, dtype=torch.int64)
     if n:
-        pointers[:n], pointers[n:] = rows, rows[0]
-    return WeightRows(tuple(weights), pointers, n, k, _FORMATS[first.dtype])
+        pointers[:n], pointers[n:] = _in_turns(rows) if gated else rows, rows[0]
+    return WeightRows(tuple(weights), pointers, n, k, _FORMATS[first.dtype], gated)
+
+
+def _in_turns(rows: Tensor) -> Tensor:
+    """Rows of a gate and then of up -> _TURN of either in turns: a panel holds both."""
+    return rows.unflatten(0, (2, -1, _TURN)).transpose(0, 1).flatten(0, 2)
 
 
 def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -112,7 +122,11 @@ def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def pack(
-    weight: Tensor | Sequence[Tensor], *, quant: str | None = None, out: Tensor | None = None
+    weight: Tensor | Sequence[Tensor],
+    *,
+    quant: str | None = None,
+    gated: bool = False,
+    out: Tensor | None = None,
 ) -> PackedWeight:
     """Packs a weight [N, K], or several with one K, whose outputs then stand side by side.
 
@@ -120,6 +134,8 @@ def pack(
         is rearranged, and a single contiguous weight is not even copied.
     quant: "int8" or "int4" quantises it in groups of 64 along K (ops/quantise.py), on the CPU
         only; x may then be of either dtype. None keeps the weight's.
+    gated: it is for `gated_linear`, kind "silu", which then is one kernel on the CPU. The result
+        says whether it is: on CUDA, and where N is no multiple of 32, it stays as any other.
     out: flat memory of `packed_size(N, K, dtype or quant)` elements (N * K on CUDA), else it is
         allocated.
     Raises ValueError for shapes, dtypes or formats that do not fit, and for NaN or infinite weights
@@ -129,20 +145,27 @@ def pack(
     first = weights[0]
     n, k = sum(w.shape[0] for w in weights), first.shape[1]
     size = packed_size(n, k, quant or first.dtype)
+    gated = gated and n % PANEL == 0 and not first.is_cuda
     if quant is not None:
-        return _pack_quantised(weights, n, k, quant, size, out)
+        return _pack_quantised(weights, n, k, quant, gated, size, out)
     if first.is_cuda:
         plain = torch.cat(weights) if len(weights) > 1 else first
         data = give("pack", plain.reshape(n * k), out)
         return PackedWeight(data, n, k, _FORMATS[first.dtype])
     if out is None:
         out = torch.empty(size, dtype=first.dtype)
-    _C.pack(weights, _FORMATS[first.dtype], out)
-    return PackedWeight(out, n, k, _FORMATS[first.dtype])
+    _C.pack(weights, _FORMATS[first.dtype], gated, out)
+    return PackedWeight(out, n, k, _FORMATS[first.dtype], gated)
 
 
 def _pack_quantised(
-    weights: Sequence[Tensor], n: int, k: int, quant: str, size: int, out: Tensor | None
+    weights: Sequence[Tensor],
+    n: int,
+    k: int,
+    quant: str,
+    gated: bool,
+    size: int,
+    out: Tensor | None,
 ) -> PackedWeight:
     for w in weights:
         if w.is_cuda or not w.is_floating_point():
@@ -155,8 +178,9 @@ def _pack_quantised(
         raise ValueError(
             f"pack: out is {out.dtype} {list(out.shape)}, expected torch.uint8 {[size]}"
         )
-    quantise.pack_quantised(torch.cat(list(weights)) if weights[1:] else weights[0], quant, out)
-    return PackedWeight(out, n, k, quantise.FORMATS[quant])
+    weight = torch.cat(list(weights)) if weights[1:] else weights[0]
+    quantise.pack_quantised(_in_turns(weight) if gated else weight, quant, out)
+    return PackedWeight(out, n, k, quantise.FORMATS[quant], gated)
 
 
 def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:
@@ -171,15 +195,29 @@ def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:
     return _C.packed_size(n, k, _FORMATS[kind])
 
 
+def readable(weight: PackedWeight | WeightRows) -> PackedWeight | WeightRows:
+    """The weight, packed if the current instruction set reads no rows in place."""
+    if isinstance(weight, WeightRows) and not _C.reads_rows(weight.format):
+        return pack(weight.parts, gated=weight.gated)
+    return weight
+
+
 def unpack(weight: PackedWeight | WeightRows) -> Tensor:
     """The weight [n, k] again; a quantised one as code * scale in float32."""
     if isinstance(weight, WeightRows):
         return torch.cat(weight.parts)
+    if weight.data.is_cuda:
+        return weight.data.view(weight.n, weight.k)
+    rows = _unpacked_rows(weight)
+    if weight.gated:
+        rows = rows.unflatten(0, (-1, 2, _TURN)).transpose(0, 1).flatten(0, 2)
+    return rows
+
+
+def _unpacked_rows(weight: PackedWeight) -> Tensor:
     if weight.quantised:
         parts = quantise.unpack_quantised(weight.data, weight.n, weight.k, weight.format)
         return quantise.dequantise(*parts)[:, : weight.k]
-    if weight.data.is_cuda:
-        return weight.data.view(weight.n, weight.k)
     columns = -(-weight.n // PANEL) * PANEL
     depth = weight.data.numel() // columns if columns else weight.k
     pair = 2 if weight.format == WeightFormat.bf16 else 1
@@ -208,7 +246,7 @@ def linear(
         which costs more than the product itself where M is small. Quantised by `pack`, its codes
         times scales take part, rounded to bfloat16 where the instruction set multiplies bfloat16.
     bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
-    activation: "none", "gelu" (exact), "silu"; "swiglu" is not implemented.
+    activation: "none", "gelu" (exact), "silu". For SwiGLU there is `gated_linear`.
     residual: [M, N], dtype of the result.
     out_dtype: x's dtype (default), or float32 for bfloat16 inputs (logits).
     phase: on CUDA, "decode" is the kernel for few rows and "prefill" the one for many, for any M;
@@ -236,8 +274,9 @@ def linear(
         return give("linear", result, out)
     if isinstance(weight, Tensor):
         weight = hold(weight)
-    elif isinstance(weight, WeightRows) and not _C.reads_rows(weight.format):
-        weight = pack(weight.parts)
+    elif weight.gated:
+        raise ValueError("linear: weight is held for gated_linear, expected one without gated=True")
+    weight = readable(weight)
     if out is None:
         out = torch.empty(
             (x.shape[0] if x.dim() == 2 else 0, weight.n),
