@@ -4,17 +4,17 @@
     python bench/cpu.py --dtype f32 --rows vit-1,decode-320
     python bench/cpu.py --shape tiny       # seconds: tries the bench, its figures mean nothing
 
-Both sides read the same files (Transformers-native layout), use the same number of threads, and
+All sides read the same files (Transformers-native layout), use the same number of threads, and
 take turns call by call, each first in every other round. The peer runs eagerly with its default
-attention (scaled_dot_product_attention, the faster one of its two). Where OpenVINO is installed it
-takes part in what it has graphs for. Before anything is timed all must agree on picture features
-and logits. Load time and memory are measured in processes of their own, with the files in the page
-cache.
+attention (scaled_dot_product_attention, the faster one of its two). OpenVINO and llama.cpp take
+part in what they have graphs for, where they are installed. Before anything is timed all must agree
+on picture features and logits. Load time and memory are measured in processes of their own, with
+the files in the page cache.
 
     vit-T          T tiles of 448 x 448 through tower and projector
     prefill-N      a prompt of N tokens, logits of the last one, its argmax
     decode-N       the next token after a context of N; decode-BxN: of B sequences together
-    decode-N-int8  ours with quantised weights; the peer, which has none, as in decode-N
+    decode-N-int8  with quantised weights; the peer, which has none, as in decode-N
     preprocess-4k  a picture of 3840 x 2160 to 13 tiles; the peer is Pillow, numpy and torch
     load           checkpoint to model; first-token: and 8 tokens of prompt to the next token
     memory         peak resident memory above that after the imports: load, 1 tile, 64 + 8 tokens
@@ -51,7 +51,7 @@ DTYPES = {
     "f32": torch.float32,
     "float32": torch.float32,
 }
-SIDES = ("ours", "peer", "openvino")  # peer: transformers
+SIDES = ("ours", "peer", "openvino", "llamacpp")  # peer: transformers
 ROWS = (
     "vit-1",
     "vit-4",
@@ -67,14 +67,17 @@ ROWS = (
     "first-token",
     "memory",
 )
-OPENVINO_KINDS = ("vit", "prefill", "decode")
+# Sides that are there where their packages are, and the rows that they take part in.
+PACKAGES = {"openvino": ("openvino",), "llamacpp": ("xllamacpp", "gguf")}
+TAKES = {"openvino": ("vit", "prefill", "decode"), "llamacpp": ("prefill", "decode")}
+QUANTISED = ("ours", "llamacpp")
 IN_PROCESSES = ("load", "first-token", "memory")
 # Distance of the two sides' results, relative to their size (both root mean square), above which
 # one of them computes something else. The bfloat16 bound allows for 24 layers of rounding.
 AGREEMENT = {torch.bfloat16: 0.06, torch.float32: 1e-3}
 TILE_TOKENS = 256
 LEAST, MOST = 3, 50  # rounds of a row
-PAUSE = 0.003  # seconds between calls: the other side's worker threads stop spinning
+PAUSE = 0.015  # seconds between calls: the others' threads stop spinning, libgomp's within 11 ms
 
 
 class Ours:
@@ -193,11 +196,29 @@ def _openvino(folder: Path, dtype: torch.dtype, threads: int) -> Any:
     return OpenVino.load(folder, dtype, threads)
 
 
-KINDS = {"ours": Ours.load, "peer": Transformers.load, "openvino": _openvino}
+def _llamacpp(folder: Path, dtype: torch.dtype, threads: int, quant: str | None = None) -> Any:
+    from llamacpp_peer import LlamaCpp
+
+    return LlamaCpp.load(folder, dtype, threads, quant)
+
+
+KINDS = {
+    "ours": Ours.load,
+    "peer": Transformers.load,
+    "openvino": _openvino,
+    "llamacpp": _llamacpp,
+}
 
 
 def available_sides() -> list[str]:
-    return [s for s in SIDES if s != "openvino" or importlib.util.find_spec("openvino")]
+    return [s for s in SIDES if all(map(importlib.util.find_spec, PACKAGES.get(s, ())))]
+
+
+def taking_part(row: str, sides: Iterable[str]) -> list[str]:
+    """Those of the sides that have the row."""
+    kind, _, quant = _parts(row)
+    with_quant = ("peer", *QUANTISED)
+    return [s for s in sides if kind in TAKES.get(s, (kind,)) and (not quant or s in with_quant)]
 
 
 @dataclass(frozen=True)
@@ -296,12 +317,12 @@ def agreement(sides: Mapping[str, Any], dtype: torch.dtype) -> dict[str, float]:
     pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     ids = _ids(1, 64)
     found = {}
-    for name, call in (
-        ("features", lambda s: s.encode(pixels)),
-        ("logits", lambda s: s.logits(ids)),
+    for name, row, call in (
+        ("features", "vit-1", lambda s: s.encode(pixels)),
+        ("logits", "prefill-64", lambda s: s.logits(ids)),
     ):
         truth = call(sides["peer"]).double().cpu()
-        for side in (s for s in sides if s != "peer"):
+        for side in (s for s in taking_part(row, sides) if s != "peer"):
             a = call(sides[side]).double().cpu()
             distance = float(((a - truth).square().mean() / truth.square().mean()).sqrt())
             if not distance <= AGREEMENT[dtype]:
@@ -439,9 +460,9 @@ def summary(
         if row.startswith("decode"):
             batch = int(_parts(row)[1].rpartition("x")[0] or 1)
             out[side]["tokens_per_s"] = batch / out[side]["median"]
-    for side, key in (("peer", "ratio"), ("openvino", "ratio_openvino")):
-        if "ours" in out and side in out:
-            out[key] = out[side]["median"] / out["ours"]["median"]
+    if "ours" in out:
+        for side in (s for s in SIDES[1:] if s in out):
+            out[_ratio_key(side)] = out[side]["median"] / out["ours"]["median"]
     if least is not None:
         out["floor"] = least
         if "ours" in out:
@@ -449,21 +470,23 @@ def summary(
     return out
 
 
+def _ratio_key(side: str) -> str:
+    return "ratio" if side == "peer" else f"ratio_{side}"
+
+
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as text; ratio is a peer's figure over ours, above 1 is better."""
     rows = list(rows)
-    three = any("openvino" in row for row in rows)
-    line = f"{'row':<17}{'ours':>10} {'[min, max]':<17}{'peer':>10} {'[min, max]':<17}{'ratio':>6}"
-    line += f"{'openvino':>10} {'[min, max]':<17}{'ratio':>6}" if three else ""
+    peers = ["peer", *(s for s in PACKAGES if any(s in row for row in rows))]
+    line = f"{'row':<17}{'ours':>10} {'[min, max]':<17}"
+    line += "".join(f"{side:>10} {'[min, max]':<17}{'ratio':>6}" for side in peers)
     lines = [f"{line}{'floor':>10}{'share':>7}"]
     for row in rows:
         if "error" in row:
             lines.append(f"{row['row']:<17}{row['error']}")
             continue
         line = f"{row['row']:<17}" + _cell(row, row.get("ours"))
-        line += _cell(row, row.get("peer")) + _ratio(row, "ratio")
-        if three:
-            line += _cell(row, row.get("openvino")) + _ratio(row, "ratio_openvino")
+        line += "".join(_cell(row, row.get(s)) + _ratio(row, _ratio_key(s)) for s in peers)
         if "floor" in row:
             line += f"{_measure(row, row['floor'], row['floor']):>10}"
             line += f"{row['share']:>7.0%}" if "share" in row else ""
@@ -528,7 +551,7 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
     result["limits"] = asdict(limits)
     wanted = [r for r in options.rows if r in IN_PROCESSES]
     if wanted:
-        loaded = [side for side in options.sides if side != "openvino"]
+        loaded = [side for side in options.sides if side not in PACKAGES]
         found = measure_processes(loaded, folder, options.dtype, threads)
         tensors = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         floors = {"memory": tensors / 1024}
@@ -545,17 +568,17 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
             )
         if "openvino" in sides:
             result["openvino"] = f"openvino {sides['openvino'].version}"
+        if "llamacpp" in sides:
+            result["llamacpp"] = f"llama.cpp of xllamacpp {sides['llamacpp'].version}"
         if "peer" in sides and len(sides) > 1:
             result["agreement"] = agreement(sides, dtype)
         for row in wanted:
             print(f"{row} ...", file=sys.stderr)
             try:
-                kind, _, quant = _parts(row)
-                taking = dict(sides)
-                if kind not in OPENVINO_KINDS or quant:
-                    taking.pop("openvino", None)
-                if quant and "ours" in sides:
-                    taking["ours"] = Ours.load(folder, dtype, threads, quant)
+                taking = {side: sides[side] for side in taking_part(row, sides)}
+                if quant := _parts(row)[2]:
+                    for side in (s for s in QUANTISED if s in taking):
+                        taking[side] = KINDS[side](folder, dtype, threads, quant)
                 samples = time_row(row, taking, options.seconds)
                 least = floor(row, SHAPES[options.shape], dtype, limits)
                 result["rows"].append(summary(row, samples, least))

@@ -17,6 +17,7 @@ from internvl_rt.ops.registry import Inputs, outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
 OPENVINO = importlib.util.find_spec("openvino") is not None
+LLAMACPP = all(map(importlib.util.find_spec, ("xllamacpp", "gguf")))
 
 
 @pytest.fixture(autouse=True)
@@ -151,31 +152,103 @@ def test_models_beside_transformers(tmp_path):
         if "share" in row:
             assert row["floor"] > 0
         assert ("ratio_openvino" in row) == (OPENVINO and row["row"] in rows[:3])
+        assert ("ratio_llamacpp" in row) == (LLAMACPP and row["row"] in rows[1:4])
     assert 0 < written["agreement"]["logits"] < 1e-3
     assert "sdpa attention" in written["peer"]
+    assert ("llamacpp" in written) == ("logits, llamacpp" in written["agreement"]) == LLAMACPP
 
 
-def test_a_third_side_has_its_columns():
+@pytest.mark.parametrize("side", ["openvino", "llamacpp"])
+def test_a_third_side_has_its_columns(side):
     cpu = pytest.importorskip("cpu", reason="not run from the repository")
-    samples = {"ours": [0.1, 0.2, 0.3], "peer": [0.4], "openvino": [0.3]}
+    samples = {"ours": [0.1, 0.2, 0.3], "peer": [0.4], side: [0.3]}
     rows = [cpu.summary("decode-8x320", samples, 0.05), cpu.summary("load", {"ours": [1.0]})]
-    assert (rows[0]["ratio"], rows[0]["ratio_openvino"]) == pytest.approx((2.0, 1.5))
-    assert rows[0]["openvino"]["tokens_per_s"] == 8 / 0.3
+    assert (rows[0]["ratio"], rows[0][f"ratio_{side}"]) == pytest.approx((2.0, 1.5))
+    assert rows[0][side]["tokens_per_s"] == 8 / 0.3
     head, first, second = cpu.table(rows).splitlines()
-    assert head.split()[-6:] == ["openvino", "[min,", "max]", "ratio", "floor", "share"]
+    assert head.split()[-6:] == [side, "[min,", "max]", "ratio", "floor", "share"]
     assert first.split()[-4:] == ["1.50", "50.0", "ms", "25%"]
-    assert head.index("openvino") + len("openvino") == first.index("300.0 ms") + len("300.0 ms")
+    assert head.index(side) + len(side) == first.index("300.0 ms") + len("300.0 ms")
     assert second == f"load{'':<13}{'1.00 s':>10} [1.00, 1.00]"
-    assert "openvino" not in cpu.table(rows[1:])
+    assert side not in cpu.table(rows[1:])
 
 
-def test_a_side_that_is_not_installed_is_refused():
-    if OPENVINO:
-        pytest.skip("OpenVINO is installed")
-    command = [sys.executable, str(BENCH / "cpu.py"), "--sides", "ours,openvino"]
+def test_a_fourth_side_is_beside_the_third():
+    cpu = pytest.importorskip("cpu", reason="not run from the repository")
+    rows = [
+        cpu.summary("vit-1", {"ours": [0.1], "peer": [0.4], "openvino": [0.3]}, 0.05),
+        cpu.summary("decode-320-int4", {"ours": [0.1], "peer": [0.4], "llamacpp": [0.2]}, 0.05),
+    ]
+    head, first, second = cpu.table(rows).splitlines()
+    for line, side, cell in ((first, "openvino", "300.0 ms"), (second, "llamacpp", "200.0 ms")):
+        assert head.index(side) + len(side) == line.index(cell) + len(cell)
+    assert first.index("50.0 ms") == second.index("50.0 ms")
+
+
+def test_sides_take_part_in_the_rows_they_have():
+    cpu = pytest.importorskip("cpu", reason="not run from the repository")
+    for row, left_out in (
+        ("vit-4", {"llamacpp"}),
+        ("prefill-320", set()),
+        ("decode-8x320", set()),
+        ("decode-320-int4", {"openvino"}),
+        ("preprocess-4k", {"openvino", "llamacpp"}),
+    ):
+        assert cpu.taking_part(row, cpu.SIDES) == [s for s in cpu.SIDES if s not in left_out], row
+
+
+@pytest.mark.parametrize("missing", ["openvino", "xllamacpp", "gguf"])
+def test_a_side_is_there_where_all_of_its_packages_are(missing, monkeypatch):
+    cpu = pytest.importorskip("cpu", reason="not run from the repository")
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", lambda name: name != missing or None)
+    gone = "openvino" if missing == "openvino" else "llamacpp"
+    assert cpu.available_sides() == [s for s in cpu.SIDES if s != gone]
+
+
+@pytest.mark.parametrize(("side", "installed"), [("openvino", OPENVINO), ("llamacpp", LLAMACPP)])
+def test_a_side_that_is_not_installed_is_refused(side, installed):
+    if installed:
+        pytest.skip(f"{side} is installed")
+    command = [sys.executable, str(BENCH / "cpu.py"), "--sides", f"ours,{side}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("--sides: openvino is not installed")
+    assert result.stderr.splitlines()[-1].endswith(f"--sides: {side} is not installed")
+
+
+@pytest.mark.skipif(not LLAMACPP, reason="xllamacpp and gguf are not installed")
+@pytest.mark.parametrize(
+    ("quant", "weights", "head", "bound"),
+    [(None, "F32", "F32", 1e-3), ("int8", "Q8_0", "Q8_0", 0.02), ("int4", "Q4_0", "Q8_0", 0.15)],
+)
+def test_llamacpp_computes_the_same_model(tmp_path, quant, weights, head, bound):
+    """All of the language model is in the file, and a step of several rows continues each."""
+    import gguf
+
+    import cpu
+    import llamacpp_peer
+    import make_checkpoint
+
+    shape = replace(make_checkpoint.SHAPES["tiny"], vocab=600)
+    make_checkpoint.make(tmp_path / "model", shape, layout="hf")
+    file = tmp_path / "model.gguf"
+    config = llamacpp_peer.write_gguf(file, tmp_path / "model", torch.float32, quant)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(file).tensors}
+    assert len(kinds) == 3 + 12 * shape.layers
+    assert kinds["output.weight"] == kinds["token_embd.weight"] == head
+    assert kinds["blk.1.attn_q.weight"] == kinds["blk.0.ffn_down.weight"] == weights
+    assert kinds["blk.1.attn_q.bias"] == kinds["output_norm.weight"] == "F32"
+
+    side = llamacpp_peer.LlamaCpp(file, config["vocab_size"], threads=2)
+    peer = cpu.Transformers.load(tmp_path / "model", torch.float32, threads=2)
+    ids = torch.randint(0, 600, (1, 40), generator=torch.Generator().manual_seed(5))
+    expected, got = peer.logits(ids), side.logits(ids)
+    assert (got - expected).norm() < bound * expected.norm()
+    assert side.prefill(ids) == got.argmax(-1).tolist()
+    context = side._context(2)
+    rows = torch.stack((ids[0], ids[0].flip(0)))
+    side._run(context, rows[:, :-1])
+    for row, last in zip(rows, side._run(context, rows[:, -1:]), strict=True):
+        torch.testing.assert_close(torch.from_numpy(last), side.logits(row[None])[0])
 
 
 def test_cpu_refuses_what_it_does_not_know():
