@@ -220,6 +220,9 @@ def test_a_gated_weight_is_held_in_turns(make, quant):
         turned = torch.cat([part[i : i + 16] for i in (0, 16, 32) for part in parts])
         assert torch.equal(gated.data, pack(turned).data)
     assert not pack(make(48, 70), quant=quant, gated=True).gated  # one and a half panels
+    none = pack(make(0, 70), quant=quant, gated=True)
+    assert unpack(none).shape == (0, 70)
+    assert gated_linear(make(3, 70), none).shape == (3, 0)
 
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])

@@ -108,7 +108,7 @@ def hold(weight: Tensor | Sequence[Tensor], *, gated: bool = False) -> PackedWei
 
 def _in_turns(rows: Tensor) -> Tensor:
     """Rows of a gate and then of up -> _TURN of either in turns: a panel holds both."""
-    return rows.unflatten(0, (2, -1, _TURN)).transpose(0, 1).flatten(0, 2)
+    return rows.unflatten(0, (2, len(rows) // PANEL, _TURN)).transpose(0, 1).flatten(0, 2)
 
 
 def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -210,7 +210,7 @@ def unpack(weight: PackedWeight | WeightRows) -> Tensor:
         return weight.data.view(weight.n, weight.k)
     rows = _unpacked_rows(weight)
     if weight.gated:
-        rows = rows.unflatten(0, (-1, 2, _TURN)).transpose(0, 1).flatten(0, 2)
+        rows = rows.unflatten(0, (len(rows) // PANEL, 2, _TURN)).transpose(0, 1).flatten(0, 2)
     return rows
 
 

@@ -86,6 +86,8 @@ def check_quant(quant: str) -> str:
 
 def pack_quantised(weight: Tensor, quant: str, out: Tensor) -> None:
     """Quantises weight [N, K] into out, flat uint8: the groups that kernels/linear.h describes."""
+    if not out.numel():
+        return
     kind = FORMATS[quant]
     panels, G = _panels_and_groups(*weight.shape)
     groups = out.view(panels, G, _CODES[kind].group_bytes)
