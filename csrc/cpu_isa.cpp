@@ -19,8 +19,9 @@ bool has_amx() {
 #if defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  if ((d & kBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr unsigned kAll = kBf16 | kTile | kInt8;
+  if ((d & kAll) != kAll) return false;
   // The tile registers are off until the process asks for them.
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -49,7 +50,8 @@ bool detect(Isa isa) {
     case Isa::amx_emulated:
       return avx512;
     case Isa::amx:
-      return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();
+      return avx512 && __builtin_cpu_supports("avx512bf16") &&
+             __builtin_cpu_supports("avx512vnni") && has_amx();
   }
   return false;
 #else

@@ -12,10 +12,10 @@
 // int8, int4: [ceil(N/32)][ceil(K/64)] groups of 64 k. A group is 32 scales in bf16, then the
 // codes. int8: [16][32][4], a byte q + 128 each; four k of 16 columns are one 512-bit operand of an
 // integer dot product. int4: [8][32][4], a byte for two, q + 8 of k in the low and of k + 4 in the
-// high half. A weight is q * scale, exact in fp32. Where a product's operands are bf16 it is
-// rounded to that, and the product is that of the dequantised weight, bit for bit; kernels/cpu/
-// linear_codes_dot.cpp multiplies the codes themselves. Scales are bf16 because codes are chosen
-// for the rounded scale: nothing is lost, and int4 moves 6 % less.
+// high half. A weight is q * scale, exact in fp32, and the product that of the dequantised
+// weight, bit for bit, but where codes are multiplied as they are (kernels/cpu/linear_digits.h).
+// Scales are bf16 because codes are chosen for the rounded scale: nothing is lost, and int4 moves
+// 6 % less.
 //
 // The weight of a gated product (swiglu) has its rows in turns, kGateColumns of the gate and as
 // many of up, so that a panel holds both.
@@ -39,7 +39,9 @@ constexpr int64_t kPanelColumns = 32;
 constexpr int64_t kTileDepth = 32;  // k per bf16 matrix tile
 constexpr int64_t kGateColumns = kPanelColumns / 2;
 
-constexpr int64_t panel_count(int64_t N) { return (N + kPanelColumns - 1) / kPanelColumns; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t panel_count(int64_t N) { return ceil_div(N, kPanelColumns); }
 constexpr int64_t kQuantGroup = 64;                 // k that share a scale
 constexpr int64_t kScaleBytes = kPanelColumns * 2;  // of a group
 
@@ -48,14 +50,14 @@ constexpr bool is_quantised(WeightFormat format) {
 }
 // Elements of one panel; bytes where it is quantised.
 constexpr int64_t panel_size(WeightFormat format, int64_t K) {
-  const int64_t groups = (K + kQuantGroup - 1) / kQuantGroup;
+  const int64_t groups = ceil_div(K, kQuantGroup);
   switch (format) {
     case WeightFormat::int8:
       return groups * (kScaleBytes + kQuantGroup * kPanelColumns);
     case WeightFormat::int4:
       return groups * (kScaleBytes + kQuantGroup * kPanelColumns / 2);
     case WeightFormat::bf16:
-      return (K + kTileDepth - 1) / kTileDepth * kTileDepth * kPanelColumns;
+      return ceil_div(K, kTileDepth) * kTileDepth * kPanelColumns;
     default:
       return K * kPanelColumns;
   }
@@ -105,6 +107,7 @@ IVR_CPU_KERNEL(linear, LinearSteps& steps)
 IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)        // bf16
 IVR_DOT_KERNEL(linear_codes_dot, LinearSteps& steps)  // int8, int4
 IVR_AMX_KERNEL(linear_amx, LinearSteps& steps)
+IVR_AMX_KERNEL(linear_codes_amx, LinearSteps& steps)
 
 // Packs one panel. rows: 32 pointers to K elements, null for columns beyond N.
 IVR_CPU_KERNEL(pack_panel, const void* const* rows, int64_t K, WeightFormat format, void* panel)

@@ -20,8 +20,8 @@ from isas import ISAS, stand_in
 
 FORMATS = ("int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16)
-# What multiplies codes instead of the weights that they stand for.
-DIGITS = ("avx512_bf16", torch.bfloat16)
+# In bfloat16 these multiply codes instead of the weights that they stand for.
+DIGITS = [isa for isa in ISAS if stand_in(isa) != isa]
 MIXTURES = [
     Path(__file__).parent / "golden" / f"internvl3_5-{name}" for name in ("qwen3moe", "gptoss")
 ]
@@ -145,27 +145,23 @@ def test_packing_joins_weights_and_refuses_the_rest(make):
 @pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_product_is_that_of_the_dequantised_weight(isa, make, dtype, N, K, fmt):
-    """Bit for bit: rounded to bfloat16 where bfloat16 is multiplied, exact elsewhere."""
-    if (isa, dtype) == DIGITS:
+    """Bit for bit."""
+    if isa in DIGITS and dtype == torch.bfloat16:
         pytest.skip("multiplies the codes themselves")
     quantised = pack(make(N, K), quant=fmt)
     bias, residual = make(N).to(dtype), make(70, N).to(dtype)
-    rounded = dtype == torch.bfloat16 and stand_in(isa) != isa
-    kind = torch.bfloat16 if rounded else torch.float32
-    plain = pack(unpack(quantised).to(kind))
+    plain = pack(unpack(quantised))
     for M in (1, 2, 3, 5, 13, 40, 70):
         x = make(M, K).to(dtype)
         options = {"bias": bias, "residual": residual[:M]}
         ours = linear(x, quantised, **options)
-        options = {name: tensor.to(kind) for name, tensor in options.items()}
-        assert torch.equal(bits(ours), bits(linear(x.to(kind), plain, **options).to(dtype))), M
+        options = {name: tensor.float() for name, tensor in options.items()}
+        assert torch.equal(bits(ours), bits(linear(x.float(), plain, **options).to(dtype))), M
 
 
-@pytest.fixture
-def digits():
-    if DIGITS[0] not in ISAS:
-        pytest.skip("no kernel of this machine multiplies codes")
-    _C.force_isa(DIGITS[0])
+@pytest.fixture(params=DIGITS)
+def digits(request):
+    _C.force_isa(request.param)
     yield
     _C.force_isa("")
 
@@ -173,7 +169,7 @@ def digits():
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056)])
 def test_codes_times_digits(digits, make, N, K, fmt):
-    """The definition in kernels/cpu/linear_codes_dot.cpp: exact sums of a group, added in order."""
+    """The definition in kernels/cpu/linear_digits.h: exact sums of a group, added in order."""
     w = pack(make(N, K), quant=fmt)
     codes, scales = quantise(unpack(w), fmt)
     assert torch.equal(dequantise(codes, scales)[:, :K], unpack(w))

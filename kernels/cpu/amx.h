@@ -10,7 +10,7 @@
 namespace ivr {
 namespace {
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
 // Written as assembly because the compiler's intrinsics take only literal register numbers, and
 // gcc 12's ldtilecfg does not tell that it reads memory. No compiler keeps anything of its own in
@@ -49,6 +49,11 @@ class Tiles {
   template <int kC, int kA, int kB>
   void multiply() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+  }
+  // C [16][16] int32 += A [16][16 quads] int8 * B [16 quads][16][4] uint8.
+  template <int kC, int kA, int kB>
+  void multiply_bytes() {
+    asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
   }
 };
 
@@ -93,6 +98,16 @@ class Tiles {
           c = flushed(fma(flushed(set(to_float(a[2 * k + 1]))), odd[k], c));
         }
         ivr::store(row, c);
+      }
+    }
+  }
+  template <int kC, int kA, int kB>
+  void multiply_bytes() {
+    for (int m = 0; m < 16; ++m) {
+      int32_t* row = reinterpret_cast<int32_t*>(tile_[kC][m]);
+      const int8_t* a = reinterpret_cast<const int8_t*>(tile_[kA][m]);
+      for (int k = 0; k < 64; ++k) {
+        for (int n = 0; n < 16; ++n) row[n] += a[k] * tile_[kB][k / 4][4 * n + k % 4];
       }
     }
   }

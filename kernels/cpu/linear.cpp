@@ -12,6 +12,7 @@
 // rows meet them.
 #include "kernels/linear.h"
 
+#include "kernels/cpu/linear_chunks.h"
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
@@ -38,9 +39,6 @@ constexpr int64_t kDepth = 128;
 constexpr int64_t kRowStep = 360;   // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;   // 368 KB of partial sums
 constexpr int64_t kWidenRows = 36;  // from here on a piece is copied once per chunk, in fp32
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // x's depth in the workspace: pairs are whole.
 inline int64_t even_depth(const LinearParams& p) {
@@ -127,7 +125,7 @@ template <int Rows, int Vectors, class Code>
   alignas(64) float made[kPanels * kSize];
   for (int64_t k = 0; k < K; k += kSome) {
     for (int64_t i = 0; i < kPanels; ++i) {
-      decode(beside(w, i * step), k / 2, kSome / 2, made + i * kSize);
+      decode(beside(w, i * step), k, kSome, made + i * kSize);
     }
     const float* some = made;
     walk<Rows, Vectors>(a + k * Rows, some, kSize * 4, least(kSome, K - k), false, acc);
@@ -199,24 +197,17 @@ Multiply<W, Vectors> multiply_for(int64_t rows) {
 inline bool reads_x(const LinearParams& p) { return p.M == 1 && p.dtype == DType::f32; }
 
 void plan(LinearParams& p, int threads) {
-  const int64_t panels = panel_count(p.N);
   if (p.M <= kStreamRows) {
+    const int64_t panels = panel_count(p.N);
     p.row_step = p.M;
     p.row_blocks = 1;
     // Whole steps of kStreamVectors, and enough pieces for every thread where there are that many.
     const int64_t step = kStreamVectors / kPanelVectors > 0 ? kStreamVectors / kPanelVectors : 1;
     p.panel_step = panels >= 8 * step * threads ? step : 1;
+    p.panel_blocks = ceil_div(panels, p.panel_step);
   } else {
-    // Even blocks, whole groups.
-    const int64_t blocks = ceil_div(p.M, kRowStep);
-    p.row_step = ceil_div(ceil_div(p.M, blocks), kGroup) * kGroup;
-    p.row_blocks = ceil_div(p.M, p.row_step);
-    p.panel_step = kPanelStep;
-    while (p.panel_step > 1 && p.row_blocks * ceil_div(panels, p.panel_step) < 6 * threads) {
-      p.panel_step /= 2;
-    }
+    plan_chunks(p, kRowStep, kGroup, kPanelStep, threads);
   }
-  p.panel_blocks = ceil_div(panels, p.panel_step);
   p.items = reads_x(p) ? 0 : ceil_div(p.M, kGroup);
   p.workspace_size = reads_x(p) ? 0 : p.M * even_depth(p) * 4;
   const int64_t sums = p.M <= kStreamRows ? kGroup * kStreamVectors * kLanes
@@ -287,7 +278,7 @@ inline void widen(const float* w, int64_t K, float* to) {
 }
 template <class Code>
 void widen(const Code* w, int64_t K, float* to) {
-  decode(w, 0, (K + 1) / 2, to);
+  decode(w, 0, K, to);
 }
 
 // A group's rows times a piece of one panel. made: where codes are widened to.
@@ -391,13 +382,9 @@ void compute_chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0
 template <class W>
 void run(const LinearParams& p, int64_t begin, int64_t end, float* scratch) {
   if (p.M <= kStreamRows) return stream<W>(p, begin, end, scratch);
-  const int64_t panels = panel_count(p.N);
-  for (int64_t i = begin; i < end; ++i) {
-    // Rows go first, so that neighbours in time share weights.
-    const int64_t m = i % p.row_blocks * p.row_step, panel = i / p.row_blocks * p.panel_step;
-    compute_chunk<W>(p, m, least(m + p.row_step, p.M), panel, least(panel + p.panel_step, panels),
-                     scratch);
-  }
+  for_chunks(p, begin, end, [&](int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    compute_chunk<W>(p, m0, m1, panel0, panel1, scratch);
+  });
 }
 
 void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {

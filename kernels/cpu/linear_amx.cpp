@@ -1,38 +1,32 @@
 // linear on bf16 matrix tiles: two tiles of rows by one panel (32 x 32) in four tiles of sums.
 //
-// A chunk's rows of x stay in L2 (kRowBytes) for all its panels; a piece of a panel stays in L1 for
+// A chunk's rows of x stay in L2 for all its panels; a piece of a panel stays in L1 for
 // all its rows. Sums wait in fp32 between pieces, which changes no bit: per element all is one
 // chain over K. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied and
 // padded with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
 //
-// Packed weights are tiles where they lie. Quantised ones and rows of W in place become tiles in a
-// small buffer: where many rows meet them, the next piece is made between the tile products of this
-// one, which leave the vector units idle; so is the epilogue of the panel before. Up to 16 rows of
-// x change sides: rows of W are tiles as they are when they come first, x the second operand and
-// the product transposed. Factors and their order in a sum are the same, and so are the bits.
+// Packed weights are tiles where they lie. Rows of W in place become tiles in a small buffer: the
+// next piece is made between the tile products of this one, which leave the vector units idle; so
+// is the epilogue of the panel before. Up to 16 rows of x change sides: rows of W are tiles as they
+// are when they come first, x the second operand and the product transposed. Factors and their
+// order in a sum are the same, and so are the bits.
 #include "kernels/cpu/amx.h"
-#include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/linear_rows.h"
+#include "kernels/cpu/linear_tiles.h"
 #include "kernels/linear.h"
 
 namespace ivr {
 namespace {
 
-constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kPanelStepBytes = 2 * kTileBytes;  // of a panel, per 32 k
 // Tile steps of a piece, 16 KB of a panel. Between two uses of its lines pass 16 KB of x and the
 // other lines of the piece: together less than L1's 48 KB.
 constexpr int64_t kSteps = 8;
 constexpr int64_t kPieceBytes = kSteps * kPanelStepBytes;
-constexpr int64_t kRowBytes = 1 << 20;
-constexpr int64_t kMaxRows = 512;
 constexpr int64_t kStreamAhead = 4096;  // bytes of each stream
 constexpr int64_t kStepsAhead = 16;     // of each row of W in place, where many rows of x meet it
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t steps_of(const LinearParams& p) { return ceil_div(p.K, kTileDepth); }
 
 // The first of the row tiles that are copied; those before it are read from x.
@@ -73,23 +67,13 @@ inline RowTile row_tile(const LinearParams& p, int64_t tile) {
 }
 
 void plan(LinearParams& p, int threads) {
-  const int64_t panels = panel_count(p.N), tiles = ceil_div(p.M, kTileRows);
   if (p.M <= kTileRows) {
-    p.row_step = kTileRows;
-    p.panel_step = panels >= 32 * threads ? 4 : 2;
+    plan_chunks(p, kTileRows, kTileRows, panel_count(p.N) >= 32 * threads ? 4 : 2, threads);
   } else {
-    int64_t rows = kRowBytes / (steps_of(p) * kTileDepth * 2 + 1) / 32 * 32;
-    rows = rows < 64 ? 64 : least(rows, kMaxRows);
-    p.row_step = ceil_div(ceil_div(p.M, ceil_div(p.M, rows)), 32) * 32;
-    p.panel_step = 16;
+    plan_chunks(p, chunk_rows(steps_of(p) * kTileDepth * 2), 2 * kTileRows, kChunkPanels, threads);
   }
-  p.row_blocks = ceil_div(p.M, p.row_step);
-  while (p.panel_step > 1 && p.row_blocks * ceil_div(panels, p.panel_step) < 6 * threads) {
-    p.panel_step /= 2;
-  }
-  p.panel_blocks = ceil_div(panels, p.panel_step);
   const bool as_second = takes_second(p);
-  p.items = as_second ? steps_of(p) : tiles - first_copied(p);
+  p.items = as_second ? steps_of(p) : ceil_div(p.M, kTileRows) - first_copied(p);
   p.workspace_size = p.items * (as_second ? 1 : steps_of(p)) * kTileBytes;
   // Two panels of sums.
   p.scratch_size = made_bytes(p) + 2 * p.row_step * kPanelColumns * 4;
@@ -129,11 +113,6 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// A weight that is not packed: LinearParams::rows.
-struct Rows {};
-template <class W>
-constexpr bool kIsMade = kIsCode<W> || __is_same(W, Rows);
-
 // What is kStepsAhead steps further in 16 rows of W, or in those that follow, is fetched into L2.
 inline void fetch_rows(const LinearParams& p, const bf16* const* rows, const bf16* const* next,
                        int64_t s) {
@@ -144,36 +123,12 @@ inline void fetch_rows(const LinearParams& p, const bf16* const* rows, const bf1
   for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(next[r] + k, 0, 2);
 }
 
-// Step s of a panel: 32 k of its columns as pairs of bf16, [16][32][2].
-template <class W>
-void make_step(const LinearParams& p, int64_t panel, int64_t s, char* to) {
-  if constexpr (kIsCode<W>) {
-    constexpr int64_t kPairs = kTileDepth / 2;
-    decode(panel_at<W>(p, panel, 0), s * kPairs, kPairs, reinterpret_cast<uint32_t*>(to));
-  } else {
-    const bf16* const* rows = rows_of(p, panel);
-    for (int64_t j = 0; j < kPanelColumns; j += kTileRows) {
-      fetch_rows(p, rows + j, rows + j + kPanelColumns, s);
-      put_square(rows + j, s, p.K, to + j * 4, kPanelColumns * 4);
-    }
-  }
+// 16 columns of step s of a panel, left or right: 32 k as pairs of bf16.
+inline void make_tile(const LinearParams& p, int64_t panel, int64_t s, int64_t right, char* to) {
+  const bf16* const* rows = rows_of(p, panel) + right * kTileRows;
+  fetch_rows(p, rows, rows + kPanelColumns, s);
+  put_square(rows, s, p.K, to + right * 64, kPanelColumns * 4);
 }
-
-// What is done between the tile products of a block, a share at each of its steps.
-struct Nothing {
-  void operator()() {}
-};
-
-// What follows in memory is fetched into L2.
-struct Fetch {
-  const char* at;
-  int64_t bytes;
-
-  void operator()() {
-    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(at + b, 0, 2);
-    at += bytes;
-  }
-};
 
 // Work of so many parts, spread evenly over so many calls.
 struct Spread {
@@ -292,28 +247,6 @@ void two_packed(Tiles& t, const LinearParams& p, int64_t panel, bool both, float
   block_1x2(t, a, at(0), steps, sums, false, share);
 }
 
-// Others a piece after the other.
-template <class W>
-void two_made(Tiles& t, const LinearParams& p, int64_t panel, bool both, float* sums, char* made) {
-  const int64_t all = steps_of(p);
-  for (int64_t s = 0; s == 0 || s < all; s += kSteps) {
-    const int64_t steps = least(kSteps, all - s);
-    for (int64_t i = 0; i <= both; ++i) {
-      for (int64_t j = 0; j < steps; ++j) {
-        make_step<W>(p, panel + i, s + j, made + i * kPieceBytes + j * kPanelStepBytes);
-      }
-    }
-    RowTile a = row_tile(p, 0);
-    a.base += s * a.step;
-    Nothing nothing;
-    if (both) {
-      block_1x4(t, a, made, made + kPieceBytes, steps, sums, s > 0, nothing, nothing);
-    } else {
-      block_1x2(t, a, made, steps, sums, s > 0, nothing);
-    }
-  }
-}
-
 // 16 rows of W as tiles: where they lie, or copied if a tile is not whole or they lie unevenly.
 RowTile weight_tile(const LinearParams& p, const bf16* const* rows, char* made) {
   const auto at = [rows](int r) { return reinterpret_cast<const char*>(rows[r]); };
@@ -326,8 +259,8 @@ RowTile weight_tile(const LinearParams& p, const bf16* const* rows, char* made) 
 }
 
 // 16 rows are read column by column, kTileDepth k at a step, and memory would rather be read in
-// order: while a block of 16 rows (32 KB) is, the block that follows is fetched into L2 row by row,
-// the same rows further on or the 16 rows behind them.
+// order: while a block of 16 rows (32 KB) is, the block that follows is fetched into L2, the same
+// rows further on or the 16 rows behind them. kStreams rows at a time, each from end to end.
 class FetchRows {
  public:
   // Before the first of `steps` steps.
@@ -337,8 +270,12 @@ class FetchRows {
   void operator()() {
     if (left_ == 0) begin_block();
     --left_;
-    for (int64_t i = 0; i < share_ && row_ < kTileRows; ++i) {
-      __builtin_prefetch(next_[row_] + (begin_ + at_) * kTileDepth, 0, 2);
+    for (int64_t i = 0; i < share_ && row_ < kStreamRows; ++i) {
+#pragma GCC unroll 4
+      for (int64_t stream = 0; stream < kStreams; ++stream) {
+        const bf16* row = next_[stream * kStreamRows + row_];
+        __builtin_prefetch(row + (begin_ + at_) * kTileDepth, 0, 2);
+      }
       if (++at_ < length_) continue;
       at_ = 0;
       ++row_;
@@ -346,7 +283,7 @@ class FetchRows {
   }
 
  private:
-  static constexpr int64_t kMost = 32;
+  static constexpr int64_t kMost = 32, kStreams = 4, kStreamRows = kTileRows / kStreams;
 
   int64_t length_from(int64_t begin) const { return least(kMost, steps_ - begin); }
   void begin_block() {
@@ -357,7 +294,7 @@ class FetchRows {
       next_ += kTileRows;
     }
     length_ = length_from(begin_);
-    share_ = ceil_div(length_ * kTileRows, left_);
+    share_ = ceil_div(length_ * kStreamRows, left_);
     row_ = at_ = 0;
   }
 
@@ -395,17 +332,10 @@ void few_rows_in_place(Tiles& t, const LinearParams& p, int64_t panel0, int64_t 
   }
 }
 
-template <class W>
-void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums,
-              char* made) {
-  if constexpr (__is_same(W, Rows)) return few_rows_in_place(t, p, panel0, panel1, sums, made);
+void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
   for (int64_t panel = panel0; panel < panel1; panel += 2) {
     const bool both = panel + 1 < panel1;
-    if constexpr (kIsMade<W>) {
-      two_made<W>(t, p, panel, both, sums, made);
-    } else {
-      two_packed(t, p, panel, both, sums);
-    }
+    two_packed(t, p, panel, both, sums);
     const int64_t stride = both ? 2 * kPanelColumns : kPanelColumns;
     finish(p, sums, stride, 0, p.M, panel * kPanelColumns);
     if (both) finish(p, sums + kPanelColumns, stride, 0, p.M, (panel + 1) * kPanelColumns);
@@ -430,7 +360,8 @@ void piece_of_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int6
   }
 }
 
-template <class W>
+// InPlace: W is not packed.
+template <bool InPlace>
 void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0,
                int64_t panel1, float* sums, char* made) {
   constexpr int64_t kPart = 4;  // rows of an epilogue
@@ -446,11 +377,12 @@ void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t 
   const auto place = [&](int64_t panel, int64_t s) {
     return made + ((panel - panel0) * ceil_div(all, kSteps) + s / kSteps) % 2 * kPieceBytes;
   };
+  const auto tiles_of = [&](int64_t s) { return 2 * least(kSteps, all - s); };
   const auto make = [&](int64_t panel, int64_t s, int64_t i) {
-    make_step<W>(p, panel, s + i, place(panel, s) + i * kPanelStepBytes);
+    make_tile(p, panel, s + i / 2, i % 2, place(panel, s) + i / 2 * kPanelStepBytes);
   };
-  if constexpr (kIsMade<W>) {
-    for (int64_t i = 0; i < least(kSteps, all); ++i) make(panel0, 0, i);
+  if constexpr (InPlace) {
+    for (int64_t i = 0; i < tiles_of(0); ++i) make(panel0, 0, i);
   }
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     Spread epilogue{panel > panel0 ? ceil_div(m1 - m0, kPart) : 0, blocks * all};
@@ -458,10 +390,10 @@ void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t 
     // At least one piece: the epilogue of a product over nothing.
     for (int64_t s = 0; s == 0 || s < all; s += kSteps) {
       const int64_t steps = least(kSteps, all - s);
-      if constexpr (kIsMade<W>) {
+      if constexpr (InPlace) {
         const bool last = s + steps >= all;
         const int64_t to_panel = last ? panel + 1 : panel, to_s = last ? 0 : s + steps;
-        Spread next{to_panel < panel1 ? least(kSteps, all - to_s) : 0, blocks * steps};
+        Spread next{to_panel < panel1 ? tiles_of(to_s) : 0, blocks * steps};
         auto share = [&] {
           next([&](int64_t i) { make(to_panel, to_s, i); });
           epilogue(finish_part);
@@ -482,34 +414,21 @@ void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t 
   finish_rows(panel1 - 1, m0, m1 - m0);
 }
 
-template <class W>
-void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  Tiles tiles;
-  const int64_t panels = panel_count(p.N);
+void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
+  Tiles t;
   char* made = static_cast<char*>(scratch);
   float* sums = reinterpret_cast<float*>(made + made_bytes(p));
-  for (int64_t i = begin; i < end; ++i) {
-    // Rows go first, so that neighbours in time share weights.
-    const int64_t m = i % p.row_blocks * p.row_step;
-    const int64_t panel0 = i / p.row_blocks * p.panel_step;
-    const int64_t panel1 = least(panel0 + p.panel_step, panels);
-    if (p.M <= kTileRows) {
-      few_rows<W>(tiles, p, panel0, panel1, sums, made);
+  for_chunks(p, begin, end, [&](int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
+    if (takes_second(p)) {
+      few_rows_in_place(t, p, panel0, panel1, sums, made);
+    } else if (p.M <= kTileRows) {
+      few_rows(t, p, panel0, panel1, sums);
+    } else if (p.rows) {
+      many_rows<true>(t, p, m0, m1, panel0, panel1, sums, made);
     } else {
-      many_rows<W>(tiles, p, m, least(m + p.row_step, p.M), panel0, panel1, sums, made);
+      many_rows<false>(t, p, m0, m1, panel0, panel1, sums, made);
     }
-  }
-}
-
-void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  switch (p.format) {
-    case WeightFormat::int8:
-      return run<Int8Codes>(p, begin, end, scratch);
-    case WeightFormat::int4:
-      return run<Int4Codes>(p, begin, end, scratch);
-    default:
-      return p.rows ? run<Rows>(p, begin, end, scratch) : run<bf16>(p, begin, end, scratch);
-  }
+  });
 }
 
 }  // namespace

@@ -1,13 +1,12 @@
-// Quantised weights on their way to a product: the codes of a panel become weights q * scale, in
-// the layout that the product's loop reads.
+// Quantised weights on their way to a product: the codes of a panel become weights q * scale.
 //
-// q * scale has at most 16 significant bits: it is exact in fp32, and rounded to nearest even where
-// a product's operands are bf16. Codes are put into the low bits of a float's mantissa; one fused
-// multiply-add takes the offset away and scales, without a rounding in between that counts.
+// q * scale has at most 16 significant bits: it is exact in fp32. Codes are put into the low bits
+// of a float's mantissa; one fused multiply-add takes the offset away and scales, without a
+// rounding in between that counts.
 #pragma once
 
+#include "kernels/cpu/linear_chunks.h"
 #include "kernels/cpu/simd.h"
-#include "kernels/linear.h"
 
 namespace ivr {
 namespace {
@@ -35,18 +34,6 @@ template <>
 constexpr bool kIsCode<Int8Codes> = true;
 template <>
 constexpr bool kIsCode<Int4Codes> = true;
-
-template <class T>
-const T* beside(const T* p, int64_t bytes) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
-}
-
-// A panel from k on, which begins a group.
-template <class W>
-const W* panel_at(const LinearParams& p, int64_t panel, int64_t k) {
-  return beside(static_cast<const W*>(p.weight),
-                panel * panel_bytes(p.format, p.K) + panel_bytes(p.format, k));
-}
 
 // Codes as floats, with an offset that the fused multiply-add takes away again.
 #if defined(__AVX512F__)
@@ -118,25 +105,7 @@ inline F weight_of(const Words* u, F scale) {
   return fma(code_of<Code::kBits, Code::at(k)>(u[Code::word(k)]), scale, scale * set(-kOffset));
 }
 
-// The pair of k and k + 1 of a panel's columns from j on: rows of fp32, or bf16 next to each other.
-template <class Code, int k>
-inline void put_pair(const Words* u, F scale, float* to) {
-  store(to + k * kPanelColumns, weight_of<Code, k>(u, scale));
-  store(to + (k + 1) * kPanelColumns, weight_of<Code, k + 1>(u, scale));
-}
-#if defined(__AVX512F__)
-template <class Code, int k>
-inline void put_pair(const Words* u, F scale, uint32_t* to) {
-  const F even = weight_of<Code, k>(u, scale), odd = weight_of<Code, k + 1>(u, scale);
-  _mm512_storeu_si512(to + k / 2 * kPanelColumns, round_pairs(even, odd));
-}
-#endif
-
-constexpr int64_t pair_stride(const float*) { return 2 * kPanelColumns; }
-constexpr int64_t pair_stride(const uint32_t*) { return kPanelColumns; }
-
-constexpr int64_t kGroupPairs = kQuantGroup / 2;
-constexpr int64_t kOctet = 4;          // pairs that are decoded together
+constexpr int64_t kOctet = 8;          // k that are decoded together
 constexpr int64_t kCodesAhead = 2048;  // bytes that are fetched in advance
 
 template <class Code>
@@ -148,9 +117,16 @@ const Code* codes_of(const Code* group) {
   return beside(group, kScaleBytes);
 }
 
-// Pairs [begin, end) of one group of a panel; both are multiples of kOctet.
-template <class Code, class To>
-void decode_group(const Code* group, int64_t begin, int64_t end, To* to) {
+// Weights [k, 8) of eight, for kLanes columns.
+template <class Code, int k = 0>
+inline void put_octet(const Words* u, F scale, float* to) {
+  store(to + k * kPanelColumns, weight_of<Code, k>(u, scale));
+  if constexpr (k + 1 < kOctet) put_octet<Code, k + 1>(u, scale, to);
+}
+
+// k from `begin` to `end` of one group of a panel; both are multiples of kOctet.
+template <class Code>
+void decode_group(const Code* group, int64_t begin, int64_t end, float* to) {
   for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
     const F scale = load(scales_of(group) + j);
     for (int64_t k = begin; k < end; k += kOctet) {
@@ -160,25 +136,20 @@ void decode_group(const Code* group, int64_t begin, int64_t end, To* to) {
         if (j % 16 == 0) __builtin_prefetch(beside(at + i * kPanelColumns, kCodesAhead));
         u[i] = load_words(at + i * kPanelColumns);
       }
-      To* row = to + (k - begin) * pair_stride(to) + j;
-      put_pair<Code, 0>(u, scale, row);
-      put_pair<Code, 2>(u, scale, row);
-      put_pair<Code, 4>(u, scale, row);
-      put_pair<Code, 6>(u, scale, row);
+      put_octet<Code>(u, scale, to + (k - begin) * kPanelColumns + j);
     }
   }
 }
 
-// `pairs` pairs, rounded up to kOctet, from pair k on of the panel whose groups begin at w, as the
-// product reads them: fp32 [2 * pairs][32], or bf16 [pairs][32][2].
-template <class Code, class To>
-void decode(const Code* w, int64_t k, int64_t pairs, To* to) {
-  const int64_t stop = k + (pairs + kOctet - 1) / kOctet * kOctet;
+// n weights, rounded up to kOctet, of every column of the panel whose groups begin at w, from k on:
+// [n][32].
+template <class Code>
+void decode(const Code* w, int64_t k, int64_t n, float* to) {
+  const int64_t stop = k + ceil_div(n, kOctet) * kOctet;
   while (k < stop) {
-    const int64_t begin = k % kGroupPairs;
-    const int64_t end = stop - k < kGroupPairs - begin ? begin + stop - k : kGroupPairs;
-    decode_group(beside(w, panel_bytes(Code::kFormat, (k - begin) * 2)), begin, end, to);
-    to += (end - begin) * pair_stride(to);
+    const int64_t begin = k % kQuantGroup, end = least(begin + stop - k, kQuantGroup);
+    decode_group(beside(w, panel_bytes(Code::kFormat, k - begin)), begin, end, to);
+    to += (end - begin) * kPanelColumns;
     k += end - begin;
   }
 }

@@ -10,7 +10,7 @@
 // Rows of W that are not packed are transposed on the way, 16 rows by 16 pairs at a time: in the
 // registers of a group alone, else a piece at a time for all of a chunk's groups. Which changes no
 // bit: sums and their order are the same.
-#include "kernels/cpu/linear_codes.h"
+#include "kernels/cpu/linear_chunks.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/linear_rows.h"
 #include "kernels/cpu/simd.h"
@@ -38,8 +38,6 @@ constexpr int64_t kAhead = 2048;          // bytes of a stream that are fetched 
 // of L1 (12 against 25 GB/s). Not of the next panel: another thread may take that one.
 constexpr int64_t kRowsAhead = 256;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // K in pairs, padded with zeros as packed weights are.
 inline int64_t pairs_of(const LinearParams& p) {
   return ceil_div(p.K, kTileDepth) * (kTileDepth / 2);
@@ -118,23 +116,16 @@ Multiply multiply_for(int64_t rows, int64_t panels) {
 }
 
 void plan(LinearParams& p, int threads) {
-  const int64_t panels = panel_count(p.N);
   if (p.M <= kGroup) {
+    const int64_t panels = panel_count(p.N);
     p.row_step = p.M;
     p.row_blocks = 1;
     const int64_t step = panels_at_once(p.M);
     p.panel_step = panels >= 8 * step * threads ? step : 1;
+    p.panel_blocks = ceil_div(panels, p.panel_step);
   } else {
-    // Even blocks, whole groups.
-    const int64_t blocks = ceil_div(p.M, kRowStep);
-    p.row_step = ceil_div(ceil_div(p.M, blocks), kGroup) * kGroup;
-    p.row_blocks = ceil_div(p.M, p.row_step);
-    p.panel_step = kPanelStep;
-    while (p.panel_step > 1 && p.row_blocks * ceil_div(panels, p.panel_step) < 6 * threads) {
-      p.panel_step /= 2;
-    }
+    plan_chunks(p, kRowStep, kGroup, kPanelStep, threads);
   }
-  p.panel_blocks = ceil_div(panels, p.panel_step);
   p.items = ceil_div(p.M, kGroup);
   p.workspace_size = p.M * pairs_of(p) * 4;
   const int64_t sums = p.row_step * (p.M <= kGroup ? kMostPanels : p.panel_step) * kPanelColumns;
@@ -287,21 +278,17 @@ void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64
 }
 
 void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  const int64_t panels = panel_count(p.N);
   uint32_t* made = static_cast<uint32_t*>(scratch);
   float* sums = static_cast<float*>(scratch) + kPiece;
-  for (int64_t i = begin; i < end; ++i) {
-    // Rows go first, so that neighbours in time share weights.
-    const int64_t m = i % p.row_blocks * p.row_step, panel = i / p.row_blocks * p.panel_step;
-    const int64_t last = least(panel + p.panel_step, panels);
+  for_chunks(p, begin, end, [&](int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
     if (p.M > kGroup) {
-      groups(p, m, least(m + p.row_step, p.M), panel, last, made, sums);
+      groups(p, m0, m1, panel0, panel1, made, sums);
     } else if (p.rows) {
-      one_group_in_place(p, panel, last, sums);
+      one_group_in_place(p, panel0, panel1, sums);
     } else {
-      one_group(p, panel, last, sums);
+      one_group(p, panel0, panel1, sums);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -108,20 +108,7 @@ inline F exp2_int(F n) {
   const __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
 }
-// Finite numbers rounded to bf16, an even and an odd one in each 32-bit lane; denormals may become
-// zero.
-inline __m512i round_pairs(F even, F odd) {
-#if defined(__AVX512BF16__)
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
-  const __m512i low = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512i places = _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
-  return _mm512_permutexvar_epi16(_mm512_or_si512(places, _mm512_set1_epi32(16 << 16)), halves);
-#else
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(round_bf16(even)),
-                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(round_bf16(odd)), 16));
-#endif
-}
-// 32 numbers as round_pairs rounds them, one after the other.
+// 32 finite numbers rounded to bf16, one after the other; denormals may become zero.
 inline void store_rounded(void* p, F first, F second) {
 #if defined(__AVX512BF16__)
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
