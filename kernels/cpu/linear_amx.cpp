@@ -1,9 +1,10 @@
 // linear on bf16 matrix tiles: two tiles of rows by one panel (32 x 32) in four tiles of sums.
 //
-// A chunk's rows of x stay in L2 for all its panels; a piece of a panel stays in L1 for
-// all its rows. Sums wait in fp32 between pieces, which changes no bit: per element all is one
-// chain over K. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied and
-// padded with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
+// A chunk's rows of x meet a stretch of K of every panel, then the next: a stretch of x and the
+// sums of all panels stay in L2. A piece of a panel's stretch stays in L1 for all the rows. Sums
+// wait in fp32 meanwhile, which changes no bit: per element all is one chain over K. x is read
+// where it is; only an incomplete tile (K % 32, M % 16) is copied and padded with zeros. Up to 16
+// rows, one tile of rows meets two panels: two streams from memory.
 //
 // Packed weights are tiles where they lie. Rows of W in place become tiles in a small buffer: the
 // next piece is made between the tile products of this one, which leave the vector units idle; so
@@ -24,8 +25,12 @@ constexpr int64_t kPanelStepBytes = 2 * kTileBytes;  // of a panel, per 32 k
 // other lines of the piece: together less than L1's 48 KB.
 constexpr int64_t kSteps = 8;
 constexpr int64_t kPieceBytes = kSteps * kPanelStepBytes;
+// Tile steps of a stretch, and rows of a chunk: 0.4 MB of x, as much of the next stretch, and sums
+// of 16 panels in 0.75 MB. What is read again for every stretch or chunk comes from L3, which is no
+// faster than half the tiles want it.
+constexpr int64_t kStretch = 2 * kSteps;
+constexpr int64_t kMostRows = 384;
 constexpr int64_t kStreamAhead = 4096;  // bytes of each stream
-constexpr int64_t kStepsAhead = 16;     // of each row of W in place, where many rows of x meet it
 
 inline int64_t steps_of(const LinearParams& p) { return ceil_div(p.K, kTileDepth); }
 
@@ -70,13 +75,12 @@ void plan(LinearParams& p, int threads) {
   if (p.M <= kTileRows) {
     plan_chunks(p, kTileRows, kTileRows, panel_count(p.N) >= 32 * threads ? 4 : 2, threads);
   } else {
-    plan_chunks(p, chunk_rows(steps_of(p) * kTileDepth * 2), 2 * kTileRows, kChunkPanels, threads);
+    plan_chunks(p, kMostRows, 2 * kTileRows, kChunkPanels, threads);
   }
   const bool as_second = takes_second(p);
   p.items = as_second ? steps_of(p) : ceil_div(p.M, kTileRows) - first_copied(p);
   p.workspace_size = p.items * (as_second ? 1 : steps_of(p)) * kTileBytes;
-  // Two panels of sums.
-  p.scratch_size = made_bytes(p) + 2 * p.row_step * kPanelColumns * 4;
+  p.scratch_size = made_bytes(p) + p.panel_step * p.row_step * kPanelColumns * 4;
 }
 
 // The rows of an incomplete tile, null for those beyond the last, to [K/32][16][32], zero-padded.
@@ -111,23 +115,6 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
     rows_of_x(p, (first_copied(p) + item) * kTileRows, rows);
     copy_tile(rows, p.K, to + item * steps_of(p) * kTileBytes);
   }
-}
-
-// What is kStepsAhead steps further in 16 rows of W, or in those that follow, is fetched into L2.
-inline void fetch_rows(const LinearParams& p, const bf16* const* rows, const bf16* const* next,
-                       int64_t s) {
-  const int64_t ahead = s + kStepsAhead, all = steps_of(p);
-  const int64_t k = (ahead < all ? ahead : ahead - all) * kTileDepth;
-  if (ahead < all) next = rows;
-#pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) __builtin_prefetch(next[r] + k, 0, 2);
-}
-
-// 16 columns of step s of a panel, left or right: 32 k as pairs of bf16.
-inline void make_tile(const LinearParams& p, int64_t panel, int64_t s, int64_t right, char* to) {
-  const bf16* const* rows = rows_of(p, panel) + right * kTileRows;
-  fetch_rows(p, rows, rows + kPanelColumns, s);
-  put_square(rows, s, p.K, to + right * 64, kPanelColumns * 4);
 }
 
 // Work of so many parts, spread evenly over so many calls.
@@ -342,77 +329,139 @@ void few_rows(Tiles& t, const LinearParams& p, int64_t panel0, int64_t panel1, f
   }
 }
 
-// Steps [s, s + steps) of a panel, w, meet the rows [m0, m1).
-template <class Share>
-void piece_of_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t s,
-                   int64_t steps, const char* w, float* sums, Share& share) {
-  for (int64_t m = m0; m < m1; m += 2 * kTileRows) {
-    float* c = sums + (m - m0) * kPanelColumns;
-    RowTile a0 = row_tile(p, m / kTileRows);
-    a0.base += s * a0.step;
-    if (m + kTileRows < m1) {
-      RowTile a1 = row_tile(p, m / kTileRows + 1);
-      a1.base += s * a1.step;
-      block_2x2(t, a0, a1, w, steps, c, s > 0, share);
-    } else {
-      block_1x2(t, a0, w, steps, c, s > 0, share);
-    }
-  }
-}
-
-// InPlace: W is not packed.
+// A chunk of many rows. InPlace: W is not packed.
 template <bool InPlace>
-void many_rows(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0,
-               int64_t panel1, float* sums, char* made) {
-  constexpr int64_t kPart = 4;  // rows of an epilogue
-  const int64_t all = steps_of(p), blocks = ceil_div(m1 - m0, 2 * kTileRows);
-  const auto sums_of = [&](int64_t panel) {
-    return sums + (panel - panel0) % 2 * p.row_step * kPanelColumns;
-  };
-  const auto finish_rows = [&](int64_t panel, int64_t m, int64_t rows) {
-    finish(p, sums_of(panel) + (m - m0) * kPanelColumns, kPanelColumns, m, least(rows, m1 - m),
-           panel * kPanelColumns);
-  };
-  // Pieces are made alternately in two places.
-  const auto place = [&](int64_t panel, int64_t s) {
-    return made + ((panel - panel0) * ceil_div(all, kSteps) + s / kSteps) % 2 * kPieceBytes;
-  };
-  const auto tiles_of = [&](int64_t s) { return 2 * least(kSteps, all - s); };
-  const auto make = [&](int64_t panel, int64_t s, int64_t i) {
-    make_tile(p, panel, s + i / 2, i % 2, place(panel, s) + i / 2 * kPanelStepBytes);
-  };
-  if constexpr (InPlace) {
-    for (int64_t i = 0; i < tiles_of(0); ++i) make(panel0, 0, i);
-  }
-  for (int64_t panel = panel0; panel < panel1; ++panel) {
-    Spread epilogue{panel > panel0 ? ceil_div(m1 - m0, kPart) : 0, blocks * all};
-    const auto finish_part = [&](int64_t i) { finish_rows(panel - 1, m0 + i * kPart, kPart); };
-    // At least one piece: the epilogue of a product over nothing.
-    for (int64_t s = 0; s == 0 || s < all; s += kSteps) {
-      const int64_t steps = least(kSteps, all - s);
+class Chunk {
+ public:
+  Chunk(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1, char* made,
+        float* sums)
+      : p_(p), m0_(m0), m1_(m1), panel0_(panel0), panel1_(panel1), made_(made), sums_(sums) {}
+
+  void run(Tiles& t) {
+    if (all_ == 0) {
+      memset(sums_, 0, static_cast<size_t>(p_.panel_step * p_.row_step * kPanelColumns) * 4);
+      for (int64_t panel = panel0_; panel < panel1_; ++panel) finish_rows(panel, m0_, m1_ - m0_);
+      return;
+    }
+    const Piece first = {panel0_, 0};
+    if constexpr (InPlace) {
+      for (int64_t i = 0; i < 2 * steps(first); ++i) make_tile(first, i, made_);
+    }
+    Spread x{0, 1}, epilogue{0, 1};
+    int64_t place = 0;
+    for (Piece w = first; w.s < all_; w = after(w)) {
+      const Piece next = after(w);
+      const int64_t begin = w.s / kStretch * kStretch, end = least(begin + kStretch, all_);
+      if (w.s == begin) {
+        const int64_t calls = blocks_ * (end - begin);
+        if (w.panel == panel0_) x = {end < all_ ? m1_ - m0_ : 0, calls * (panel1_ - panel0_)};
+        const bool ended = end == all_ && w.panel > panel0_;
+        epilogue = {ended ? ceil_div(m1_ - m0_, kPart) : 0, calls};
+      }
+      const auto also = [&] {
+        x([&](int64_t i) { fetch_x(i, end); });
+        epilogue([&](int64_t i) { finish_rows(w.panel - 1, m0_ + i * kPart, kPart); });
+      };
       if constexpr (InPlace) {
-        const bool last = s + steps >= all;
-        const int64_t to_panel = last ? panel + 1 : panel, to_s = last ? 0 : s + steps;
-        Spread next{to_panel < panel1 ? tiles_of(to_s) : 0, blocks * steps};
-        auto share = [&] {
-          next([&](int64_t i) { make(to_panel, to_s, i); });
-          epilogue(finish_part);
+        const char* tiles = made_ + place * kPieceBytes;
+        place = 1 - place;
+        char* to = made_ + place * kPieceBytes;
+        Spread making{next.s < all_ ? 2 * steps(next) : 0, blocks_ * steps(w)};
+        const auto share = [&] {
+          making([&](int64_t i) { make_tile(next, i, to); });
+          also();
         };
-        piece_of_rows(t, p, m0, m1, s, steps, place(panel, s), sums_of(panel), share);
+        multiply(t, w, tiles, share);
       } else {
-        const char* w = reinterpret_cast<const char*>(panel_at<bf16>(p, panel, s * kTileDepth));
-        Fetch next{w + steps * kPanelStepBytes, ceil_div(kPanelStepBytes / 64, blocks) * 64};
-        auto share = [&] {
-          next();
-          epilogue(finish_part);
+        Fetch fetch{packed(next.s < all_ ? next : first),
+                    ceil_div(kPanelStepBytes / 64, blocks_) * 64};
+        const auto share = [&] {
+          fetch();
+          also();
         };
-        piece_of_rows(t, p, m0, m1, s, steps, w, sums_of(panel), share);
+        multiply(t, w, packed(w), share);
       }
     }
-    if (all == 0 && panel > panel0) finish_rows(panel - 1, m0, m1 - m0);
+    finish_rows(panel1_ - 1, m0_, m1_ - m0_);
   }
-  finish_rows(panel1 - 1, m0, m1 - m0);
-}
+
+ private:
+  static constexpr int64_t kPart = 4;  // rows of an epilogue
+
+  // Up to kSteps steps of a panel, from s on.
+  struct Piece {
+    int64_t panel, s;
+  };
+  int64_t steps(Piece w) const { return least(kSteps, all_ - w.s); }
+  // Pieces come stretch by stretch, therein panel by panel; beyond the last, s is all of K.
+  Piece after(Piece w) const {
+    const int64_t begin = w.s / kStretch * kStretch, end = least(begin + kStretch, all_);
+    if (w.s + kSteps < end) return {w.panel, w.s + kSteps};
+    if (w.panel + 1 < panel1_) return {w.panel + 1, begin};
+    return {panel0_, end};
+  }
+  // The same of the panel that follows; after the last piece the first, for the next chunk.
+  Piece a_panel_later(Piece w) const {
+    if (w.panel + 1 < panel1_) return {w.panel + 1, w.s};
+    return {panel0_, w.s + kStretch < all_ ? w.s + kStretch : w.s % kStretch};
+  }
+
+  float* sums_of(int64_t panel, int64_t m) const {
+    return sums_ + ((panel - panel0_) * p_.row_step + m - m0_) * kPanelColumns;
+  }
+  void finish_rows(int64_t panel, int64_t m, int64_t rows) const {
+    finish(p_, sums_of(panel, m), kPanelColumns, m, least(rows, m1_ - m), panel * kPanelColumns);
+  }
+
+  // Row i of the stretch of x from step s on is fetched into L2.
+  void fetch_x(int64_t i, int64_t s) const {
+    const RowTile a = row_tile(p_, (m0_ + i) / kTileRows);
+    const char* at = a.base + i % kTileRows * a.stride;
+    for (const int64_t end = least(s + kStretch, all_); s < end; ++s) {
+      __builtin_prefetch(at + s * a.step, 0, 2);
+    }
+  }
+
+  // Tile i of a piece, left and right columns in turns: 32 k as pairs of bf16. What is made a panel
+  // later is fetched into L2.
+  void make_tile(Piece w, int64_t i, char* to) const {
+    const int64_t step = i / 2, right = i % 2;
+    const Piece later = a_panel_later(w);
+    const bf16* const* next = rows_of(p_, later.panel) + right * kTileRows;
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      __builtin_prefetch(next[r] + (later.s + step) * kTileDepth, 0, 2);
+    }
+    put_square(rows_of(p_, w.panel) + right * kTileRows, w.s + step, p_.K,
+               to + step * kPanelStepBytes + right * 64, kPanelColumns * 4);
+  }
+
+  const char* packed(Piece w) const {
+    return reinterpret_cast<const char*>(panel_at<bf16>(p_, w.panel, w.s * kTileDepth));
+  }
+
+  // A piece, w, meets all rows.
+  template <class Share>
+  void multiply(Tiles& t, Piece piece, const char* w, Share& share) const {
+    for (int64_t m = m0_; m < m1_; m += 2 * kTileRows) {
+      RowTile a0 = row_tile(p_, m / kTileRows);
+      a0.base += piece.s * a0.step;
+      float* c = sums_of(piece.panel, m);
+      if (m + kTileRows < m1_) {
+        RowTile a1 = row_tile(p_, m / kTileRows + 1);
+        a1.base += piece.s * a1.step;
+        block_2x2(t, a0, a1, w, steps(piece), c, piece.s > 0, share);
+      } else {
+        block_1x2(t, a0, w, steps(piece), c, piece.s > 0, share);
+      }
+    }
+  }
+
+  const LinearParams& p_;
+  const int64_t m0_, m1_, panel0_, panel1_;
+  char* const made_;  // room for two pieces
+  float* const sums_;
+  const int64_t all_ = steps_of(p_), blocks_ = ceil_div(m1_ - m0_, 2 * kTileRows);
+};
 
 void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   Tiles t;
@@ -424,9 +473,9 @@ void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
     } else if (p.M <= kTileRows) {
       few_rows(t, p, panel0, panel1, sums);
     } else if (p.rows) {
-      many_rows<true>(t, p, m0, m1, panel0, panel1, sums, made);
+      Chunk<true>(p, m0, m1, panel0, panel1, made, sums).run(t);
     } else {
-      many_rows<false>(t, p, m0, m1, panel0, panel1, sums, made);
+      Chunk<false>(p, m0, m1, panel0, panel1, made, sums).run(t);
     }
   });
 }

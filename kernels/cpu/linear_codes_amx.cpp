@@ -21,10 +21,16 @@ inline char* tile_at(const LinearParams& p, int64_t tile, int64_t g) {
   return static_cast<char*>(p.workspace) + (tile * groups_of(p) + g) * kGroupBytes;
 }
 
+// The rows of x of a chunk stay in L2 for all its panels.
+inline int64_t chunk_rows(const LinearParams& p) {
+  constexpr int64_t kChunkBytes = 1 << 20, kLeast = 64, kMost = 512;
+  const int64_t tiles = kChunkBytes / (groups_of(p) * kGroupBytes + 1);
+  return tiles < kLeast / kTileRows ? kLeast : least(tiles * kTileRows, kMost);
+}
+
 void plan(LinearParams& p, int threads) {
   if (p.M <= kRows) return plan_block(p);
-  plan_chunks(p, chunk_rows(groups_of(p) * kGroupBytes / kTileRows), kTileRows, kChunkPanels,
-              threads);
+  plan_chunks(p, chunk_rows(p), kTileRows, kChunkPanels, threads);
   p.items = ceil_div(p.M, kTileRows);
   p.workspace_size = p.items * groups_of(p) * kGroupBytes;
   p.scratch_size = kPieceGroups * kGroupCodes + p.row_step * kPanelColumns * 4;

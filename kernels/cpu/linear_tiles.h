@@ -10,13 +10,6 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kChunkPanels = 16;
 
-// The rows of x of a chunk stay in L2 for all its panels.
-constexpr int64_t chunk_rows(int64_t row_bytes) {
-  constexpr int64_t kBytes = 1 << 20, kLeast = 64, kMost = 512, kPair = 2 * kTileRows;
-  const int64_t rows = kBytes / (row_bytes + 1) / kPair * kPair;
-  return rows < kLeast ? kLeast : least(rows, kMost);
-}
-
 // What follows in memory is fetched into L2, a share at each call.
 struct Fetch {
   const char* at;
