@@ -355,6 +355,7 @@ def grouped_linear(
     offsets: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
+    activation: Any,
     decode: bool | None,
     out: Tensor,
 ) -> ctypes.Structure:
@@ -364,7 +365,8 @@ def grouped_linear(
         *("grouped_linear", "GroupedLinearParams"),
         **{"x": x, "rows": rows, "bias": bias, "offsets": offsets, "out": out, "dtype": x.dtype},
         **{"R": x.shape[0], "M": M, "N": N, "K": K, "E": E, "format": int(weight_format)},
-        weight=torch.stack([ops.unpack(experts[e]) for e in range(E)]),
+        **{"weight": torch.stack([ops.unpack(experts[e]) for e in range(E)])},
+        **{"activation": int(activation)},
         **_strides(x_r=x, bias_e=bias, out_m=out),
         decode=M <= 16 if decode is None else decode,
     )
