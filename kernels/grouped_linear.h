@@ -7,8 +7,7 @@
 // its own (kernels/cuda/grouped_linear.cuh), and its bits are those of linear's kernels there, not
 // those of Hopper's matrix products, which know no experts.
 //
-// grouped_gated_linear is the same with the gate of kernels/linear.h behind every product; on the
-// CPU only.
+// grouped_gated_linear is the same with a gate behind every product, on the CPU only.
 #pragma once
 
 #include "kernels/linear.h"
@@ -24,7 +23,7 @@ struct GroupedLinearParams {
   void* out;               // [M, N]; of gated products [M, N / 2]
   int64_t R, M, N, K, E;
   int64_t x_r, bias_e, out_m;  // row strides in elements
-  Activation activation;       // none or swiglu
+  Activation activation;       // none or a gate
   DType dtype;                 // f32 or bf16: x, bias and out
   WeightFormat format;         // of weight: dtype's, int8 or int4; on CUDA dtype's
   bool decode;                 // CUDA: the kernel for few rows, whatever M is

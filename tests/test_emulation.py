@@ -461,7 +461,7 @@ def _grouped(
     M = len(x) if rows is None else len(rows)
     out = torch.full((M, experts.n), 7.0, dtype=x.dtype)
     held = (experts.data, *experts.shape, experts.format)
-    arguments = (x, *held, offsets, rows, None, _C.Activation.none, decode, out)
+    arguments = (x, *held, offsets, rows, None, None, decode, out)
     _emulate(emulator, "grouped_linear", *arguments)
     return out
 

@@ -195,29 +195,30 @@ def test_gated_experts_are_held_in_turns(make, quant):
 
 @pytest.mark.parametrize("quant", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gated_experts_in_one_kernel(isa, make, dtype, quant, threads):
+@pytest.mark.parametrize("kind", ["silu", "gpt_oss"])
+def test_gated_experts_in_one_kernel(isa, make, dtype, quant, kind, threads):
     counts = [1, 0, 2, 3, 17, 37, 0, 5]
     offsets, E, M = counts_to_offsets(counts), len(counts), sum(counts)
     weights = make(E, 192, 100).to(dtype)
     plain, gated = (pack_experts(weights, quant=quant, gated=gated) for gated in (False, True))
     x, bias = make(M, 100).to(dtype), make(E, 192).to(dtype)
     _C.kernel_counts(reset=True)
-    together = ops.grouped_gated_linear(x, gated, offsets, bias=bias)
+    together = ops.grouped_gated_linear(x, gated, offsets, bias=bias, kind=kind)
     assert sum(_C.kernel_counts(reset=True).values()) == 1
-    two = ops.gated_activation(ops.grouped_linear(x, plain, offsets, bias=bias))
+    two = ops.gated_activation(ops.grouped_linear(x, plain, offsets, bias=bias), kind=kind)
     if dtype == torch.float32:
         assert torch.equal(together, two)
     else:  # gate and up are not rounded in between
         torch.testing.assert_close(together, two, rtol=3e-2, atol=3e-2)
     for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
         for m in range(begin, end):
-            alone = ops.gated_linear(x[m : m + 1], gated[e], bias=bias[e])
+            alone = ops.gated_linear(x[m : m + 1], gated[e], bias=bias[e], kind=kind)
             assert torch.equal(bits(together[m : m + 1]), bits(alone)), f"expert {e}, row {m}"
     order = torch.randperm(M, generator=torch.Generator().manual_seed(1))
     for n in (1, 2, 5):
         threads(n)
         again = ops.grouped_gated_linear(
-            x[order], gated, offsets, rows=order.argsort().int(), bias=bias
+            x[order], gated, offsets, rows=order.argsort().int(), bias=bias, kind=kind
         )
         assert torch.equal(bits(again), bits(together))
 
@@ -261,7 +262,7 @@ class Block:
     def prepare(self, x):
         """Everything that `__call__` needs for tokens like these."""
         chosen = self.route(x).ids.unique().tolist()
-        self.up, self.up_bias = self.packed(0, chosen, x.dtype, self.kind == "silu")
+        self.up, self.up_bias = self.packed(0, chosen, x.dtype, gated=True)
         self.down, self.down_bias = self.packed(2, chosen, x.dtype)
         return self
 
@@ -466,7 +467,6 @@ REFUSALS = [
     ),
     (grouped, {"weight": GATED}, "grouped_linear: weight is held for grouped_gated_linear, expect"),
     (gated, {"kind": "gelu"}, "grouped_gated_linear: kind is 'gelu', allowed: silu, gpt_oss"),
-    (gated, {"kind": "gpt_oss"}, "grouped_gated_linear: kind is 'gpt_oss', but weight is held for"),
     (gated, {"phase": "chunk"}, "grouped_gated_linear: phase is 'chunk', allowed: decode, prefil"),
     (
         gated,

@@ -155,14 +155,12 @@ void check_rows(const Checker& check, const GroupedLinearParams& g) {
   }
 }
 
+// gate: behind the products of experts whose weights are gated.
 void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, WeightFormat format,
                     Tensor offsets, std::optional<Tensor> rows, std::optional<Tensor> bias,
-                    Activation activation, std::optional<bool> decode, Tensor out) {
-  const bool gated = activation == Activation::swiglu;
-  Checker check(gated ? "grouped_gated_linear" : "grouped_linear");
-  check.require(gated || activation == Activation::none,
-                "activation is not implemented, available: none, swiglu");
-  check.require(!gated || N % kPanelColumns == 0, "a gated weight has N=", N,
+                    std::optional<Gate> gate, std::optional<bool> decode, Tensor out) {
+  Checker check(gate ? "grouped_gated_linear" : "grouped_linear");
+  check.require(!gate || N % kPanelColumns == 0, "a gated weight has N=", N,
                 ", expected a multiple of ", kPanelColumns);
   check.require(format != WeightFormat::fp8,
                 "weight format is not implemented, available: f32, bf16, int8, int4");
@@ -192,7 +190,7 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
   check.tensor("offsets", offsets, {DType::i32}, {"E+1"});
   if (bias) check.tensor("bias", *bias, {dtype}, {"E", "N"});
   check.bind("I", N / 2, "weight");
-  check.tensor("out", out, {dtype}, {"M", gated ? "I" : "N"});
+  check.tensor("out", out, {dtype}, {"M", gate ? "I" : "N"});
   const GroupedLinearParams g{.x = x.data,
                               .rows = rows ? static_cast<const int32_t*>(rows->data) : nullptr,
                               .weight = weight.data,
@@ -207,11 +205,11 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
                               .x_r = x.stride(0),
                               .bias_e = bias ? bias->stride(0) : 0,
                               .out_m = out.stride(0),
-                              .activation = activation,
+                              .activation = gate ? epilogue_of(*gate) : Activation::none,
                               .dtype = dtype,
                               .format = format,
                               .decode = decode.value_or(check["M"] <= kDecodeRows)};
-  if (!gated && ran_on_cuda(check, IVR_CUDA_KERNEL(grouped_linear), g, x)) return;
+  if (!gate && ran_on_cuda(check, IVR_CUDA_KERNEL(grouped_linear), g, x)) return;
   require_cpu(check, x);
   check_offsets(check, "offsets", offsets, "M");
   check_rows(check, g);
@@ -224,8 +222,8 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
 IVR_BIND(grouped_linear) {
   m.def("grouped_linear", recordable(&grouped_linear), ReleaseGil(), py::arg("x"),
         py::arg("weight"), py::arg("E"), py::arg("N"), py::arg("K"), py::arg("format"),
-        py::arg("offsets"), py::arg("rows"), py::arg("bias"), py::arg("activation"),
-        py::arg("decode"), py::arg("out"));
+        py::arg("offsets"), py::arg("rows"), py::arg("bias"), py::arg("gate"), py::arg("decode"),
+        py::arg("out"));
 }
 
 }  // namespace ivr

@@ -126,7 +126,7 @@ class Mlp:
 
     def __init__(self, make: _Maker, i: int) -> None:
         self.ops, self.gate = make.opset, make.config.gate
-        self.gate_up = make.linear(f"llm.{i}.gate_up", gated=self.gate == "silu")
+        self.gate_up = make.linear(f"llm.{i}.gate_up", gated=True)
         self.down = make.linear(f"llm.{i}.down")
 
     def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
@@ -151,7 +151,7 @@ class Experts:
             form = weight_format(part, make.quant)
             return GroupedLinear(make.opset, each, count, make.dtype, form, gated)
 
-        self.gate_up, self.down = grouped("gate_up", gated=self.gate == "silu"), grouped("down")
+        self.gate_up, self.down = grouped("gate_up", gated=True), grouped("down")
 
     def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
         """Adds the chosen experts of x [T, hidden] to residual."""

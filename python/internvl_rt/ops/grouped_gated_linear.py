@@ -34,9 +34,8 @@ def grouped_gated_linear(
     """gated_activation(grouped_linear(x, weight, offsets, rows=rows, bias=bias), kind=kind): SwiGLU
     (Shazeer, 2020) of experts.
 
-    One kernel where kind is "silu" and the weight is held for it (`pack_experts` with gated=True,
-    on the CPU): gate and up then stay in float32 and the result is rounded once. Elsewhere it is
-    those two ops.
+    One kernel where the weight is held for it (`pack_experts` with gated=True, on the CPU): gate
+    and up then stay in float32 and the result is rounded once. Elsewhere it is those two ops.
 
     x: [R, K], float32 or bfloat16, contiguous in K.
     weight: [E, 2I, K], of each expert the gate's rows first, then those of up, from `pack_experts`;
@@ -60,19 +59,17 @@ def grouped_gated_linear(
         result = reference(x, weight, offsets, rows=rows, bias=bias, kind=kind)
         return give("grouped_gated_linear", result, out)
     if isinstance(weight, Tensor):
-        weight = pack_experts(weight, gated=kind == "silu" and backend in (None, "native"))
+        weight = pack_experts(weight, gated=backend in (None, "native"))
     if not weight.gated:
         both = grouped_linear(
             x, weight, offsets, rows=rows, bias=bias, phase=phase, backend=backend
         )
         return gated_activation(both, kind=kind, out=out, backend=backend)
-    if kind != "silu":
-        raise ValueError(f"grouped_gated_linear: kind is {kind!r}, but weight is held for 'silu'")
     if out is None:
         M = x.shape[0] if rows is None else rows.numel()
         out = torch.empty((M, weight.n // 2), dtype=x.dtype, device=x.device)
     held = (weight.data, *weight.shape, weight.format)
-    run(x, *held, offsets, rows, bias, _C.Activation.swiglu, None, out)
+    run(x, *held, offsets, rows, bias, KINDS[kind], None, out)
     return out
 
 
@@ -104,7 +101,7 @@ def cost(
 def _case(
     name: str, counts: Sequence[int], N: int, K: int, *, kind: str = "silu", **options: Any
 ) -> Case:
-    products = products_case(name, counts, N, K, gated=kind == "silu", **options)
+    products = products_case(name, counts, N, K, gated=True, **options)
     return dataclasses.replace(products, build=lambda make: products.build(make) | {"kind": kind})
 
 
@@ -138,6 +135,7 @@ _op = register(
             _case("odd", [3, 0, 2, 1], 62, 33, bias=True),
             _case("odd_gpt_oss", [1, 4, 0, 13], 62, 31, tokens=5, bias=True, kind="gpt_oss"),
             _case("whole_panels", [1, 4, 0, 13], 96, 31, tokens=5, bias=True),
+            _case("whole_panels_gpt_oss", [3, 0, 2], 64, 45, bias=True, kind="gpt_oss"),
             _case("tail_many", [40, 1, 0, 17, 2, 70], 160, 129, tokens=65, bias=True),
             _case("tail_experts", [e % 3 for e in range(140)], 32, 16, tokens=7),
             _case("odd_int8", [3, 0, 2, 1], 62, 33, bias=True, quant="int8"),

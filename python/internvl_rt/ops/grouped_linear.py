@@ -154,7 +154,7 @@ def grouped_linear(
         out = torch.empty((M, weight.n), dtype=x.dtype, device=x.device)
     decode = None if phase is None else phase == "decode"
     held = (weight.data, *weight.shape, weight.format)
-    run(x, *held, offsets, rows, bias, _C.Activation.none, decode, out)
+    run(x, *held, offsets, rows, bias, None, decode, out)
     return out
 
 
