@@ -17,8 +17,8 @@
 // linear_codes_dot.cpp multiplies the codes themselves. Scales are bf16 because codes are chosen
 // for the rounded scale: nothing is lost, and int4 moves 6 % less.
 //
-// The weight of a gated product has its rows in turns, kGateColumns of the gate and as
-// many of up, so that a panel holds both.
+// The weight of a gated product has its rows in turns, kGateColumns of the gate and as many of up,
+// so that a panel holds both.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
