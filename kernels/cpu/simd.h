@@ -401,8 +401,8 @@ inline F silu(F x, float alpha = 1.0f) {
   return x * select_lt(t, zero, e, one) / (one + e);
 }
 
-// GPT-OSS's gate: g * sigmoid(1.702 g) * (up + 1), where g is gate cut off above 7 and up is clipped
-// to [-7, 7].
+// GPT-OSS's: gate * sigmoid(1.702 gate) * (up + 1), gate cut off above 7 and up clipped to
+// [-7, 7].
 template <bool Short = false>
 inline F gpt_oss_gate(F gate, F up) {
   const F limit = set(7.0f);
