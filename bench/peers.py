@@ -165,6 +165,25 @@ def gated_linear(
     return call
 
 
+def grouped_gated_linear(
+    x: Tensor,
+    weight: Tensor | PackedExperts,
+    offsets: Tensor,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    kind: str = "silu",
+) -> Call | None:
+    if kind != "silu":
+        return None
+    products = grouped_linear(x, weight, offsets, rows, bias)
+
+    def call() -> Tensor:
+        gate, up = products().chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    return call
+
+
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -386,6 +405,7 @@ PEERS: dict[str, tuple[str, Callable[..., Call | None]]] = {
         flash_attention,
         gated_activation,
         gated_linear,
+        grouped_gated_linear,
         grouped_linear,
         layer_norm,
         linear,

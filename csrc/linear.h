@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/check.h"
+#include "kernels/gated_activation.h"
 #include "kernels/linear.h"
 
 namespace ivr {
@@ -25,6 +26,11 @@ LinearSteps linear_steps(DType dtype, WeightFormat format);
 // is held as its format and the device say, or is a table of pointers to its rows.
 LinearParams product_of(Checker& check, const Tensor& x, const Tensor& weight, int64_t N, int64_t K,
                         WeightFormat format);
+
+// The epilogue with this gate.
+constexpr Activation epilogue_of(Gate gate) {
+  return gate == Gate::silu ? Activation::swiglu : Activation::swiglu_gpt_oss;
+}
 
 // Runs a product on the CPU.
 void run_on_cpu(const LinearParams& p);

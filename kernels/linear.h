@@ -17,8 +17,8 @@
 // Scales are bf16 because codes are chosen for the rounded scale: nothing is lost, and int4 moves
 // 6 % less.
 //
-// The weight of a gated product (swiglu) has its rows in turns, kGateColumns of the gate and as
-// many of up, so that a panel holds both.
+// The weight of a gated product has its rows in turns, kGateColumns of the gate and as many of up,
+// so that a panel holds both.
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
@@ -33,7 +33,9 @@
 namespace ivr {
 
 enum class WeightFormat : int32_t { f32 = 0, bf16 = 1, int8 = 2, int4 = 3, fp8 = 4 };
-enum class Activation : int32_t { none = 0, gelu = 1, silu = 2, swiglu = 3 };
+// The gates of kernels/gated_activation.h come last: swiglu is that of silu.
+enum class Activation : int32_t { none = 0, gelu = 1, silu = 2, swiglu = 3, swiglu_gpt_oss = 4 };
+constexpr bool is_gated(Activation a) { return a >= Activation::swiglu; }
 
 constexpr int64_t kPanelColumns = 32;
 constexpr int64_t kTileDepth = 32;  // k per bf16 matrix tile
@@ -80,7 +82,7 @@ struct LinearParams {
   void* out;             // [M, N]; of a gated product [M, N / 2]
   int64_t M, N, K;
   int64_t x_m, residual_m, out_m;  // row strides in elements
-  Activation activation;           // none, gelu (exact), silu; swiglu without residual and scale
+  Activation activation;           // gelu is exact; a gate stands without residual and scale
   DType dtype;                     // f32 or bf16: of x, bias and scale
   DType out_dtype;                 // of out and residual: dtype, or f32
   WeightFormat format;             // of weight: dtype's, int8 or int4

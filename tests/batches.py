@@ -88,6 +88,11 @@ def _grouped_linear(make: Inputs) -> Arguments:
     }
 
 
+def _grouped_gated_linear(make: Inputs) -> Arguments:
+    weight = ops.pack_experts(make.normal(6, 96, 296), gated=True)
+    return _grouped_linear(make) | {"weight": weight, "bias": make.normal(6, 96)}
+
+
 def _grouped_rows(arguments: Arguments, rows: slice) -> Arguments:
     offsets = arguments["offsets"].clamp(rows.start, rows.stop) - rows.start
     return arguments | {"offsets": offsets, "rows": arguments["rows"][rows]}
@@ -206,6 +211,7 @@ BATCHES = {
     "flash_attention": Batches(_flash_attention, _flash_sequences),
     "gated_activation": Batches(_gated_activation, _rows("x")),
     "gated_linear": Batches(_gated_linear, _rows("x"), PHASES),
+    "grouped_gated_linear": Batches(_grouped_gated_linear, _grouped_rows, PHASES),
     "grouped_linear": Batches(_grouped_linear, _grouped_rows, PHASES),
     "layer_norm": Batches(_layer_norm, _rows("x")),
     "linear": Batches(_linear, _rows("x", "residual"), PHASES),

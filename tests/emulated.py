@@ -355,16 +355,19 @@ def grouped_linear(
     offsets: Tensor,
     rows: Tensor | None,
     bias: Tensor | None,
+    gate: Any,
     decode: bool | None,
     out: Tensor,
 ) -> ctypes.Structure:
+    assert gate is None, "the CPU's kernel"
     experts = ops.PackedExperts(packed, E, N, K, weight_format)
     M = out.shape[0]
     return fill(
         *("grouped_linear", "GroupedLinearParams"),
         **{"x": x, "rows": rows, "bias": bias, "offsets": offsets, "out": out, "dtype": x.dtype},
         **{"R": x.shape[0], "M": M, "N": N, "K": K, "E": E, "format": int(weight_format)},
-        weight=torch.stack([ops.unpack(experts[e]) for e in range(E)]),
+        **{"weight": torch.stack([ops.unpack(experts[e]) for e in range(E)])},
+        **{"activation": 0},
         **_strides(x_r=x, bias_e=bias, out_m=out),
         decode=M <= 16 if decode is None else decode,
     )

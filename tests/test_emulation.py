@@ -460,7 +460,8 @@ def _grouped(
 ) -> Tensor:
     M = len(x) if rows is None else len(rows)
     out = torch.full((M, experts.n), 7.0, dtype=x.dtype)
-    arguments = (x, experts.data, *experts.shape, experts.format, offsets, rows, None, decode, out)
+    held = (experts.data, *experts.shape, experts.format)
+    arguments = (x, *held, offsets, rows, None, None, decode, out)
     _emulate(emulator, "grouped_linear", *arguments)
     return out
 

@@ -1,5 +1,6 @@
 """Mixture of experts beyond the generated cases: the published formulas, equal bits, refusals."""
 
+import dataclasses
 import itertools
 import math
 
@@ -174,6 +175,54 @@ def test_pack_experts_is_pack_one_behind_the_other(make, dtype):
         packed[3]
 
 
+# A product with its gate.
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+def test_gated_experts_are_held_in_turns(make, quant):
+    pairs = list(zip(make(3, 48, 70), make(3, 48, 70), strict=True))
+    plain = pack_experts(pairs, quant=quant)
+    gated = pack_experts(iter(pairs), count=3, quant=quant, gated=True)
+    assert gated.gated
+    assert not plain.gated
+    assert gated.data.numel() == plain.data.numel()
+    for e, pair in enumerate(pairs):
+        assert torch.equal(gated[e].data, pack(pair, quant=quant, gated=True).data)
+        assert torch.equal(ops.unpack(gated[e]), ops.unpack(plain[e]))
+    half = [(gate[:40], up[:40]) for gate, up in pairs]  # two and a half panels
+    assert not pack_experts(half, quant=quant, gated=True).gated
+
+
+@pytest.mark.parametrize("quant", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["silu", "gpt_oss"])
+def test_gated_experts_in_one_kernel(isa, make, dtype, quant, kind, threads):
+    counts = [1, 0, 2, 3, 17, 37, 0, 5]
+    offsets, E, M = counts_to_offsets(counts), len(counts), sum(counts)
+    weights = make(E, 192, 100).to(dtype)
+    plain, gated = (pack_experts(weights, quant=quant, gated=gated) for gated in (False, True))
+    x, bias = make(M, 100).to(dtype), make(E, 192).to(dtype)
+    _C.kernel_counts(reset=True)
+    together = ops.grouped_gated_linear(x, gated, offsets, bias=bias, kind=kind)
+    assert sum(_C.kernel_counts(reset=True).values()) == 1
+    two = ops.gated_activation(ops.grouped_linear(x, plain, offsets, bias=bias), kind=kind)
+    if dtype == torch.float32:
+        assert torch.equal(together, two)
+    else:  # gate and up are not rounded in between
+        torch.testing.assert_close(together, two, rtol=3e-2, atol=3e-2)
+    for e, (begin, end) in enumerate(itertools.pairwise(offsets.tolist())):
+        for m in range(begin, end):
+            alone = ops.gated_linear(x[m : m + 1], gated[e], bias=bias[e], kind=kind)
+            assert torch.equal(bits(together[m : m + 1]), bits(alone)), f"expert {e}, row {m}"
+    order = torch.randperm(M, generator=torch.Generator().manual_seed(1))
+    for n in (1, 2, 5):
+        threads(n)
+        again = ops.grouped_gated_linear(
+            x[order], gated, offsets, rows=order.argsort().int(), bias=bias, kind=kind
+        )
+        assert torch.equal(bits(again), bits(together))
+
+
 # A whole block.
 
 
@@ -198,21 +247,22 @@ class Block:
             ]
         return self.made[e]
 
-    def packed(self, part, chosen, dtype):
+    def packed(self, part, chosen, dtype, gated=False):
         n, k = self.expert(chosen[0])[part].shape
         size = packed_size(n, k, dtype)
         data = torch.empty(self.E * size, dtype=dtype)  # untouched pages cost nothing
         bias = torch.full((self.E, n), math.nan, dtype=dtype)
         for e in chosen:
-            pack(self.expert(e)[part].to(dtype), out=data[e * size : (e + 1) * size])
+            out = data[e * size : (e + 1) * size]
+            assert pack(self.expert(e)[part].to(dtype), gated=gated, out=out).gated == gated
             bias[e] = self.expert(e)[part + 1]
         form = WeightFormat.bf16 if dtype == torch.bfloat16 else WeightFormat.f32
-        return ops.PackedExperts(data, self.E, n, k, form), bias
+        return ops.PackedExperts(data, self.E, n, k, form, gated), bias
 
     def prepare(self, x):
         """Everything that `__call__` needs for tokens like these."""
         chosen = self.route(x).ids.unique().tolist()
-        self.up, self.up_bias = self.packed(0, chosen, x.dtype)
+        self.up, self.up_bias = self.packed(0, chosen, x.dtype, gated=True)
         self.down, self.down_bias = self.packed(2, chosen, x.dtype)
         return self
 
@@ -222,8 +272,9 @@ class Block:
 
     def __call__(self, x):
         r = self.route(x)
-        f = ops.grouped_linear(x, self.up, r.offsets, rows=r.tokens, bias=self.up_bias)
-        f = ops.gated_activation(f, kind=self.kind)
+        f = ops.grouped_gated_linear(
+            x, self.up, r.offsets, rows=r.tokens, bias=self.up_bias, kind=self.kind
+        )
         f = ops.grouped_linear(f, self.down, r.offsets, bias=self.down_bias)
         return ops.moe_combine(f, r.weights, r.places, residual=x)
 
@@ -271,7 +322,7 @@ def test_real_widths_against_plain_torch(make, shape, T, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["silu", "gpt_oss"])
 def test_a_token_does_not_depend_on_the_others(isa, make, dtype, kind, threads):
-    block = Block(12, 96, 40, 3, kind)
+    block = Block(12, 96, 48, 3, kind)
     x = make(45, 96).to(dtype)
     block.prepare(x)
     alone = torch.cat([block(x[t : t + 1]) for t in range(45)])
@@ -353,6 +404,14 @@ def grouped(**changes):
     return ops.grouped_linear(**{**arguments, **changes})
 
 
+GATED = pack_experts(torch.zeros(2, 64, 8), gated=True)
+
+
+def gated(**changes):
+    arguments = {"x": torch.zeros(4, 8), "weight": GATED, "offsets": ints(0, 3, 4)}
+    return ops.grouped_gated_linear(**{**arguments, **changes})
+
+
 def combine(**changes):
     arguments = {
         "x": torch.zeros(4, 8),
@@ -405,6 +464,32 @@ REFUSALS = [
         grouped,
         {"out": torch.zeros(4, 5)},
         r"grouped_linear: out has shape \[4, 5\], expected \[M=4",
+    ),
+    (grouped, {"weight": GATED}, "grouped_linear: weight is held for grouped_gated_linear, expect"),
+    (gated, {"kind": "gelu"}, "grouped_gated_linear: kind is 'gelu', allowed: silu, gpt_oss"),
+    (gated, {"phase": "chunk"}, "grouped_gated_linear: phase is 'chunk', allowed: decode, prefil"),
+    (
+        gated,
+        {"weight": torch.zeros(2, 7, 8)},
+        "grouped_gated_linear: weight has N=7, expected an e",
+    ),
+    (
+        gated,
+        {"weight": dataclasses.replace(GATED, n=62)},
+        "grouped_gated_linear: a gated weight has N=62, expected a multiple of 32",
+    ),
+    (gated, {"x": torch.zeros(4, 9)}, r"grouped_gated_linear: x has shape \[4, 9\], expected \[R,"),
+    (gated, {"offsets": ints(0, 1, 3)}, r"grouped_gated_linear: offsets\[2\] is 3, expected M = 4"),
+    (gated, {"rows": ints(0, 4, 1, 1)}, r"grouped_gated_linear: rows\[1\] is 4, expected 0 to les"),
+    (
+        gated,
+        {"bias": torch.zeros(2, 32)},
+        r"grouped_gated_linear: bias has shape \[2, 32\], expect",
+    ),
+    (
+        gated,
+        {"out": torch.zeros(4, 64)},
+        r"grouped_gated_linear: out has shape \[4, 64\], expected \[M=4, I=32\]",
     ),
     (
         combine,

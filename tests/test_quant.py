@@ -357,6 +357,7 @@ def test_a_mixture_equals_its_reference(folder, quant):
     assert error <= 1e-3 * truth.std()
     assert (truth - plain).abs().max() > 20 * error, "nothing was quantised"
     experts = [layer.mlp for layer in model._core.decoder.layers]
+    assert all(m.gate_up.weight.gated for m in experts)
     assert all(m.gate_up.weight.data.dtype == torch.uint8 for m in experts)
     assert all(m.down.weight.data.dtype == torch.uint8 for m in experts)
     chunked = ivr.load(folder, dtype="float32", quant=quant, prefill_chunk=5)

@@ -1,7 +1,6 @@
 #include "csrc/bind.h"
 #include "csrc/cuda.h"
 #include "csrc/linear.h"
-#include "kernels/gated_activation.h"
 
 #if defined(IVR_CUDA)
 #include "kernels/cuda/gemm_launchers.h"
@@ -11,10 +10,10 @@ namespace ivr {
 namespace {
 
 // Runs the product and its gate in one kernel where there is one: on the CPU for a gated weight, on
-// a GPU where it has one for them. False: there is none, and nothing was done.
+// a GPU where it has one for silu. False: there is none, and nothing was done.
 bool gated_linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format, bool gated,
                   std::optional<Tensor> bias, Gate gate, std::optional<bool> decode, Tensor out) {
-  if (gate != Gate::silu || gated != (x.device == Device::cpu)) return false;
+  if (!gated && (gate != Gate::silu || x.device == Device::cpu)) return false;
   Checker check("gated_linear");
   LinearParams p = product_of(check, x, weight, N, K, format);
   check.require(!gated || N % kPanelColumns == 0, "a gated weight has N=", N,
@@ -25,11 +24,12 @@ bool gated_linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat fo
   p.bias = bias ? bias->data : nullptr;
   p.out = out.data;
   p.out_m = out.stride(0);
-  p.activation = Activation::swiglu;
+  p.activation = epilogue_of(gate);
   p.out_dtype = out.dtype;
   p.decode = decode.value_or(p.M <= kDecodeRows);
   if (p.M * p.N == 0) return true;
   if (gated) {
+    require_cpu(check, x);
     run_on_cpu(p);
     return true;
   }

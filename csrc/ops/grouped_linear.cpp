@@ -121,6 +121,7 @@ LinearParams product(const GroupedLinearParams& g, int64_t e, int64_t m, int64_t
   p.K = g.K;
   p.x_m = g.x_r;
   p.out_m = g.out_m;
+  p.activation = g.activation;
   p.dtype = p.out_dtype = g.dtype;
   p.format = g.format;
   return p;
@@ -154,10 +155,13 @@ void check_rows(const Checker& check, const GroupedLinearParams& g) {
   }
 }
 
+// gate: behind the products of experts whose weights are gated.
 void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, WeightFormat format,
                     Tensor offsets, std::optional<Tensor> rows, std::optional<Tensor> bias,
-                    std::optional<bool> decode, Tensor out) {
-  Checker check("grouped_linear");
+                    std::optional<Gate> gate, std::optional<bool> decode, Tensor out) {
+  Checker check(gate ? "grouped_gated_linear" : "grouped_linear");
+  check.require(!gate || N % kPanelColumns == 0, "a gated weight has N=", N,
+                ", expected a multiple of ", kPanelColumns);
   check.require(format != WeightFormat::fp8,
                 "weight format is not implemented, available: f32, bf16, int8, int4");
   check.require(x.device == Device::cpu || !is_quantised(format),
@@ -185,7 +189,8 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
   }
   check.tensor("offsets", offsets, {DType::i32}, {"E+1"});
   if (bias) check.tensor("bias", *bias, {dtype}, {"E", "N"});
-  check.tensor("out", out, {dtype}, {"M", "N"});
+  check.bind("I", N / 2, "weight");
+  check.tensor("out", out, {dtype}, {"M", gate ? "I" : "N"});
   const GroupedLinearParams g{.x = x.data,
                               .rows = rows ? static_cast<const int32_t*>(rows->data) : nullptr,
                               .weight = weight.data,
@@ -200,10 +205,12 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
                               .x_r = x.stride(0),
                               .bias_e = bias ? bias->stride(0) : 0,
                               .out_m = out.stride(0),
+                              .activation = gate ? epilogue_of(*gate) : Activation::none,
                               .dtype = dtype,
                               .format = format,
                               .decode = decode.value_or(check["M"] <= kDecodeRows)};
-  if (ran_on_cuda(check, IVR_CUDA_KERNEL(grouped_linear), g, x)) return;
+  if (!gate && ran_on_cuda(check, IVR_CUDA_KERNEL(grouped_linear), g, x)) return;
+  require_cpu(check, x);
   check_offsets(check, "offsets", offsets, "M");
   check_rows(check, g);
   if (g.M * g.N == 0) return;
@@ -215,7 +222,8 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
 IVR_BIND(grouped_linear) {
   m.def("grouped_linear", recordable(&grouped_linear), ReleaseGil(), py::arg("x"),
         py::arg("weight"), py::arg("E"), py::arg("N"), py::arg("K"), py::arg("format"),
-        py::arg("offsets"), py::arg("rows"), py::arg("bias"), py::arg("decode"), py::arg("out"));
+        py::arg("offsets"), py::arg("rows"), py::arg("bias"), py::arg("gate"), py::arg("decode"),
+        py::arg("out"));
 }
 
 }  // namespace ivr

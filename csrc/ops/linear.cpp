@@ -57,8 +57,7 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
             std::optional<Tensor> bias, Activation activation, std::optional<Tensor> residual,
             std::optional<Tensor> scale, std::optional<bool> decode, Tensor out) {
   Checker check("linear");
-  check.require(activation != Activation::swiglu,
-                "activation is 'swiglu', allowed: none, gelu, silu");
+  check.require(!is_gated(activation), "activation is a gate, allowed: none, gelu, silu");
   LinearParams p = product_of(check, x, weight, N, K, format);
   if (x.dtype == DType::bf16) {
     check.tensor("out", out, {DType::bf16, DType::f32}, {"M", "N"});
@@ -185,7 +184,8 @@ IVR_BIND(linear) {
       .value("none", Activation::none)
       .value("gelu", Activation::gelu)
       .value("silu", Activation::silu)
-      .value("swiglu", Activation::swiglu);
+      .value("swiglu", Activation::swiglu)
+      .value("swiglu_gpt_oss", Activation::swiglu_gpt_oss);
   m.def("linear", recordable(&linear), ReleaseGil(), py::arg("x"), py::arg("weight"), py::arg("N"),
         py::arg("K"), py::arg("format"), py::arg("bias"), py::arg("activation"),
         py::arg("residual"), py::arg("scale"), py::arg("decode"), py::arg("out"));

@@ -15,7 +15,6 @@ inline F rounded(F x, const bf16*) {
 
 template <class T>
 void run(const GatedActivationParams& p, int64_t begin, int64_t end) {
-  const F limit = set(7.0f), low = set(-7.0f);
   for (int64_t t = begin; t < end; ++t) {
     const T* gate = static_cast<const T*>(p.x) + t * p.x_t;
     const T* up = gate + p.I;
@@ -26,9 +25,7 @@ void run(const GatedActivationParams& p, int64_t begin, int64_t end) {
       if (p.gate == Gate::silu) {
         store_n(y + i, rounded(silu<kShort<T>>(g), gate) * u, n);
       } else {
-        // min and max pass a NaN in their second argument on.
-        const F clipped = max(low, min(limit, u));
-        store_n(y + i, silu<kShort<T>>(min(limit, g), 1.702f) * (clipped + set(1.0f)), n);
+        store_n(y + i, gpt_oss_gate<kShort<T>>(g, u), n);
       }
     }
   }

@@ -1,5 +1,5 @@
 // What follows a product, for a block of rows of one panel: out = residual + scale * act(c + bias),
-// or silu(gate) * up.
+// or the gate of gate and up.
 #pragma once
 
 #include "kernels/cpu/simd.h"
@@ -35,7 +35,9 @@ void finish_gated(const LinearParams& p, const float* c, int64_t c_m, int64_t m0
         gate = gate + gate_bias;
         up = up + up_bias;
       }
-      store(static_cast<Out*>(p.out) + (m0 + i) * p.out_m + n + j, silu<kShort<Out>>(gate) * up);
+      const F y = p.activation == Activation::swiglu ? silu<kShort<Out>>(gate) * up
+                                                     : gpt_oss_gate<kShort<Out>>(gate, up);
+      store(static_cast<Out*>(p.out) + (m0 + i) * p.out_m + n + j, y);
     }
   }
 }
@@ -43,7 +45,7 @@ void finish_gated(const LinearParams& p, const float* c, int64_t c_m, int64_t m0
 template <class T, class Out>
 void finish(const LinearParams& p, const float* c, int64_t c_m, int64_t m0, int64_t rows,
             int64_t n0) {
-  if (p.activation == Activation::swiglu) return finish_gated<T, Out>(p, c, c_m, m0, rows, n0);
+  if (is_gated(p.activation)) return finish_gated<T, Out>(p, c, c_m, m0, rows, n0);
   const T* bias = static_cast<const T*>(p.bias);
   const T* scale = static_cast<const T*>(p.scale);
   const int64_t columns = p.N - n0 < kPanelColumns ? p.N - n0 : kPanelColumns;

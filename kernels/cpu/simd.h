@@ -388,6 +388,16 @@ inline F silu(F x, float alpha = 1.0f) {
   return x * select_lt(t, zero, e, one) / (one + e);
 }
 
+// GPT-OSS's: gate * sigmoid(1.702 gate) * (up + 1), gate cut off above 7 and up clipped to
+// [-7, 7].
+template <bool Short = false>
+inline F gpt_oss_gate(F gate, F up) {
+  const F limit = set(7.0f);
+  // min and max pass a NaN in their second argument on.
+  const F clipped = max(set(-7.0f), min(limit, up));
+  return silu<Short>(min(limit, gate), 1.702f) * (clipped + set(1.0f));
+}
+
 // x * Phi(x) = max(x, 0) - u erfc(u / sqrt 2) / 2, u = |x|, within 4e-8 (absolute; short: 6e-7, and
 // 4e-6 of min(u / 2, 0.17)) of the exact value. log2 erfc(u / sqrt 2) / u is a smooth function: a
 // polynomial fitted on [0, 7] with the error's weight in the result; beyond, it falls on.

@@ -55,7 +55,7 @@ inline bool linear_supported(const LinearParams& p) {
   constexpr int64_t kMaxRows =
       65535 * 16;  // the grid's second dimension, in the least rows a block
   if (p.dtype != DType::f32 && p.dtype != DType::bf16) return false;
-  if (p.activation == Activation::swiglu) return false;
+  if (is_gated(p.activation)) return false;
   return p.M <= kMaxRows && p.N <= kMax && p.K <= kMax;
 }
 

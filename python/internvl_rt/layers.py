@@ -51,8 +51,9 @@ class GroupedLinear:
         count: int,
         dtype: torch.dtype,
         quant: str | None = None,
+        gated: bool = False,
     ) -> None:
-        """experts: weights and biases of one after the other, as for Linear; quant too."""
+        """experts: weights and biases of one after the other, as for Linear; quant, gated too."""
         self.ops = opset
         biases: list[Tensor] = []
 
@@ -63,7 +64,7 @@ class GroupedLinear:
                 yield list(parts) if quant else [w.to(dtype) for w in parts]
 
         if opset.choice("grouped_linear") == "native":
-            self.weight: Any = ops.pack_experts(weights(), count=count, quant=quant)
+            self.weight: Any = ops.pack_experts(weights(), count=count, quant=quant, gated=gated)
         elif quant is not None:
             each = (ops.pack(parts, quant=quant) for parts in weights())
             self.weight = torch.stack([ops.unpack(packed).to(dtype) for packed in each])

@@ -32,7 +32,7 @@ def decoder_ops(config: TextConfig) -> tuple[str, ...]:
     """The ops that a decoder with this config calls."""
     names = ("embed_scatter", "rms_norm", "linear", "rope", "paged_attention")
     names += ("gated_linear", "gated_activation", "sample")
-    experts = ("moe_route", "grouped_linear", "moe_combine")
+    experts = ("moe_route", "grouped_gated_linear", "grouped_linear", "moe_combine")
     return names if config.experts is None else names + experts
 
 
@@ -126,7 +126,7 @@ class Mlp:
 
     def __init__(self, make: _Maker, i: int) -> None:
         self.ops, self.gate = make.opset, make.config.gate
-        self.gate_up = make.linear(f"llm.{i}.gate_up", gated=self.gate == "silu")
+        self.gate_up = make.linear(f"llm.{i}.gate_up", gated=True)
         self.down = make.linear(f"llm.{i}.down")
 
     def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
@@ -146,12 +146,12 @@ class Experts:
         name, count = f"llm.{i}", config.experts.count
         self.router = make.linear(f"{name}.router")
 
-        def grouped(part: str) -> GroupedLinear:
+        def grouped(part: str, *, gated: bool = False) -> GroupedLinear:
             each = (make.w.linear(f"{name}.experts.{e}.{part}") for e in range(count))
             form = weight_format(part, make.quant)
-            return GroupedLinear(make.opset, each, count, make.dtype, form)
+            return GroupedLinear(make.opset, each, count, make.dtype, form, gated)
 
-        self.gate_up, self.down = grouped("gate_up"), grouped("down")
+        self.gate_up, self.down = grouped("gate_up", gated=True), grouped("down")
 
     def __call__(self, x: Tensor, residual: Tensor, phase: str) -> None:
         """Adds the chosen experts of x [T, hidden] to residual."""
@@ -159,9 +159,16 @@ class Experts:
         routing = self.ops.moe_route(
             logits, top_k=self.config.top_k, normalize=self.config.normalize
         )
-        # [T * k, 2 * width], by expert
-        f = self.gate_up(x, routing.offsets, routing.tokens, phase=phase)
-        f = self.ops.gated_activation(f, kind=self.gate)
+        weight, bias = self.gate_up.weight, self.gate_up.bias
+        f = self.ops.grouped_gated_linear(
+            x,
+            weight,
+            routing.offsets,
+            rows=routing.tokens,
+            bias=bias,
+            kind=self.gate,
+            phase=phase,
+        )  # [T * k, width], by expert
         f = self.down(f, routing.offsets, phase=phase)
         self.ops.moe_combine(f, routing.weights, routing.places, residual=residual, out=residual)
 

@@ -7,6 +7,7 @@ from internvl_rt.ops.embed_scatter import embed_scatter
 from internvl_rt.ops.flash_attention import flash_attention
 from internvl_rt.ops.gated_activation import gated_activation
 from internvl_rt.ops.gated_linear import gated_linear
+from internvl_rt.ops.grouped_gated_linear import grouped_gated_linear
 from internvl_rt.ops.grouped_linear import PackedExperts, grouped_linear, pack_experts
 from internvl_rt.ops.layer_norm import layer_norm
 from internvl_rt.ops.linear import PackedWeight, WeightRows, hold, linear, pack, unpack
@@ -33,6 +34,7 @@ __all__ = [
     "flash_attention",
     "gated_activation",
     "gated_linear",
+    "grouped_gated_linear",
     "grouped_linear",
     "hold",
     "layer_norm",

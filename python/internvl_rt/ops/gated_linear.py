@@ -28,10 +28,9 @@ def gated_linear(
 ) -> Tensor:
     """gated_activation(linear(x, weight, bias=bias), kind=kind): SwiGLU (Shazeer, 2020).
 
-    One kernel where kind is "silu" and the weight is held for it (`hold` with gated=True, on the
-    CPU), and where a GPU has one (Hopper, the prefill phase, bfloat16 rows of multiples of 16
-    bytes): gate and up then stay in float32 and the result is rounded once. Elsewhere it is those
-    two ops.
+    One kernel where the weight is held for it (`hold` with gated=True, on the CPU), and where a
+    GPU has one (Hopper, kind "silu", the prefill phase, bfloat16 rows of multiples of 16 bytes):
+    gate and up then stay in float32 and the result is rounded once. Elsewhere it is those two ops.
 
     x: [M, K], float32 or bfloat16, contiguous in K. A row's result does not depend on the others;
         on CUDA that holds within a phase.
@@ -51,9 +50,7 @@ def gated_linear(
     if run is None:
         return give("gated_linear", reference(x, weight, bias=bias, kind=kind), out)
     if isinstance(weight, Tensor):
-        weight = hold(weight, gated=kind == "silu" and backend in (None, "native"))
-    elif weight.gated and kind != "silu":
-        raise ValueError(f"gated_linear: kind is {kind!r}, but weight is held for 'silu'")
+        weight = hold(weight, gated=backend in (None, "native"))
     weight = readable(weight)
     if out is None:
         rows = x.shape[0] if x.dim() == 2 else 0
@@ -119,6 +116,7 @@ _op = register(
             _case("aligned", 37, 272, 72),
             _case("aligned_bias", 20, 48, 200, bias=True),
             _case("whole_panels", 37, 320, 72, bias=True),
+            _case("whole_panels_gpt_oss", 20, 64, 45, bias=True, kind="gpt_oss"),
             _case("qwen2_0.5b_decode", 1, 9728, 896, bench=True, slow=True),
             _case("qwen2_0.5b_prefill", 320, 9728, 896, bench=True, slow=True),
         ),

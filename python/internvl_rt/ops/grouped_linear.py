@@ -22,8 +22,8 @@ from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
 class PackedExperts:
     """The weights [n, k] of `count` experts, each in the layout of PackedWeight, in one tensor.
 
-    data: flat, the experts one behind the other, uint8 where they are quantised; experts[e] is one
-    of them, not copied.
+    data: flat, the experts one behind the other, uint8 where they are quantised; gated: whether
+    they are held for `grouped_gated_linear`. experts[e] is one of them, not copied.
     """
 
     data: Tensor
@@ -31,6 +31,7 @@ class PackedExperts:
     n: int
     k: int
     format: WeightFormat
+    gated: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,7 +47,8 @@ class PackedExperts:
     def __getitem__(self, e: int) -> PackedWeight:
         if not 0 <= e < self.count:
             raise IndexError(f"expert is {e}, allowed: 0 to {self.count - 1}")
-        return PackedWeight(self.data.view(self.count, -1)[e], self.n, self.k, self.format)
+        data = self.data.view(self.count, -1)[e]
+        return PackedWeight(data, self.n, self.k, self.format, self.gated)
 
 
 def pack_experts(
@@ -54,6 +56,7 @@ def pack_experts(
     *,
     count: int | None = None,
     quant: str | None = None,
+    gated: bool = False,
 ) -> PackedExperts:
     """Packs the weights of a layer's experts.
 
@@ -65,6 +68,7 @@ def pack_experts(
         [E, N, K] is not even copied.
     count: the number of experts, needed where weights has no length.
     quant: "int8" or "int4" quantises them, as in `pack`.
+    gated: they are for `grouped_gated_linear`, as in `pack`.
     Raises ValueError for shapes, dtypes or a number of weights that do not fit.
     """
     if count is None:
@@ -92,15 +96,15 @@ def pack_experts(
             size = n * k if device.type == "cuda" else packed_size(n, k, quant or dtype)
             stored = torch.uint8 if quant else dtype
             data = torch.empty(count * size, dtype=stored, device=device)
-            one = pack(parts, quant=quant, out=data[:size])
-            packed = PackedExperts(data, count, n, k, one.format)
+            one = pack(parts, quant=quant, gated=gated, out=data[:size])
+            packed = PackedExperts(data, count, n, k, one.format, one.gated)
             continue
         if (n, k, dtype) != first:
             raise ValueError(
                 f"pack_experts: expert {seen - 1} is {dtype} {[n, k]}, expected {first[2]} "
                 f"{[*first[:2]]} as of expert 0"
             )
-        pack(parts, quant=quant, out=packed.data[(seen - 1) * size : seen * size])
+        pack(parts, quant=quant, gated=gated, out=packed.data[(seen - 1) * size : seen * size])
     if packed is None or seen != count:
         raise ValueError(f"pack_experts: got {seen} weights, expected {count or 'at least one'}")
     return packed
@@ -141,11 +145,16 @@ def grouped_linear(
         return give("grouped_linear", result, out)
     if isinstance(weight, Tensor):
         weight = pack_experts(weight)
+    elif weight.gated:
+        raise ValueError(
+            "grouped_linear: weight is held for grouped_gated_linear, expected one without gated"
+        )
     if out is None:
         M = x.shape[0] if rows is None else rows.numel()
         out = torch.empty((M, weight.n), dtype=x.dtype, device=x.device)
     decode = None if phase is None else phase == "decode"
-    run(x, weight.data, *weight.shape, weight.format, offsets, rows, bias, decode, out)
+    held = (weight.data, *weight.shape, weight.format)
+    run(x, *held, offsets, rows, bias, None, decode, out)
     return out
 
 
@@ -199,6 +208,7 @@ def _case(
     bias: bool = False,
     packed: bool = False,
     quant: str | None = None,
+    gated: bool = False,
     **flags: Any,
 ) -> Case:
     """counts: rows of each expert; tokens: of which rows are gathered, else x is sorted."""
@@ -206,9 +216,10 @@ def _case(
     def build(make: Inputs) -> dict[str, Any]:
         E, M = len(counts), sum(counts)
         weight = make.normal(E, N, K, std=K**-0.5 if K else 1.0)
+        held = packed or quant
         arguments: dict[str, Any] = {
             "x": make.normal(M if tokens is None else tokens, K),
-            "weight": pack_experts(weight, quant=quant) if packed or quant else weight,
+            "weight": pack_experts(weight, quant=quant, gated=gated) if held else weight,
             "offsets": torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         }
         if tokens is not None:
@@ -279,16 +290,6 @@ _op = register(
                 2048,
                 tokens=1,
                 packed=True,
-                bench=True,
-                slow=True,
-            ),
-            _case(
-                "qwen3_30b_a3b_up_decode_int4",
-                [1] * 8 + [0] * 8,
-                1536,
-                2048,
-                tokens=1,
-                quant="int4",
                 bench=True,
                 slow=True,
             ),

@@ -19,7 +19,7 @@ PANEL = quantise.PANEL
 _TURN = PANEL // 2  # rows of a gated weight's gate that are followed by as many of up
 
 _FORMATS = {torch.float32: WeightFormat.f32, torch.bfloat16: WeightFormat.bf16}
-_ACTIVATIONS = dict(_C.Activation.__members__)
+_ACTIVATIONS = {n: _C.Activation.__members__[n] for n in ("none", "gelu", "silu")}
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,15 @@ def hold(weight: Tensor | Sequence[Tensor], *, gated: bool = False) -> PackedWei
     gated = gated and n % PANEL == 0
     pointers = torch.zeros((-(-n // PANEL) + 1) * PANEL, dtype=torch.int64)
     if n:
-        pointers[:n], pointers[n:] = _in_turns(rows) if gated else rows, rows[0]
+        pointers[:n] = _in_turns(*rows.chunk(2)) if gated else rows
+        pointers[n:] = rows[0]
     return WeightRows(tuple(weights), pointers, n, k, _FORMATS[first.dtype], gated)
 
 
-def _in_turns(rows: Tensor) -> Tensor:
-    """Rows of a gate and then of up -> _TURN of either in turns: a panel holds both."""
-    return rows.unflatten(0, (2, len(rows) // PANEL, _TURN)).transpose(0, 1).flatten(0, 2)
+def _in_turns(gate: Tensor, up: Tensor) -> Tensor:
+    """_TURN rows of the gate and as many of up in turns: a panel holds both."""
+    turns = [half.unflatten(0, (len(half) // _TURN, _TURN)) for half in (gate, up)]
+    return torch.stack(turns, dim=1).flatten(0, 2)
 
 
 def _joinable(weight: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -134,8 +136,8 @@ def pack(
         is rearranged, and a single contiguous weight is not even copied.
     quant: "int8" or "int4" quantises it in groups of 64 along K (ops/quantise.py), on the CPU
         only; x may then be of either dtype. None keeps the weight's.
-    gated: it is for `gated_linear`, kind "silu", which then is one kernel on the CPU. The result
-        says whether it is: on CUDA, and where N is no multiple of 32, it stays as any other.
+    gated: it is for `gated_linear`, which then is one kernel on the CPU. The result says whether
+        it is: on CUDA, and where N is no multiple of 32, it stays as any other.
     out: flat memory of `packed_size(N, K, dtype or quant)` elements (N * K on CUDA), else it is
         allocated.
     Raises ValueError for shapes, dtypes or formats that do not fit, and for NaN or infinite weights
@@ -178,8 +180,12 @@ def _pack_quantised(
         raise ValueError(
             f"pack: out is {out.dtype} {list(out.shape)}, expected torch.uint8 {[size]}"
         )
-    weight = torch.cat(list(weights)) if weights[1:] else weights[0]
-    quantise.pack_quantised(_in_turns(weight) if gated else weight, quant, out)
+    if gated:
+        halves = [len(w) for w in weights] == [n // 2] * 2
+        weight = _in_turns(*(weights if halves else torch.cat(list(weights)).tensor_split(2)))
+    else:
+        weight = torch.cat(list(weights)) if weights[1:] else weights[0]
+    quantise.pack_quantised(weight, quant, out)
     return PackedWeight(out, n, k, quantise.FORMATS[quant], gated)
 
 
