@@ -53,9 +53,12 @@ constexpr int64_t attention_rows(int64_t D) {
 }
 
 // Floats of scratch memory (64-byte aligned) that a thread needs: see kernels/cpu/attention_core.h.
+// Of a block of rows it keeps a maximum and a sum, 16 of each for 4 rows or more, and scores, of
+// two blocks of 32 on tiles.
 constexpr int64_t attention_scratch(int64_t D) {
   const int64_t rows = attention_rows(D) + 16, wide = attention_padded(D);
-  return 2 * rows * wide + 2 * kAttentionChunk * wide + 2 * 16 * rows + 32 * (kAttentionChunk + 16);
+  return 2 * rows * wide + 2 * kAttentionChunk * wide + 2 * 4 * rows +
+         2 * 32 * (kAttentionChunk + 16);
 }
 
 // CUDA: tensor cores where they fit, plain multiply-adds for the rest.

@@ -226,6 +226,27 @@ def test_what_a_row_does_not_see_does_not_touch_it(isa, dtype, where, prefix):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", [{}, {"window": 70}, {"window": 20, "prefix": 40}])
+def test_bits_beside_values_that_are_not_finite(isa, dtype, options):
+    """Many blocks of rows in chunks that some of them see, against calls of one block."""
+    s = Sequences("not_finite", dtype, [400], (4, 2), 64)
+    for key, d, value in ((5, 3, math.inf), (150, 7, math.nan), (300, 3, -math.inf)):
+        s.v[0][key, :, d] = s.v_cache[s.table[0, key // s.P], :, key % s.P, d] = value
+    first = options.get("prefix", 7)  # a prefix lies within the first call
+    if "prefix" in options:
+        options = dict(options, prefix=_ints(first))
+    whole = s.flash(0, **options)
+    expected = (whole.isnan(), whole.nan_to_num())
+    assert expected[0].any()
+    assert not expected[0][..., 4].any()
+    for step in (7, 100):
+        parts = [(0, first)] + [(i, min(i + step, 400)) for i in range(first, 400, step)]
+        rows = torch.cat([s.paged([(0, a, b)], **options) for a, b in parts])
+        assert torch.equal(rows.isnan(), expected[0]), f"chunks of {step}"
+        assert torch.equal(rows.nan_to_num(), expected[1]), f"chunks of {step}"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [1, 3, 17, 40, 65, 270])
 def test_what_a_call_leaves_behind_does_not_touch_the_next(isa, dtype, threads, n):
     threads(1)  # one scratch memory

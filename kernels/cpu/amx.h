@@ -3,6 +3,9 @@
 // A Tiles object configures the thread's tiles and releases them at its end. Compiled with AMX it
 // emits the instructions; compiled without, the same interface runs on software tiles, so that the
 // kernels are tested on machines that have none.
+//
+// Tiles multiply beside the vector units, but instructions are only looked at some 500 ahead:
+// vector work has to stand between the tile products (Spread) to be done meanwhile.
 #pragma once
 
 #include "kernels/cpu/simd.h"
@@ -120,6 +123,21 @@ class Tiles {
 };
 
 #endif
+
+// Work of so many parts, spread evenly over so many calls.
+struct Spread {
+  int64_t parts, calls;
+  int64_t call = 0, done = 0;
+
+  template <class Part>
+  void operator()(Part&& part) {
+    for (++call; done * calls < parts * call; ++done) part(done);
+  }
+  template <class Part>
+  void finish(Part&& part) {
+    for (; done < parts; ++done) part(done);
+  }
+};
 
 }  // namespace
 }  // namespace ivr

@@ -11,6 +11,8 @@
 //
 // Matrix tiles (IVR_TILES) find their operands in the same packed pairs: 16 words of d by 16 keys,
 // and 16 pairs of keys by 16 dims. A block is two tiles of rows; a decode step is no other case.
+// The softmax of a block, vector work of twice the time of its products, runs between the products
+// of its neighbours: a second block of scores.
 //
 // What is masked never enters: masked scores are replaced, not multiplied, keys outside of
 // [first, end) are not read, and where a chunk's V holds infinities or NaN each row meets the
@@ -35,10 +37,12 @@ constexpr int kTile = 16;                  // rows of a matrix tile, words of a 
 #if defined(IVR_TILES)
 constexpr bool kOnTiles = true;
 constexpr int kRows = 2 * kTile;
+constexpr int kScoreBlocks = 2;
 #else
 constexpr bool kOnTiles = false;
 // Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
 constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+constexpr int kScoreBlocks = 1;
 #endif
 constexpr int kStateStride = kOnTiles ? kRows : 16;  // running max and sum of a block of rows
 constexpr float kInfinity = __builtin_inff();
@@ -94,7 +98,7 @@ inline F load_some(const T* p, int64_t n) {
 #if defined(__AVX512F__)
 // Dims [d, d + n) of the values of `key` and the next one, in pairs; zeros where a row is null.
 template <class T, class Rows>
-inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
+[[gnu::always_inline]] inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
   const T *even = values.row(key), *odd = values.row(key + 1);
   const __mmask16 some = lanes(n < kLanes ? n : kLanes);
   __m256i low = _mm256_setzero_si256(), high = low;
@@ -198,7 +202,7 @@ struct ValuesInPlace {
   const Keys& keys;
   int64_t chunk;
   int begin, end;
-  F at(int step, int64_t d, int64_t n) const {
+  [[gnu::always_inline]] F at(int step, int64_t d, int64_t n) const {
     if constexpr (kInPairs<T>) {
       return load_value_pair<T>(*this, 2 * step, d, n);
     } else {
@@ -280,25 +284,35 @@ void values_of(int rows, const float* p, const Values& values, int64_t D, int64_
   }
 }
 
-// The two products of a block of rows with a chunk that is packed.
+// The two products of a block of rows with a chunk that is packed. With tiles a share of other work
+// may be given, which is done at each of their steps.
 #if defined(IVR_TILES)
 template <class T>
 class Products {
  public:
-  void scores(int rows, const float* q, const float* k, int64_t words, int begin, int end,
-              float* s) {
+  static int64_t score_steps(int64_t words, int begin, int end) {
+    return (end - begin / kColumns * kColumns + kColumns - 1) / kColumns * (words / kTile);
+  }
+  static int64_t value_steps(int64_t wide, int begin, int end) {
+    return (wide + kColumns - 1) / kColumns * ((end - begin) / kTile);
+  }
+
+  template <class... Share>
+  void scores(int rows, const float* q, const float* k, int64_t words, int begin, int end, float* s,
+              Share&... share) {
     for (int key = begin / kColumns * kColumns; key < end; key += kColumns) {
       const float* panel = k + key / kPanel * kPanel * words + key % kPanel;
-      multiply(rows > kTile, true, q, words, panel, kPanel, words, s + key, kScoreStride);
+      multiply(rows > kTile, true, q, words, panel, kPanel, words, s + key, kScoreStride, share...);
     }
   }
+  template <class... Share>
   void values(int rows, const float* p, const float* v, int64_t wide, int begin, int end,
-              const Merge& merge, float* o) {
+              const Merge& merge, float* o, Share&... share) {
     alignas(64) float sums[kRows * kColumns];
     for (int64_t d = 0; d < wide; d += kColumns) {
       const bool right = wide - d > kTile;
       multiply(rows > kTile, right, p + begin, kScoreStride, v + begin * wide + d, wide,
-               end - begin, sums, kColumns);
+               end - begin, sums, kColumns, share...);
       for (int r = 0; r < rows; ++r) {
         if (!merge.live[r]) continue;
         for (int64_t i = 0; i < (right ? kColumns : kTile); i += kLanes) {
@@ -309,13 +323,15 @@ class Products {
   }
 
  private:
-  static constexpr int64_t kColumns = 2 * kTile;
+  static constexpr int kColumns = 2 * kTile;
 
   // c = a b: one tile of rows or two (low), one of columns or two (right). a: words of bf16 pairs;
   // b: [words][columns] of them. Rows of a that are not there may hold anything: a row of c has
-  // nothing but its own.
+  // nothing but its own. A share stands in the middle of a step, where the least has to be waited
+  // for before it and behind it.
+  template <class... Share>
   void multiply(bool low, bool right, const float* a, int64_t a_m, const float* b, int64_t b_w,
-                int64_t words, float* c, int64_t c_m) {
+                int64_t words, float* c, int64_t c_m, Share&... share) {
     tiles_.zero<0>();
     tiles_.zero<1>();
     tiles_.zero<2>();
@@ -323,16 +339,13 @@ class Products {
     for (int64_t w = 0; w < words; w += kTile, a += kTile, b += kTile * b_w) {
       tiles_.load<4>(a, a_m * 4);
       tiles_.load<6>(b, b_w * 4);
+      if (right) tiles_.load<7>(b + kTile, b_w * 4);
       tiles_.multiply<0, 4, 6>();
-      if (right) {
-        tiles_.load<7>(b + kTile, b_w * 4);
-        tiles_.multiply<1, 4, 7>();
-      }
-      if (low) {
-        tiles_.load<5>(a + kTile * a_m, a_m * 4);
-        tiles_.multiply<2, 5, 6>();
-        if (right) tiles_.multiply<3, 5, 7>();
-      }
+      if (low) tiles_.load<5>(a + kTile * a_m, a_m * 4);
+      if (right) tiles_.multiply<1, 4, 7>();
+      (share(), ...);
+      if (low) tiles_.multiply<2, 5, 6>();
+      if (low && right) tiles_.multiply<3, 5, 7>();
     }
     float* c_low = c + kTile * c_m;
     tiles_.store<0>(c, c_m * 4);
@@ -357,64 +370,76 @@ struct Products {
 };
 #endif
 
-// 1 for the visible keys among [key, key + kLanes), 0 for others.
-inline F visible_lanes(const Visible& see, int key) {
-  const F index = iota(static_cast<float>(key)), zero = set(0.0f), one = set(1.0f);
-  const F from_first = select_lt(index, set(static_cast<float>(see.first)), zero, one);
-  const F window = select_lt(index, set(static_cast<float>(see.end)), from_first, zero);
-  return select_lt(index, set(static_cast<float>(see.prefix)), one, window);
+// A bit for each of the keys [key, key + 64) that is visible.
+inline uint64_t visible_keys(const Visible& see, int key) {
+  const auto before = [key](int end) {
+    return end <= key ? 0 : end >= key + 64 ? ~uint64_t{0} : (uint64_t{1} << (end - key)) - 1;
+  };
+  return (before(see.end) & ~before(see.first)) | before(see.prefix);
 }
 
-// Turns scores of [begin, end) (multiples of 4 vectors) into 2^(factor * (s - max)), 0 where
-// masked; pairwise rounded to bf16, one next to the other from s on. Four accumulators in a fixed
-// pattern: the sum does not depend on begin and end.
-template <bool Pairwise>
-inline void softmax_row(float* s, int begin, int end, const Visible& see, float factor, float* max,
-                        float* sum) {
-  constexpr int kStep = 4 * kLanes;
-  const F lowest = set(-kInfinity), zero = set(0.0f);
+// Four vectors of keys from `key` on: `other` in the lanes of those that are not visible.
+constexpr int kStep = 4 * kLanes;
+inline void replace_masked(const Visible& see, int key, F other, F (&x)[4]) {
+  if (key >= see.first && key + kStep <= see.end) return;
+  const uint64_t visible = visible_keys(see, key);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = select_bits(static_cast<uint32_t>(visible >> i * kLanes), x[i], other);
+  }
+}
+
+// factor * the largest of a row's visible scores in [begin, end) (multiples of 4 vectors), of which
+// all are visible unless Masked. Not inlined, nor is weigh: few instructions besides those on
+// vectors count beside tiles, and the compiler keeps that in small functions only.
+template <bool Masked>
+[[gnu::noinline]] float largest_score(const float* s, int begin, int end, const Visible& see,
+                                      float factor) {
+  const F lowest = set(-kInfinity);
   F m[4] = {lowest, lowest, lowest, lowest};
   for (int key = begin; key < end; key += kStep) {
-    if (key >= see.first && key + kStep <= see.end) {
+    F x[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) m[i] = ivr::max(load(s + key + i * kLanes), m[i]);
-    } else {
-      for (int i = 0; i < 4; ++i) {
-        const int at = key + i * kLanes;
-        const F x = select_lt(zero, visible_lanes(see, at), load(s + at), lowest);
-        store(s + at, x);
-        m[i] = ivr::max(x, m[i]);
-      }
-    }
+    for (int i = 0; i < 4; ++i) x[i] = load(s + key + i * kLanes);
+    if constexpr (Masked) replace_masked(see, key, lowest, x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) m[i] = ivr::max(x[i], m[i]);
   }
-  *max = largest(ivr::max(ivr::max(m[0], m[1]), ivr::max(m[2], m[3]))) * factor;
-  const F scale = set(factor), shift = set(-*max);
+  return largest(ivr::max(ivr::max(m[0], m[1]), ivr::max(m[2], m[3]))) * factor;
+}
+
+// Turns scores of [begin, end) (multiples of 4 vectors) into 2^(factor * s - max), 0 where masked;
+// pairwise rounded to bf16, one next to the other from s on. Returns their sum, in four
+// accumulators of a fixed pattern: it does not depend on begin and end.
+template <bool Pairwise, bool Masked>
+[[gnu::noinline]] float weigh(float* s, int begin, int end, const Visible& see, float factor,
+                              float max) {
+  const F zero = set(0.0f), scale = set(factor), shift = set(-max);
   F total[4] = {zero, zero, zero, zero};
+  float* to = Pairwise ? s + begin / 2 : s + begin;
   for (int key = begin; key < end; key += kStep) {
-    float* at = s + key;
+    const float* at = s + key;
     F x[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
       x[i] = exp2_small<Pairwise>(fma(load(at + i * kLanes), scale, shift));
-    if (key < see.first || key + kStep > see.end) {
-      for (int i = 0; i < 4; ++i) {
-        x[i] = select_lt(zero, visible_lanes(see, key + i * kLanes), x[i], zero);
-      }
-    }
+    if constexpr (Masked) replace_masked(see, key, zero, x);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) total[i] = total[i] + x[i];
 #if defined(__AVX512F__)
     if constexpr (Pairwise) {
       // Half the bytes: what is overwritten has been read.
-      store_rounded(s + key / 2, x[0], x[1]);
-      store_rounded(s + key / 2 + kLanes, x[2], x[3]);
+      store_rounded(to, x[0], x[1]);
+      store_rounded(to + kLanes, x[2], x[3]);
+      to += kStep / 2;
       continue;
     }
 #endif
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) store(at + i * kLanes, x[i]);
+    for (int i = 0; i < 4; ++i) store(to + i * kLanes, x[i]);
+    to += kStep;
   }
-  *sum = ivr::sum((total[0] + total[1]) + (total[2] + total[3]));
+  return ivr::sum((total[0] + total[1]) + (total[2] + total[3]));
 }
 
 // Loads words [w, w + kLanes) of kLanes rows, zeros beyond the last word and for rows that are
@@ -503,7 +528,7 @@ class Attention {
     k_ = scratch;
     v_ = k_ + kChunk * wide_;
     s_ = v_ + kChunk * wide_;
-    max_ = s_ + kRows * kScoreStride;
+    max_ = s_ + kScoreBlocks * kRows * kScoreStride;
     sum_ = max_ + blocks * kStateStride;
     o_ = sum_ + blocks * kStateStride;
     q_ = o_ + n_ * wide_;
@@ -535,7 +560,7 @@ class Attention {
       pack_keys<T>(keys_, chunk, begin, end, p_.D, k_);
       Chunk packed = {chunk, begin, end, {begin, end, 0}, true};
       packed.finite = pack(packed);
-      for (int64_t row = 0; row < n_; row += kRows) meet(packed, row);
+      meet(packed);
     }
     finish();
   }
@@ -595,38 +620,110 @@ class Attention {
     }
   }
 
-  // One block of rows meets one chunk.
-  void meet(Chunk& chunk, int64_t row) {
-    const int rows = rows_of(row);
+  // A block of rows and a chunk: the keys that each row sees, all of them in [begin, end); scores,
+  // then weights; their maxima and sums, and how those and the output are taken in.
+  struct Block {
+    int64_t row;
+    int rows, begin, end;
     Visible see[kRows];
-    int begin = kChunk, end = 0;
-    for (int r = 0; r < rows; ++r) {
-      const int64_t q = (item_.first_row + row + r) / p_.group;
-      see[r] = {within(first_visible(q) - chunk.at), within(end_visible(q) - chunk.at),
-                within(prefix_ - chunk.at)};
-      if (!see[r].any()) continue;
-      const int first = see[r].prefix > 0 ? 0 : see[r].first;
-      const int last = see[r].end > see[r].prefix ? see[r].end : see[r].prefix;
-      begin = first < begin ? first : begin;
-      end = last > end ? last : end;
+    float* s;
+    float max[kStateStride], sum[kStateStride];
+    Merge merge;
+  };
+
+  // The first block from `row` on of which a row sees a key of the chunk, or null; `row` is behind
+  // it then.
+  Block* next_block(const Chunk& chunk, int64_t& row, Block& b) const {
+    while (row < n_) {
+      b.row = row;
+      b.rows = rows_of(row);
+      b.begin = kChunk;
+      b.end = 0;
+      for (int r = 0; r < b.rows; ++r) {
+        const int64_t q = (item_.first_row + row + r) / p_.group;
+        b.see[r] = {within(first_visible(q) - chunk.at), within(end_visible(q) - chunk.at),
+                    within(prefix_ - chunk.at)};
+        if (!b.see[r].any()) continue;
+        const int first = b.see[r].prefix > 0 ? 0 : b.see[r].first;
+        const int last = b.see[r].end > b.see[r].prefix ? b.see[r].end : b.see[r].prefix;
+        b.begin = first < b.begin ? first : b.begin;
+        b.end = last > b.end ? last : b.end;
+      }
+      row += kRows;
+      if (b.begin < b.end) return &b;
     }
-    if (begin >= end) return;
+    return nullptr;
+  }
+
+  // The blocks of rows meet a chunk.
+#if defined(IVR_TILES)
+  // One's softmax runs between the products of its neighbours: the values of the block before it,
+  // then the scores of the block behind it, which take the same memory.
+  void meet(Chunk& chunk) {
+    Block blocks[3];
+    int64_t row = 0;
+    Block *before = nullptr, *now = next_block(chunk, row, blocks[0]);
+    if (!now) return;
+    now->s = s_;
+    scores(*now);
+    for (int i = 1; now; ++i) {
+      Block* next = next_block(chunk, row, blocks[i % 3]);
+      if (next) next->s = s_ + i % 2 * kRows * kScoreStride;
+      const auto softmax_of = [&](int64_t r) { softmax(*now, static_cast<int>(r)); };
+      Spread rows{now->rows, value_steps(chunk, before) + score_steps(next)};
+      auto share = [&] { rows(softmax_of); };
+      if (before) values(chunk, *before, share);
+      if (next) scores(*next, share);
+      rows.finish(softmax_of);
+      settle(*now);
+      before = now;
+      now = next;
+    }
+    values(chunk, *before);
+  }
+  // How often the products of a block call a share.
+  int64_t score_steps(const Block* b) const {
+    return b ? Products<T>::score_steps(packed_words<T>(p_.D), b->begin, b->end) : 0;
+  }
+  int64_t value_steps(const Chunk& chunk, const Block* b) const {
+    if (!b || !chunk.finite) return 0;
+    return Products<T>::value_steps(wide_, first_step<T>(b->begin), end_step<T>(b->end));
+  }
+#else
+  void meet(Chunk& chunk) {
+    Block b;
+    b.s = s_;
+    for (int64_t row = 0; next_block(chunk, row, b);) {
+      scores(b);
+      for (int r = 0; r < b.rows; ++r) softmax(b, r);
+      settle(b);
+      values(chunk, b);
+    }
+  }
+#endif
+
+  template <class... Share>
+  void scores(const Block& b, Share&... share) {
     const int64_t words = packed_words<T>(p_.D);
-    products_.scores(rows, q_ + row * words, k_, words, begin, end, s_);
-    const Merge merge = softmax(row, see, begin, end);
-    float* o = o_ + row * wide_;
-    const int first = first_step<T>(begin), last = end_step<T>(end);
+    products_.scores(b.rows, q_ + b.row * words, k_, words, b.begin, b.end, b.s, share...);
+  }
+
+  // Where a chunk is not finite the rows pack its values anew, each for itself: no work to share.
+  template <class... Share>
+  void values(Chunk& chunk, const Block& b, Share&... share) {
+    float* o = o_ + b.row * wide_;
+    const int first = first_step<T>(b.begin), last = end_step<T>(b.end);
     if (chunk.finite) {
-      products_.values(rows, s_, v_, wide_, first, last, merge, o);
+      products_.values(b.rows, b.s, v_, wide_, first, last, b.merge, o, share...);
       return;
     }
-    for (int r = 0; r < rows; ++r) {
-      if (!merge.live[r]) continue;
-      if (chunk.see != see[r]) {
-        chunk.see = see[r];
+    for (int r = 0; r < b.rows; ++r) {
+      if (!b.merge.live[r]) continue;
+      if (chunk.see != b.see[r]) {
+        chunk.see = b.see[r];
         pack(chunk);
       }
-      products_.values(1, s_ + r * kScoreStride, v_, wide_, first, last, Merge(merge, r),
+      products_.values(1, b.s + r * kScoreStride, v_, wide_, first, last, Merge(b.merge, r),
                        o + r * wide_);
     }
   }
@@ -635,51 +732,61 @@ class Attention {
   // few rows are no work to pack for: K passes through one panel that stays in L1, V is read in
   // place. The same chains of additions as in meet.
   void meet_alone(int64_t chunk, int begin, int end) {
-    const int rows = static_cast<int>(n_);
+    Block b = {.row = 0, .rows = static_cast<int>(n_), .begin = begin, .end = end, .s = s_};
     for (int key = begin; key < end;) {
       const int panel = key / kPanel * kPanel, to = panel + kPanel < end ? panel + kPanel : end;
       pack_keys<T>(keys_, chunk + panel, key - panel, to - panel, p_.D, k_);
-      scores_of<kInPairs<T>, kRows>(rows, q_, k_, words_of<T>(p_.D), key - panel, to - panel,
-                                    s_ + panel);
+      scores_of<kInPairs<T>, kRows>(b.rows, q_, k_, words_of<T>(p_.D), key - panel, to - panel,
+                                    b.s + panel);
       key = to;
     }
-    Visible see[kRows];
-    for (int r = 0; r < rows; ++r) see[r] = {begin, end, 0};
-    const Merge merge = softmax(0, see, begin, end);
+    for (int r = 0; r < b.rows; ++r) b.see[r] = {begin, end, 0};
+    for (int r = 0; r < b.rows; ++r) softmax(b, r);
+    settle(b);
     const ValuesInPlace<T, Keys> values = {keys_, chunk, begin, end};
-    values_of<kInPairs<T>, kRows>(rows, s_, values, p_.D, wide_, first_step<T>(begin),
-                                  end_step<T>(end), merge, o_);
+    values_of<kInPairs<T>, kRows>(b.rows, b.s, values, p_.D, wide_, first_step<T>(begin),
+                                  end_step<T>(end), b.merge, o_);
   }
 
-  // Scores of a block's rows to weights, and the running maxima and sums brought up to date.
-  Merge softmax(int64_t row, const Visible* see, int begin, int end) {
-    const int rows = rows_of(row);
-    const int from = begin / kPanel * kPanel, to = (end + kPanel - 1) / kPanel * kPanel;
-    float* max = max_ + row / kRows * kStateStride;
-    float* sum = sum_ + row / kRows * kStateStride;
-    float chunk_max[kStateStride], chunk_sum[kStateStride], next[kStateStride];
-    Merge merge;
-    for (int r = 0; r < kStateStride; ++r) {
-      chunk_max[r] = -kInfinity;
-      chunk_sum[r] = 0.0f;
-      merge.live[r] = r < rows && see[r].any();
-      if (r < rows) {
-        softmax_row<kInPairs<T>>(s_ + r * kScoreStride, from, to, see[r], p_.scale * kLog2e,
-                                 chunk_max + r, chunk_sum + r);
-      }
-    }
+  // Scores of row r of a block to weights, rows in ascending order. A row's maximum is found a row
+  // ahead: the long chain of operations that it is waits for nothing then, and nothing for it.
+  void softmax(Block& b, int r) const {
+    if (r == 0) find_maximum(b, 0);
+    if (r + 1 < b.rows) find_maximum(b, r + 1);
+    const auto run = masked(b, r) ? weigh<kInPairs<T>, true> : weigh<kInPairs<T>, false>;
+    b.sum[r] = run(b.s + r * kScoreStride, first_panel(b), end_panel(b), b.see[r],
+                   p_.scale * kLog2e, b.max[r]);
+  }
+  void find_maximum(Block& b, int r) const {
+    const auto run = masked(b, r) ? largest_score<true> : largest_score<false>;
+    b.max[r] =
+        run(b.s + r * kScoreStride, first_panel(b), end_panel(b), b.see[r], p_.scale * kLog2e);
+  }
+  // The keys of a block's softmax, in whole panels.
+  static int first_panel(const Block& b) { return b.begin / kPanel * kPanel; }
+  static int end_panel(const Block& b) { return (b.end + kPanel - 1) / kPanel * kPanel; }
+  static bool masked(const Block& b, int r) {
+    return b.see[r].first > first_panel(b) || b.see[r].end < end_panel(b);
+  }
+
+  // Brings the running maxima and sums of a block up to date, after softmax.
+  void settle(Block& b) {
+    float* max = max_ + b.row / kRows * kStateStride;
+    float* sum = sum_ + b.row / kRows * kStateStride;
+    float next[kStateStride];
+    for (int r = b.rows; r < kStateStride; ++r) b.max[r] = -kInfinity;
     for (int r = 0; r < kStateStride; r += kLanes) {
-      const F mine = load(max + r), theirs = load(chunk_max + r), both = ivr::max(mine, theirs);
+      const F mine = load(max + r), theirs = load(b.max + r), both = ivr::max(mine, theirs);
       store(next + r, both);
-      store(merge.keep + r, exp2_small(mine - both));
-      store(merge.take + r, exp2_small(theirs - both));
+      store(b.merge.keep + r, exp2_small(mine - both));
+      store(b.merge.take + r, exp2_small(theirs - both));
     }
-    for (int r = 0; r < rows; ++r) {
-      if (!merge.live[r]) continue;
+    for (int r = 0; r < kStateStride; ++r) {
+      b.merge.live[r] = r < b.rows && b.see[r].any();
+      if (!b.merge.live[r]) continue;
       max[r] = next[r];
-      sum[r] = fma1(chunk_sum[r], merge.take[r], sum[r] * merge.keep[r]);
+      sum[r] = fma1(b.sum[r], b.merge.take[r], sum[r] * b.merge.keep[r]);
     }
-    return merge;
   }
 
   float sink(int64_t head) const {

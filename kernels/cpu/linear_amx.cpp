@@ -117,17 +117,6 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Work of so many parts, spread evenly over so many calls.
-struct Spread {
-  int64_t parts, calls;
-  int64_t call = 0, done = 0;
-
-  template <class Part>
-  void operator()(Part&& part) {
-    for (++call; done * calls < parts * call; ++done) part(done);
-  }
-};
-
 // 32 rows by one panel. c: [32][32].
 template <class Share>
 void block_2x2(Tiles& t, RowTile a0, RowTile a1, const char* w, int64_t steps, float* c,

@@ -100,6 +100,10 @@ inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F select_lt(F a, F b, F x, F y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
+// Lane i: x if bit i is set, else y.
+inline F select_bits(uint32_t bits, F x, F y) {
+  return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), y.v, x.v)};
+}
 inline F round_even(F a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -217,6 +221,11 @@ inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline F select_lt(F a, F b, F x, F y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
+inline F select_bits(uint32_t bits, F x, F y) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i mine = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane);
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, lane)))};
+}
 inline F round_even(F a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
@@ -300,6 +309,10 @@ inline F operator/(F a, F b) { return {a.v / b.v}; }
 // No fused instruction on the baseline: two roundings, the same in every path of this build.
 inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
 inline F select_lt(F a, F b, F x, F y) { return {a.v < b.v ? x.v : y.v}; }
+inline F select_bits(uint32_t bits, F x, F y) {
+  const IntVector lane = {1, 2, 4, 8};
+  return {(lane & static_cast<int32_t>(bits)) != 0 ? x.v : y.v};
+}
 inline F min(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
 inline F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 inline F round_even(F a) {
@@ -415,13 +428,6 @@ inline F gelu(F x) {
   // Capped, so that inf * 0 does not arise; max and min pass a NaN in their second argument on.
   const F half = set(0.5f) * min(set(64.0f), u);
   return max(set(0.0f), x) - half * exp2_small<Short>(q * u);
-}
-
-// {first, first + 1, ...}
-inline F iota(float first) {
-  float t[kLanes];
-  for (int i = 0; i < kLanes; ++i) t[i] = static_cast<float>(i);
-  return load(t) + set(first);
 }
 
 }  // namespace
