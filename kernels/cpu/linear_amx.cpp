@@ -1,9 +1,9 @@
 // linear on bf16 matrix tiles: two tiles of rows by one panel (32 x 32) in four tiles of sums.
 //
 // A chunk's rows of x stay in L2 (kRowBytes) for all its panels; a piece of a panel stays in L1 for
-// all its rows. Sums wait in fp32 between pieces, which changes no bit: per element all is one
-// chain over K. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied and
-// padded with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
+// all its rows. Sums wait in fp32 between pieces, which changes no bit: a step of 32 k adds its own
+// sum to what there is. x is read where it is; only an incomplete tile (K % 32, M % 16) is copied
+// and padded with zeros. Up to 16 rows, one tile of rows meets two panels: two streams from memory.
 //
 // Packed weights are tiles where they lie. Quantised ones and rows of W in place become tiles in a
 // small buffer: where many rows meet them, the next piece is made between the tile products of this
