@@ -6,7 +6,8 @@
 // multiply-adds over d, a chunk's output one over its keys, and chunks are merged in ascending
 // order. Where the instruction set has products of bf16 pairs (dot products, matrix tiles), bf16 is
 // multiplied by those: pairs along d, and pairs of keys from the chunk's first on; tiles take 16
-// pairs at a time. The weights of V are rounded to bf16 for it, their sum is not.
+// pairs at a time, in chains of their own (kernels/cpu/amx.h). The weights of V are rounded to bf16
+// for it, their sum is not.
 #pragma once
 
 #include "kernels/cpu/isa.h"

@@ -22,9 +22,9 @@
 //
 // Every element of the product is a sum over k in one order, the same for every M: chains of
 // multiply-adds from zero over pieces of fixed length, the pieces added in order. Dot products of
-// pairs and matrix tiles take the odd or the even k of a pair first and count denormals as zero;
-// on tiles all of K is one chain. So a row's bits depend neither on the other rows nor on how the
-// work is cut.
+// pairs take the odd k of a pair first. On matrix tiles a piece is 32 k, the sum of a chain over
+// its even and one over its odd k. Both count denormals as zero. So a row's bits depend neither on
+// the other rows nor on how the work is cut.
 #pragma once
 
 #include "kernels/cpu/isa.h"

@@ -169,6 +169,49 @@ def test_a_held_weight_is_not_copied(isa, make, M):
     assert not linear(x, held).any()
 
 
+@pytest.fixture
+def tiles(isa):
+    if not isa.startswith("amx"):
+        pytest.skip("this instruction set has no matrix tiles")
+
+
+def _product_on_tiles(x, w):
+    """TDPBF16PS as Intel's manual has it: of every 32 k a chain over the even and one over the odd
+    ones, both from zero, and their sum is added to what there is. Finite, denormal nowhere."""
+    total = torch.zeros(len(x), len(w))
+    terms = x[:, None].double() * w.double()  # exact, as are the sums below before they are rounded
+    for step in terms.split(32, dim=2):
+        chains = [torch.zeros_like(total), torch.zeros_like(total)]
+        for k in range(step.shape[2]):
+            chains[k % 2] = (chains[k % 2].double() + step[..., k]).float()
+        total += chains[0] + chains[1]
+    return total
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("K", [32, 70, 453])
+def test_the_order_of_sums_on_tiles(make, K):
+    x, w = make(40, K).bfloat16(), make(50, K).bfloat16()
+    expected = _product_on_tiles(x, w)
+    for M in (5, 40):
+        for weight in (pack(w), hold(w)):
+            y = linear(x[:M], weight, out_dtype=torch.float32)
+            assert torch.equal(bits(y), bits(expected[:M]))
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("M", [3, 20])
+def test_denormals_on_tiles_count_as_zero(M):
+    x, w = torch.zeros(M, 64).bfloat16(), torch.zeros(4, 64).bfloat16()
+    x[:, 0], w[0, 0] = 2.0**-130, 2.0**100  # a denormal operand, on either side
+    x[:, 1], w[1, 1] = 2.0**100, 2.0**-130
+    x[:, 2], w[2, 2] = 2.0**-70, 2.0**-70  # a denormal product
+    x[:, 40], w[3, 40] = 2.0**-63, 2.0**-63  # the least number that is normal
+    for weight in (pack(w), hold(w)):
+        y = linear(x, weight, out_dtype=torch.float32)
+        assert torch.equal(y, torch.tensor([0.0, 0.0, 0.0, 2.0**-126]).expand(M, 4))
+
+
 def test_out_may_be_strided_and_may_be_the_residual(isa, make):
     x, w = make(18, 40), make(33, 40)
     wide = torch.full((18, 50), 3.0)

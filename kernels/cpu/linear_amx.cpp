@@ -2,9 +2,9 @@
 //
 // A chunk's rows of x meet a stretch of K of every panel, then the next: a stretch of x and the
 // sums of all panels stay in L2. A piece of a panel's stretch stays in L1 for all the rows. Sums
-// wait in fp32 meanwhile, which changes no bit: per element all is one chain over K. x is read
-// where it is; only an incomplete tile (K % 32, M % 16) is copied and padded with zeros. Up to 16
-// rows, one tile of rows meets two panels: two streams from memory.
+// wait in fp32 meanwhile, which changes no bit: a step of 32 k adds its own sum to what there is. x
+// is read where it is; only an incomplete tile (K % 32, M % 16) is copied and padded with zeros. Up
+// to 16 rows, one tile of rows meets two panels: two streams from memory.
 //
 // Packed weights are tiles where they lie. Rows of W in place become tiles in a small buffer: the
 // next piece is made between the tile products of this one, which leave the vector units idle; so
