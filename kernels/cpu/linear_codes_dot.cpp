@@ -13,7 +13,7 @@ constexpr int64_t kPanelStep = 8;
 constexpr int64_t kFewRows = 36;  // below, the weights pass once, in the order of memory
 
 void plan(LinearParams& p, int threads) {
-  if (p.M <= kRows) return plan_block(p);
+  if (p.M <= kRows) return plan_block<1>(p, threads);
   plan_chunks(p, kRowStep, block_rows(p), kPanelStep, threads);
   p.items = ceil_div(p.M, block_rows(p));
   p.workspace_size = p.M * groups_of(p) * kRowBytes;
@@ -46,7 +46,7 @@ void blocks(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64
 
 template <class Code>
 void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  if (p.M <= kRows) return one_block<Code>(p, begin, end, static_cast<float*>(scratch));
+  if (p.M <= kRows) return one_block<Code, 1>(p, begin, end, static_cast<float*>(scratch));
   char* made = static_cast<char*>(scratch);
   float* sums = reinterpret_cast<float*>(made + kPieceGroups * kGroupCodes);
   for_chunks(p, begin, end, [&](int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {

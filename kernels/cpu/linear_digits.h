@@ -10,6 +10,7 @@
 // numbers. NaN and infinities make a group's scale NaN.
 #pragma once
 
+#include "kernels/cpu/linear_chunks.h"
 #include "kernels/cpu/linear_codes.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/simd.h"
@@ -23,9 +24,10 @@ constexpr int64_t kPanelVectors = kPanelColumns / kLanes;
 constexpr int64_t kQuads = kQuantGroup / 4;
 constexpr int64_t kPieceGroups = 8;  // a piece of a panel is 16 KB of bytes
 constexpr int64_t kGroupCodes = kQuantGroup * kPanelColumns;
-// Bytes of the stream that are fetched in advance, into L2: farther, into L1, or with several
-// streams is up to 40 % slower.
+// Bytes of a stream that are fetched in advance: of one into L2 (on Zen 4 farther, into L1 or with
+// several streams is up to 40 % slower), of several into L1.
 constexpr int64_t kAhead = 1024;
+constexpr int64_t kAheadOfMany = 512;
 
 inline int64_t groups_of(const LinearParams& p) { return ceil_div(p.K, kQuantGroup); }
 
@@ -46,6 +48,7 @@ struct Source {
   const char* codes;
   const char* scales;
   int64_t codes_group, scales_group;  // bytes from one group to the next
+  int64_t panel;                      // bytes from one panel to the next
 };
 
 inline __m512i load_line(const char* p) { return _mm512_loadu_si512(p); }
@@ -78,10 +81,11 @@ inline void add_group(Sums high, Sums low, F scale, bool resume, float* to) {
   store(to, fma(sum, scale, resume ? load(to) : set(0.0f)));
 }
 
-// c[Rows][32] (+)= the product of `groups` groups.
-template <bool Nibbles, int Rows>
+// c[Rows][32] (+)= the product of `groups` groups; of one row with Panels panels at once.
+template <bool Nibbles, int Rows, int Panels = 1>
 void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
-  constexpr int kVectors = kPanelVectors;
+  static_assert(Rows == 1 || Panels == 1);
+  constexpr int kVectors = Panels * kPanelVectors;
   constexpr int kHalves = Nibbles ? 2 : 1;
   const __m512i nibble = _mm512_set1_epi8(15);
   for (int64_t g = 0; g < groups; ++g) {
@@ -91,7 +95,7 @@ void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
     for (int r = 0; r < Rows; ++r) {
       int32_t less;
       memcpy(&less, terms + 8 * r, 4);
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         high[r][v] = Sums{};
         low[r][v] = Sums{} + less;
@@ -99,23 +103,28 @@ void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
     }
     for (int64_t q = 0; q < kQuads; q += kHalves) {
       __m512i u[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
-        const char* at = w.codes + q / kHalves * kPanelColumns * 4 + v * 64;
-        __builtin_prefetch(at + kAhead, 0, 2);
+        const char* at = w.codes + v / kPanelVectors * w.panel + q / kHalves * kPanelColumns * 4 +
+                         v % kPanelVectors * 64;
+        if constexpr (Panels == 1) {
+          __builtin_prefetch(at + kAhead, 0, 2);
+        } else {
+          __builtin_prefetch(at + kAheadOfMany);
+        }
         u[v] = load_line(at);
       }
 #pragma GCC unroll 2
       for (int half = 0; half < kHalves; ++half, x += Rows * 8) {
         __m512i b[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           b[v] =
               !Nibbles ? u[v] : _mm512_and_si512(half ? _mm512_srli_epi32(u[v], 4) : u[v], nibble);
         }
 #pragma GCC unroll 6
         for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v) {
             high[r][v] = dot_bytes(high[r][v], b[v], x + 8 * r);
             low[r][v] = dot_bytes(low[r][v], b[v], x + 8 * r + 4);
@@ -124,15 +133,16 @@ void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
       }
     }
     F scale[kVectors];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      scale[v] = load(reinterpret_cast<const bf16*>(w.scales + v * 32));
+      const char* scales = w.scales + v / kPanelVectors * w.panel;
+      scale[v] = load(reinterpret_cast<const bf16*>(scales) + v % kPanelVectors * kLanes);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r) {
       float factor;
       memcpy(&factor, terms + 8 * r + 4, 4);
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         add_group(high[r][v], low[r][v], scale[v] * set(factor), resume || g > 0,
                   c + r * kPanelColumns + v * kLanes);
@@ -219,15 +229,13 @@ inline void prepare_blocks(const LinearParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Up to kRows rows are one block, which meets one panel after the other.
-inline void plan_block(LinearParams& p) {
-  p.row_step = p.M;
-  p.row_blocks = 1;
-  p.panel_step = 1;
-  p.panel_blocks = panel_count(p.N);
+// Up to kRows rows are one block; a single row meets kStreams panels at once.
+template <int kStreams>
+void plan_block(LinearParams& p, int threads) {
+  plan_chunks(p, p.M, p.M, p.M == 1 ? kStreams : 1, threads);
   p.items = 1;
   p.workspace_size = p.M * groups_of(p) * kRowBytes;
-  p.scratch_size = p.M * kPanelColumns * 4;
+  p.scratch_size = p.M * p.panel_step * kPanelColumns * 4;
 }
 
 // A panel from group g on, as it is packed.
@@ -236,7 +244,7 @@ Source packed_at(const LinearParams& p, int64_t panel, int64_t g) {
   const Code* group = panel_at<Code>(p, panel, g * kQuantGroup);
   const int64_t size = panel_bytes(p.format, kQuantGroup);
   return {reinterpret_cast<const char*>(codes_of(group)),
-          reinterpret_cast<const char*>(scales_of(group)), size, size};
+          reinterpret_cast<const char*>(scales_of(group)), size, size, panel_bytes(p.format, p.K)};
 }
 
 // The same for many rows: bytes, which int4's nibbles become at `made`.
@@ -262,14 +270,19 @@ Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups,
 }
 
 // A block of rows alone meets the codes as they come from memory.
-template <class Code>
+template <class Code, int kStreams>
 void one_block(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
+  constexpr bool kNibbles = Code::kBits == 4;
   const int64_t groups = groups_of(p);
-  if (groups == 0) memset(sums, 0, static_cast<size_t>(p.M * kPanelColumns) * 4);
-  for (int64_t panel = panel0; panel < panel1; ++panel) {
-    multiply_for<Code::kBits == 4>(p.M)(group_at(p, 0, p.M, 0), packed_at<Code>(p, panel, 0),
-                                        groups, sums, false);
-    finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
+  const bool streams = kStreams > 1 && p.M == 1 && panel1 - panel0 == kStreams;
+  const auto run = streams ? multiply<kNibbles, 1, kStreams> : multiply_for<kNibbles>(p.M);
+  const int64_t panels = streams ? kStreams : 1;
+  if (groups == 0) memset(sums, 0, static_cast<size_t>(p.M * panels * kPanelColumns) * 4);
+  for (int64_t panel = panel0; panel < panel1; panel += panels) {
+    run(group_at(p, 0, p.M, 0), packed_at<Code>(p, panel, 0), groups, sums, false);
+    for (int64_t i = 0; i < panels; ++i) {
+      finish(p, sums + i * kPanelColumns, kPanelColumns, 0, p.M, (panel + i) * kPanelColumns);
+    }
   }
 }
 
