@@ -64,14 +64,15 @@ def test_many_rows_equal_rows_alone(isa, make, dtype, K):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_change_bits(isa, make, dtype):
     before = num_threads()
-    w = pack(make(1000, 500).to(dtype))
+    w = make(1000, 1100).to(dtype)
+    held = (pack(w), hold(w))
     try:
         for M in (1, 5, 200):
-            x = make(M, 500).to(dtype)
+            x = make(M, 1100).to(dtype)
             results = []
             for threads in (1, 2, 3, 7):
                 set_num_threads(threads)
-                results.append(bits(linear(x, w)))
+                results += [bits(linear(x, weight)) for weight in held]
             assert all(torch.equal(r, results[0]) for r in results)
     finally:
         set_num_threads(before)

@@ -167,7 +167,7 @@ def digits(request):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056)])
+@pytest.mark.parametrize(("N", "K"), [(70, 453), (416, 1056), (1500, 130)])
 def test_codes_times_digits(digits, make, N, K, fmt):
     """The definition in kernels/cpu/linear_digits.h: exact sums of a group, added in order."""
     w = pack(make(N, K), quant=fmt)
