@@ -338,8 +338,8 @@ class Chunk {
     }
     Spread x{0, 1}, epilogue{0, 1};
     int64_t place = 0;
-    for (Piece w = first; w.s < all_; w = after(w)) {
-      const Piece next = after(w);
+    for (Piece w = first, next; w.s < all_; w = next) {
+      next = after(w);
       const int64_t begin = w.s / kStretch * kStretch, end = least(begin + kStretch, all_);
       if (w.s == begin) {
         const int64_t calls = blocks_ * (end - begin);

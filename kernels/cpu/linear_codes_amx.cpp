@@ -141,11 +141,7 @@ void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
 }
 
 void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  if (p.format == WeightFormat::int8) {
-    run<Int8Codes>(p, begin, end, scratch);
-  } else {
-    run<Int4Codes>(p, begin, end, scratch);
-  }
+  with_codes(p.format, [&](auto codes) { run<decltype(codes)>(p, begin, end, scratch); });
 }
 
 }  // namespace

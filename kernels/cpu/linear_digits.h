@@ -286,5 +286,15 @@ void one_block(const LinearParams& p, int64_t panel0, int64_t panel1, float* sum
   }
 }
 
+// run(W{}) for the kind of codes, W, that the weight has.
+template <class Run>
+void with_codes(WeightFormat format, Run&& run) {
+  if (format == WeightFormat::int8) {
+    run(Int8Codes{});
+  } else {
+    run(Int4Codes{});
+  }
+}
+
 }  // namespace
 }  // namespace ivr
