@@ -13,7 +13,8 @@
 // codes. int8: [16][32][4], a byte q + 128 each; four k of 16 columns are one 512-bit operand of an
 // integer dot product. int4: [8][32][4], a byte for two, q + 8 of k in the low and of k + 4 in the
 // high half. A weight is q * scale, exact in fp32, and the product that of the dequantised
-// weight, bit for bit, but where codes are multiplied as they are (kernels/cpu/linear_digits.h).
+// weight, bit for bit, for x in fp32; for x in bf16 codes are multiplied as they are
+// (kernels/cpu/linear_digits.h).
 // Scales are bf16 because codes are chosen for the rounded scale: nothing is lost, and int4 moves
 // 6 % less.
 //
@@ -106,8 +107,9 @@ struct LinearSteps {
 };
 
 IVR_CPU_KERNEL(linear, LinearSteps& steps)
-IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)        // bf16
-IVR_DOT_KERNEL(linear_codes_dot, LinearSteps& steps)  // int8, int4
+IVR_CPU_KERNEL(linear_codes, LinearSteps& steps)  // bf16 by int8, int4
+IVR_DOT_KERNEL(linear_dot, LinearSteps& steps)    // bf16 by bf16
+IVR_DOT_KERNEL(linear_codes, LinearSteps& steps)
 IVR_AMX_KERNEL(linear_amx, LinearSteps& steps)
 IVR_AMX_KERNEL(linear_codes_amx, LinearSteps& steps)
 

@@ -12,7 +12,7 @@ namespace {
 
 IVR_CPU_KERNEL_OBJECT(kernel_f32, "linear_f32", linear);
 IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linear_amx);
-IVR_CPU_KERNEL_OBJECT_BF16(kernel_codes, "linear_codes", linear, linear_codes_dot,
+IVR_CPU_KERNEL_OBJECT_BF16(kernel_codes, "linear_codes", linear_codes, linear_codes,
                            linear_codes_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
 

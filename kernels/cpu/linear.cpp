@@ -8,8 +8,8 @@
 // panels at once: weights come from DRAM then, and more streams with prefetch read them faster than
 // one (30 % measured).
 //
-// Quantised weights become fp32 in a small buffer before they are used, as bf16 ones do where many
-// rows meet them.
+// Quantised weights, which meet rows of fp32 here (bf16 ones in linear_codes.cpp), become fp32 in a
+// small buffer before they are used, as bf16 weights do where many rows meet them.
 #include "kernels/linear.h"
 
 #include "kernels/cpu/linear_chunks.h"

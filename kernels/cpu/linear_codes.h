@@ -1,4 +1,5 @@
-// Quantised weights on their way to a product: the codes of a panel become weights q * scale.
+// Quantised weights on their way to a product in fp32: the codes of a panel become weights
+// q * scale.
 //
 // q * scale has at most 16 significant bits: it is exact in fp32. Codes are put into the low bits
 // of a float's mantissa; one fused multiply-add takes the offset away and scales, without a

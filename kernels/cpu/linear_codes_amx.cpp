@@ -16,10 +16,8 @@ namespace {
 // and at 37.6 in four.
 constexpr int kStreams = 4;
 
-// A group of x for 16 rows: digits [high, low][16][64], then what the codes' offset adds to a row's
-// sum, and its scale: [less, factor][16].
-constexpr int64_t kTermBytes = kTileRows * 4;
-constexpr int64_t kGroupBytes = 2 * (kTileBytes + kTermBytes);
+// A group of x for 16 rows: digits [high, low][16][64], then the terms of every row.
+constexpr int64_t kGroupBytes = 2 * kTileBytes + kTileRows * kTermBytes;
 
 inline char* tile_at(const LinearParams& p, int64_t tile, int64_t g) {
   return static_cast<char*>(p.workspace) + (tile * groups_of(p) + g) * kGroupBytes;
@@ -48,8 +46,15 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
       char* digits = tile_at(p, tile, g);
       char* terms = digits + 2 * kTileBytes;
       if (rows < kTileRows) memset(digits, 0, kGroupBytes);
-      for (int64_t r = 0; r < rows; ++r, digits += kQuantGroup, terms += 4) {
-        take_digits(p, m + r, g, {digits, digits + kTileBytes, 4, terms, terms + kTermBytes});
+      for (int64_t r = 0; r < rows; ++r, terms += kTermBytes) {
+        const Group group = group_of(p, m + r, g);
+        for (int64_t k = 0; k < kQuantGroup; k += 4, digits += 4) {
+          char both[8];
+          put_digits(group.x + k, both);
+          memcpy(digits, both, 4);
+          memcpy(digits + kTileBytes, both + 4, 4);
+        }
+        memcpy(terms, &group.terms, kTermBytes);
       }
     }
   }
@@ -89,12 +94,10 @@ void multiply_tiles(Tiles& t, const char* x, Source w, int64_t groups, float* c,
     for (int64_t v = 0; v < kPanelVectors; ++v) {
       const F scale = load(reinterpret_cast<const bf16*>(scales) + v * kLanes);
       for (int64_t r = 0; r < kTileRows; ++r) {
-        int32_t less;
-        float factor;
-        memcpy(&less, terms + r * 4, 4);
-        memcpy(&factor, terms + kTermBytes + r * 4, 4);
-        add_group(load_sums(sums[v][0] + r * 64), load_sums(sums[v][1] + r * 64) + less,
-                  scale * set(factor), resume || g > 0, c + r * kPanelColumns + v * kLanes);
+        const Terms its = terms_at(terms + r * kTermBytes);
+        const I high = load_ints(sums[v][0] + r * 64), low = load_ints(sums[v][1] + r * 64);
+        add_group((high << 8) + low + its.less, scale * set(its.scale), resume || g > 0,
+                  c + r * kPanelColumns + v * kLanes);
       }
     }
   }

@@ -1,14 +1,19 @@
 // Products of bf16 rows with the codes of an int8 or int4 weight, and those of a few rows, on
-// AVX-512's integer dot product.
+// integer multiply-adds.
 //
-// A group of 64 values of x becomes integers X = 256 * high + low, two digits of 8 bits, times a
-// power of two: |X| < 2^14, so that a value is exact unless it is 64 times smaller than the largest
-// of its group, and then off by at most 2^-15 of that one's power of two. Four codes of a column
-// meet four digits in one instruction, 32 bits wide and exact. The sum of a group, less what the
-// codes' offset brought in, becomes fp32 and is added times both scales: one chain of fused
-// multiply-adds over the groups per element, for every number of rows. Codes are never turned into
-// numbers. NaN and infinities make a group's scale NaN.
+// A group of 64 values of x becomes integers times a power of two: below 2^14, so that a value is
+// exact unless it is 64 times smaller than the largest of its group, and then off by at most 2^-14
+// of that one's power of two. Four codes of a column meet four of them, 32 bits wide and exact: as
+// two digits of 8 bits in two instructions where there is VNNI, else in pairs of 16 bits. The sum
+// of a group, less what the codes' offset brought in, becomes fp32 and is added times both scales:
+// one chain of fused multiply-adds over the groups per element, for every number of rows and every
+// instruction set (the portable one rounds twice). Codes are never turned into numbers. NaN and
+// infinities make a group's scale NaN.
 #pragma once
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "kernels/cpu/linear_chunks.h"
 #include "kernels/cpu/linear_codes.h"
@@ -19,7 +24,6 @@
 namespace ivr {
 namespace {
 
-constexpr int64_t kRows = 6;  // x 2 vectors x 2 digits: 24 registers of sums
 constexpr int64_t kPanelVectors = kPanelColumns / kLanes;
 constexpr int64_t kQuads = kQuantGroup / 4;
 constexpr int64_t kPieceGroups = 8;  // a piece of a panel is 16 KB of bytes
@@ -29,15 +33,156 @@ constexpr int64_t kGroupCodes = kQuantGroup * kPanelColumns;
 constexpr int64_t kAhead = 1024;
 constexpr int64_t kAheadOfMany = 512;
 
+// Rows of a block, and the vectors of columns that several rows meet at a time: as many sums as the
+// registers hold. One row meets whole panels.
+constexpr int64_t kRows = 6;
+constexpr int kPass = kLanes == 16 ? 2 : 1;
+
+// Integers of 32 bits. Not __m512i, which gcc 12 takes for eight numbers: it copies and spills the
+// sums of a loop then, at half the rate.
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+
+inline I load_ints(const void* p) {
+  I a;
+  memcpy(&a, p, sizeof(a));
+  return a;
+}
+inline I set_ints(int32_t x) { return I{} + x; }
+inline I to_ints(F whole) { return __builtin_convertvector(whole.v, I); }
+inline F to_floats(I a) { return {__builtin_convertvector(a, decltype(F::v))}; }
+inline int32_t int_at(const void* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return x;
+}
+
+#if defined(__SSE2__)
+inline __m128i load_four(const int32_t* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+// Digits of 8 bits, 256 * high + low: [high, low][4].
+inline void put_digits(const int32_t* x, char* to) {
+  const __m128i all = load_four(x);
+  const __m128i high = _mm_srai_epi32(_mm_add_epi32(all, _mm_set1_epi32(128)), 8);
+  const __m128i low = _mm_sub_epi32(all, _mm_slli_epi32(high, 8));
+  const __m128i words = _mm_packs_epi32(high, low);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+}
+#endif
+
+// How four codes of every column meet four integers of x: Quad are the codes, from the low or the
+// high halves of bytes where they have 4 bits; put_quad writes the integers, in 8 bytes; add adds
+// the products to sums, which `start` with a number and become one in `total`.
+#if defined(__AVX512VNNI__)
+
+struct Sum {
+  I high, low;
+};
+inline Sum start(int32_t x) { return {I{}, set_ints(x)}; }
+inline I total(Sum sum) { return (sum.high << 8) + sum.low; }
+
+struct Quad {
+  I bytes;
+};
+template <int kBits>
+inline Quad quad_of(I u, int half) {
+  return {kBits == 8 ? u : (u >> 4 * half) & 0x0f0f0f0f};
+}
+inline void put_quad(const int32_t* x, char* to) { put_digits(x, to); }
+inline I dot_bytes(I sum, I codes, const char* digits) {
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(int_at(digits)));
+}
+inline void add(Quad q, const char* x, Sum& sum) {
+  sum.high = dot_bytes(sum.high, q.bytes, x);
+  sum.low = dot_bytes(sum.low, q.bytes, x + 4);
+}
+
+#else
+
+struct Sum {
+  I all;
+};
+inline Sum start(int32_t x) { return {set_ints(x)}; }
+inline I total(Sum sum) { return sum.all; }
+
+#if defined(__SSE2__)
+
+struct Quad {
+  I even, odd;  // pairs of 16 bits
+};
+template <int kBits>
+inline Quad quad_of(I u, int half) {
+  constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
+  return {(u >> 4 * half) & kMask, (u >> (4 * half + 8)) & kMask};
+}
+inline void put_quad(const int32_t* x, char* to) {
+  const __m128i words = _mm_packs_epi32(load_four(x), _mm_setzero_si128());
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
+                   _mm_shufflelo_epi16(words, _MM_SHUFFLE(3, 1, 2, 0)));
+}
+inline I dot_words(I codes, const char* x) {
+#if defined(__AVX512F__)
+  return (I)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(int_at(x)));
+#elif defined(__AVX2__)
+  return (I)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(int_at(x)));
+#else
+  return (I)_mm_madd_epi16((__m128i)codes, _mm_set1_epi32(int_at(x)));
+#endif
+}
+inline void add(Quad q, const char* x, Sum& sum) {
+  sum.all += dot_words(q.even, x);
+  sum.all += dot_words(q.odd, x + 4);
+}
+
+#else
+
+struct Quad {
+  I codes[4];
+};
+template <int kBits>
+inline Quad quad_of(I u, int half) {
+  Quad q;
+  for (int i = 0; i < 4; ++i) q.codes[i] = (u >> (8 * i + 4 * half)) & ((1 << kBits) - 1);
+  return q;
+}
+inline void put_quad(const int32_t* x, char* to) {
+  for (int i = 0; i < 4; ++i, to += 2) {
+    const int16_t word = static_cast<int16_t>(x[i]);
+    memcpy(to, &word, 2);
+  }
+}
+inline void add(Quad q, const char* x, Sum& sum) {
+  for (int i = 0; i < 4; ++i, x += 2) {
+    int16_t word;
+    memcpy(&word, x, 2);
+    sum.all += q.codes[i] * word;
+  }
+}
+
+#endif
+#endif
+
 inline int64_t groups_of(const LinearParams& p) { return ceil_div(p.K, kQuantGroup); }
 
 // Rows of a block, the last one's aside: even where there are few.
 inline int64_t block_rows(const LinearParams& p) { return ceil_div(p.M, ceil_div(p.M, kRows)); }
 
-// A group of x for a block of rows: digits [quad][row][high, low][4], then for every row what the
-// codes' offset adds to the sum, and the scale.
-constexpr int64_t kDigitBytes = kQuads * 8;
-constexpr int64_t kRowBytes = kDigitBytes + 8;
+// What a group of a row is beside its integers. less: what the codes' offset adds to a sum.
+struct Terms {
+  int32_t less;
+  float scale;
+};
+inline Terms terms_at(const char* p) {
+  Terms terms;
+  memcpy(&terms, p, sizeof(terms));
+  return terms;
+}
+
+// A group of x for a block of rows: quads [quad][row], then the terms of every row.
+constexpr int64_t kQuadBytes = 8;
+constexpr int64_t kTermBytes = sizeof(Terms);
+constexpr int64_t kRowQuads = kQuads * kQuadBytes;
+constexpr int64_t kRowBytes = kRowQuads + kTermBytes;
 
 inline char* group_at(const LinearParams& p, int64_t m, int64_t rows, int64_t g) {
   return static_cast<char*>(p.workspace) + (m * groups_of(p) + g * rows) * kRowBytes;
@@ -49,106 +194,77 @@ struct Source {
   const char* scales;
   int64_t codes_group, scales_group;  // bytes from one group to the next
   int64_t panel;                      // bytes from one panel to the next
+
+  const char* codes_of(int vector) const { return codes + at(vector, 4); }
+  const char* scales_of(int vector) const { return scales + at(vector, 2); }
+  int64_t at(int vector, int64_t size) const {
+    return vector / kPanelVectors * panel + vector % kPanelVectors * kLanes * size;
+  }
 };
 
-inline __m512i load_line(const char* p) { return _mm512_loadu_si512(p); }
-
-// Sums of 16 columns. Not __m512i, which gcc 12 takes for eight numbers: it copies and spills the
-// sums of a loop then, at half the rate.
-typedef int32_t Sums __attribute__((vector_size(64)));
-
-// sum += u8 * s8 over the four of each lane, for the digits at x.
-inline Sums dot_bytes(Sums sum, __m512i codes, const char* x) {
-  int32_t quad;
-  memcpy(&quad, x, 4);
-  const __m512i digits = _mm512_set1_epi32(quad);
-#if defined(__AVX512VNNI__)
-  return (Sums)_mm512_dpbusd_epi32((__m512i)sum, codes, digits);
-#else
-  // For software tiles.
-  const __m512i even = _mm512_srai_epi16(_mm512_slli_epi16(digits, 8), 8);
-  const __m512i low = _mm512_and_si512(codes, _mm512_set1_epi16(255));
-  return sum + (Sums)_mm512_madd_epi16(low, even) +
-         (Sums)_mm512_madd_epi16(_mm512_srli_epi16(codes, 8), _mm512_srai_epi16(digits, 8));
-#endif
+// *to (+)= the sum of a group, times both scales.
+inline void add_group(I sum, F scale, bool resume, float* to) {
+  store(to, fma(to_floats(sum), scale, resume ? load(to) : set(0.0f)));
 }
 
-inline Sums load_sums(const char* p) { return (Sums)load_line(p); }
-
-// *to (+)= the sum of a group, times both scales.
-inline void add_group(Sums high, Sums low, F scale, bool resume, float* to) {
-  const F sum = {_mm512_cvtepi32_ps((__m512i)((high << 8) + low))};
-  store(to, fma(sum, scale, resume ? load(to) : set(0.0f)));
+// c[Rows][32] (+)= the product of a group, for Vectors vectors of columns from `first` on.
+template <int kBits, int Rows, int Vectors>
+[[gnu::always_inline]] inline void multiply_group(const char* x, Source w, int first, float* c,
+                                                  bool resume) {
+  constexpr int kHalves = 8 / kBits;
+  const char* terms = x + Rows * kRowQuads;
+  Sum sums[Rows][Vectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sums[r][v] = start(terms_at(terms + r * kTermBytes).less);
+  }
+  for (int64_t line = 0; line < kQuads / kHalves; ++line) {
+    I u[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const char* at = w.codes_of(first + v) + line * kPanelColumns * 4;
+      if constexpr (Vectors <= kPanelVectors) {
+        __builtin_prefetch(at + kAhead, 0, 2);
+      } else {
+        __builtin_prefetch(at + kAheadOfMany);
+      }
+      u[v] = load_ints(at);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half, x += Rows * kQuadBytes) {
+      Quad q[Vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) q[v] = quad_of<kBits>(u[v], half);
+#pragma GCC unroll 6
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v) add(q[v], x + kQuadBytes * r, sums[r][v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; ++v) {
+    const F scale = load(reinterpret_cast<const bf16*>(w.scales_of(first + v)));
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+      add_group(total(sums[r][v]), scale * set(terms_at(terms + r * kTermBytes).scale), resume,
+                c + r * kPanelColumns + (first + v) * kLanes);
+    }
+  }
 }
 
 // c[Rows][32] (+)= the product of `groups` groups; of one row with Panels panels at once.
-template <bool Nibbles, int Rows, int Panels = 1>
+template <int kBits, int Rows, int Panels = 1>
 void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
   static_assert(Rows == 1 || Panels == 1);
-  constexpr int kVectors = Panels * kPanelVectors;
-  constexpr int kHalves = Nibbles ? 2 : 1;
-  const __m512i nibble = _mm512_set1_epi8(15);
+  constexpr int kVectors = Panels * kPanelVectors, kAtOnce = Rows == 1 ? kVectors : kPass;
   for (int64_t g = 0; g < groups; ++g) {
-    const char* terms = x + Rows * kDigitBytes;
-    Sums high[Rows][kVectors], low[Rows][kVectors];
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r) {
-      int32_t less;
-      memcpy(&less, terms + 8 * r, 4);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        high[r][v] = Sums{};
-        low[r][v] = Sums{} + less;
-      }
+#pragma GCC unroll 1
+    for (int v = 0; v < kVectors; v += kAtOnce) {
+      multiply_group<kBits, Rows, kAtOnce>(x, w, v, c, resume || g > 0);
     }
-    for (int64_t q = 0; q < kQuads; q += kHalves) {
-      __m512i u[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const char* at = w.codes + v / kPanelVectors * w.panel + q / kHalves * kPanelColumns * 4 +
-                         v % kPanelVectors * 64;
-        if constexpr (Panels == 1) {
-          __builtin_prefetch(at + kAhead, 0, 2);
-        } else {
-          __builtin_prefetch(at + kAheadOfMany);
-        }
-        u[v] = load_line(at);
-      }
-#pragma GCC unroll 2
-      for (int half = 0; half < kHalves; ++half, x += Rows * 8) {
-        __m512i b[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          b[v] =
-              !Nibbles ? u[v] : _mm512_and_si512(half ? _mm512_srli_epi32(u[v], 4) : u[v], nibble);
-        }
-#pragma GCC unroll 6
-        for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) {
-            high[r][v] = dot_bytes(high[r][v], b[v], x + 8 * r);
-            low[r][v] = dot_bytes(low[r][v], b[v], x + 8 * r + 4);
-          }
-        }
-      }
-    }
-    F scale[kVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      const char* scales = w.scales + v / kPanelVectors * w.panel;
-      scale[v] = load(reinterpret_cast<const bf16*>(scales) + v % kPanelVectors * kLanes);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < Rows; ++r) {
-      float factor;
-      memcpy(&factor, terms + 8 * r + 4, 4);
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        add_group(high[r][v], low[r][v], scale[v] * set(factor), resume || g > 0,
-                  c + r * kPanelColumns + v * kLanes);
-      }
-    }
-    x = terms + Rows * 8;
+    x += Rows * kRowBytes;
     w.codes += w.codes_group;
     w.scales += w.scales_group;
   }
@@ -156,74 +272,66 @@ void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
 
 using Multiply = void (*)(const char*, Source, int64_t, float*, bool);
 
-template <bool Nibbles, int Rows = kRows>
+template <int kBits, int Rows = kRows>
 Multiply multiply_for(int64_t rows) {
-  if (rows == Rows) return multiply<Nibbles, Rows>;
-  if constexpr (Rows > 1) return multiply_for<Nibbles, Rows - 1>(rows);
+  if (rows == Rows) return multiply<kBits, Rows>;
+  if constexpr (Rows > 1) return multiply_for<kBits, Rows - 1>(rows);
   return nullptr;
 }
 
-// Where a row's group goes: its digits, `quad` bytes from four of them to the next four, and terms.
-struct DigitsAt {
-  char *high, *low;
-  int64_t quad;
-  char *less, *factor;
+// A group of a row of x: zeros beyond K.
+struct Group {
+  int32_t x[kQuantGroup];
+  Terms terms;
 };
 
-// Group g of row m; zeros beyond K.
-inline void take_digits(const LinearParams& p, int64_t m, int64_t g, DigitsAt to) {
+inline Group group_of(const LinearParams& p, int64_t m, int64_t g) {
+  constexpr int kVectors = kQuantGroup / kLanes;
   const bf16* x = static_cast<const bf16*>(p.x) + m * p.x_m + g * kQuantGroup;
   const int64_t n = p.K - g * kQuantGroup;
-  const int32_t offset = p.format == WeightFormat::int8 ? 128 : 8;
-  F v[kQuantGroup / kLanes];
-  F largest_of = set(0.0f);
-  for (int64_t i = 0; i < kQuantGroup / kLanes; ++i) {
+  F v[kVectors];
+  I largest_of{};
+  for (int i = 0; i < kVectors; ++i) {
     const int64_t here = n - i * kLanes;
-    v[i] = load_n(x + i * kLanes, here < 0 ? 0 : least(here, kLanes));
-    const __m512 size = _mm512_abs_ps(v[i].v);
+    v[i] = here >= kLanes ? load(x + i * kLanes) : load_n(x + i * kLanes, here < 0 ? 0 : here);
     // As integers, so that NaN is the largest of all.
-    largest_of.v = _mm512_castsi512_ps(
-        _mm512_max_epu32(_mm512_castps_si512(size), _mm512_castps_si512(largest_of.v)));
+    const I size = load_ints(&v[i]) & 0x7fffffff;
+    largest_of = size > largest_of ? size : largest_of;
   }
-  const int exponent =
-      static_cast<int>(_mm512_reduce_max_epu32(_mm512_castps_si512(largest_of.v)) >> 23);
+  const int exponent = static_cast<int>(largest(to_floats(largest_of >> 23)));
   // Powers of two that a float holds: groups of the smallest numbers lose their last digits.
   const int e = exponent < 14 ? 14 : exponent;
-  float up, down;
+  float up;
   const uint32_t up_bits = static_cast<uint32_t>(127 + 140 - e) << 23;
   const uint32_t down_bits = exponent == 255 ? 0x7fc00000u : static_cast<uint32_t>(e - 13) << 23;
+  Group group;
   memcpy(&up, &up_bits, 4);
-  memcpy(&down, &down_bits, 4);
-  __m512i total = _mm512_setzero_si512();
-  for (int64_t i = 0; i < kQuantGroup / kLanes; ++i) {
-    __m512i all = _mm512_setzero_si512();
-    if (exponent != 255) all = _mm512_cvtps_epi32((v[i] * set(up)).v);
-    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(all, _mm512_set1_epi32(128)), 8);
-    const __m512i low = _mm512_sub_epi32(all, _mm512_slli_epi32(high, 8));
-    total = _mm512_add_epi32(total, all);
-    alignas(16) char quads[2][kLanes];
-    _mm_store_si128(reinterpret_cast<__m128i*>(quads[0]), _mm512_cvtepi32_epi8(high));
-    _mm_store_si128(reinterpret_cast<__m128i*>(quads[1]), _mm512_cvtepi32_epi8(low));
-    for (int64_t q = 0; q < kLanes; q += 4, to.high += to.quad, to.low += to.quad) {
-      memcpy(to.high, quads[0] + q, 4);
-      memcpy(to.low, quads[1] + q, 4);
-    }
+  memcpy(&group.terms.scale, &down_bits, 4);
+  F all = set(0.0f);
+  for (int i = 0; i < kVectors; ++i) {
+    const F whole = exponent == 255 ? set(0.0f) : round_even(v[i] * set(up));
+    const I ints = to_ints(whole);
+    memcpy(group.x + i * kLanes, &ints, sizeof(ints));
+    all = all + whole;
   }
-  const int32_t less = -offset * _mm512_reduce_add_epi32(total);
-  memcpy(to.less, &less, 4);
-  memcpy(to.factor, &down, 4);
+  // At most 2^20: exact.
+  group.terms.less = (p.format == WeightFormat::int8 ? -128 : -8) * static_cast<int32_t>(sum(all));
+  return group;
 }
 
-// Digits of the blocks of rows [begin, end).
+// Groups of the blocks of rows [begin, end).
 inline void prepare_blocks(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t groups = groups_of(p), most = block_rows(p);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t m = block * most, rows = least(p.M - m, most);
     for (int64_t g = 0; g < groups; ++g) {
       char* to = group_at(p, m, rows, g);
-      char* terms = to + rows * kDigitBytes;
-      for (int64_t r = 0; r < rows; ++r, to += 8, terms += 8) {
-        take_digits(p, m + r, g, {to, to + 4, 8 * rows, terms, terms + 4});
+      for (int64_t r = 0; r < rows; ++r) {
+        const Group group = group_of(p, m + r, g);
+        for (int64_t q = 0; q < kQuads; ++q) {
+          put_quad(group.x + 4 * q, to + (q * rows + r) * kQuadBytes);
+        }
+        memcpy(to + rows * kRowQuads + r * kTermBytes, &group.terms, kTermBytes);
       }
     }
   }
@@ -252,16 +360,16 @@ template <class Code>
 Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups, char* made) {
   Source w = packed_at<Code>(p, panel, g);
   if constexpr (Code::kBits == 8) return w;
-  const __m512i nibble = _mm512_set1_epi8(15);
+  constexpr int64_t kLine = kPanelColumns * 4;
   for (int64_t i = 0; i < groups; ++i) {
     const char* from = w.codes + i * w.codes_group;
     char* to = made + i * kGroupCodes;
-    for (int64_t line = 0; line < kGroupCodes / 128; ++line) {
-      __builtin_prefetch(from + line * 64 + kAhead, 0, 2);
-      const __m512i u = load_line(from + line * 64);
-      char* quads = to + line / kPanelVectors * 256 + line % kPanelVectors * 64;
-      _mm512_storeu_si512(quads, _mm512_and_si512(u, nibble));
-      _mm512_storeu_si512(quads + 128, _mm512_and_si512(_mm512_srli_epi32(u, 4), nibble));
+    for (int64_t j = 0; j < kGroupCodes / 2; j += 4 * kLanes) {
+      __builtin_prefetch(from + j + kAhead, 0, 2);
+      const I u = load_ints(from + j), low = u & 0x0f0f0f0f, high = (u >> 4) & 0x0f0f0f0f;
+      char* quads = to + j / kLine * 2 * kLine + j % kLine;
+      memcpy(quads, &low, sizeof(low));
+      memcpy(quads + kLine, &high, sizeof(high));
     }
   }
   w.codes = made;
@@ -272,10 +380,9 @@ Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups,
 // A block of rows alone meets the codes as they come from memory.
 template <class Code, int kStreams>
 void one_block(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
-  constexpr bool kNibbles = Code::kBits == 4;
   const int64_t groups = groups_of(p);
   const bool streams = kStreams > 1 && p.M == 1 && panel1 - panel0 == kStreams;
-  const auto run = streams ? multiply<kNibbles, 1, kStreams> : multiply_for<kNibbles>(p.M);
+  const auto run = streams ? multiply<Code::kBits, 1, kStreams> : multiply_for<Code::kBits>(p.M);
   const int64_t panels = streams ? kStreams : 1;
   if (groups == 0) memset(sums, 0, static_cast<size_t>(p.M * panels * kPanelColumns) * 4);
   for (int64_t panel = panel0; panel < panel1; panel += panels) {

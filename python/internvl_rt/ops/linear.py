@@ -250,7 +250,8 @@ def linear(
         on CUDA that holds within a phase.
     weight: [N, K] of x's dtype, from `hold` or `pack`; a plain tensor is held anew in every call,
         which costs more than the product itself where M is small. Quantised by `pack`, its codes
-        times scales take part, rounded to bfloat16 where the instruction set multiplies bfloat16.
+        times scales take part; with bfloat16 x, sums of 64 codes times x are exact but for what x
+        has below 2^-13 of the largest of those 64 (kernels/cpu/linear_digits.h).
     bias, scale: [N], dtype of x; scale is the layer scale of a residual branch.
     activation: "none", "gelu" (exact), "silu". For SwiGLU there is `gated_linear`.
     residual: [M, N], dtype of the result.
