@@ -115,5 +115,9 @@ IVR_AMX_KERNEL(linear_codes_amx, LinearSteps& steps)
 
 // Packs one panel. rows: 32 pointers to K elements, null for columns beyond N.
 IVR_CPU_KERNEL(pack_panel, const void* const* rows, int64_t K, WeightFormat format, void* panel)
+// The same for int8 and int4, of rows of f32 or bf16. finite: whether they hold neither NaN nor
+// infinities, for which there are no codes.
+IVR_CPU_KERNEL(quantise_panel, const void* const* rows, int64_t K, DType dtype, WeightFormat format,
+               void* panel, bool& finite)
 
 }  // namespace ivr

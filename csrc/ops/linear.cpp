@@ -15,6 +15,7 @@ IVR_CPU_KERNEL_OBJECT_BF16(kernel_bf16, "linear_bf16", linear, linear_dot, linea
 IVR_CPU_KERNEL_OBJECT_BF16(kernel_codes, "linear_codes", linear_codes, linear_codes,
                            linear_codes_amx);
 IVR_CPU_KERNEL_OBJECT(pack_kernel, "pack_panel", pack_panel);
+IVR_CPU_KERNEL_OBJECT(quantise_kernel, "quantise_panel", quantise_panel);
 
 const void* at_row(const void* base, int64_t row, int64_t stride, DType dtype) {
   return base ? static_cast<const char*>(base) + row * stride * static_cast<int64_t>(size_of(dtype))
@@ -86,9 +87,12 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
 void pack(std::vector<Tensor> weights, WeightFormat format, bool gated, Tensor data) {
   Checker check("pack");
   check.require(!weights.empty(), "got no weight, expected at least one");
-  check.require(format == WeightFormat::f32 || format == WeightFormat::bf16,
-                "weight format is not implemented, available: f32, bf16");
-  const DType dtype = format == WeightFormat::f32 ? DType::f32 : DType::bf16;
+  check.require(format != WeightFormat::fp8,
+                "weight format is not implemented, available: f32, bf16, int8, int4");
+  const bool quantised = is_quantised(format);
+  const DType dtype = format == WeightFormat::f32                   ? DType::f32
+                      : quantised && weights[0].dtype == DType::f32 ? DType::f32
+                                                                    : DType::bf16;
   std::vector<const void*> rows;
   int64_t i = 0;
   for (const Tensor& w : weights) {
@@ -99,7 +103,8 @@ void pack(std::vector<Tensor> weights, WeightFormat format, bool gated, Tensor d
   const int64_t K = check["K"], N = static_cast<int64_t>(rows.size());
   const int64_t panels = panel_count(N), size = panel_size(format, K);
   check.bind("P", panels * size, "packed size");
-  check.tensor("data", data, {dtype}, {"P"});
+  const DType stored = quantised ? DType::u8 : dtype;
+  check.tensor("data", data, {stored}, {"P"});
   if (panels * size == 0) return;
   require_cpu(check, data);
   if (gated) {
@@ -112,13 +117,24 @@ void pack(std::vector<Tensor> weights, WeightFormat format, bool gated, Tensor d
     }
   }
   rows.resize(panels * kPanelColumns, nullptr);
-  const auto run_panel = pack_kernel.pick();
+  const auto pack_one = quantised ? nullptr : pack_kernel.pick();
+  const auto quantise_one = quantised ? quantise_kernel.pick() : nullptr;
+  std::atomic<bool> all_finite = true;
   parallel_for(panels, kPrepareElements / size + 1, [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
-      run_panel(rows.data() + j * kPanelColumns, K, format,
-                const_cast<void*>(at_row(data.data, j, size, dtype)));
+      const void* const* from = rows.data() + j * kPanelColumns;
+      void* to = const_cast<void*>(at_row(data.data, j, size, stored));
+      bool finite = true;
+      if (quantised) {
+        quantise_one(from, K, dtype, format, to, finite);
+      } else {
+        pack_one(from, K, format, to);
+      }
+      if (!finite) all_finite = false;
     }
   });
+  check.require(all_finite, "a weight is NaN or infinite, ",
+                format == WeightFormat::int8 ? "int8" : "int4", " needs finite ones");
 }
 
 }  // namespace

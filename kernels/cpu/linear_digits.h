@@ -38,18 +38,6 @@ constexpr int64_t kAheadOfMany = 512;
 constexpr int64_t kRows = 6;
 constexpr int kPass = kLanes == 16 ? 2 : 1;
 
-// Integers of 32 bits. Not __m512i, which gcc 12 takes for eight numbers: it copies and spills the
-// sums of a loop then, at half the rate.
-typedef int32_t I __attribute__((vector_size(4 * kLanes)));
-
-inline I load_ints(const void* p) {
-  I a;
-  memcpy(&a, p, sizeof(a));
-  return a;
-}
-inline I set_ints(int32_t x) { return I{} + x; }
-inline I to_ints(F whole) { return __builtin_convertvector(whole.v, I); }
-inline F to_floats(I a) { return {__builtin_convertvector(a, decltype(F::v))}; }
 inline int32_t int_at(const void* p) {
   int32_t x;
   memcpy(&x, p, 4);

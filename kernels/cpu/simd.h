@@ -1,7 +1,8 @@
 // One small vector type per instruction set, so that a kernel is written once and compiled for
 // each.
 //
-// F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512). Everything is in
+// F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512), I as many
+// integers. Everything is in
 // an anonymous namespace: see isa.h. Loads and stores take float or bf16 memory, unaligned; the _n
 // forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond. load_pairs reads
 // 2 * kLanes bf16 and parts those at even from those at odd places.
@@ -339,6 +340,18 @@ inline void transpose(F (&x)[kLanes]) {
 }
 
 #endif
+
+// kLanes integers. Not __m512i, which gcc 12 takes for eight numbers: it copies and spills the sums
+// of a loop then, at half the rate.
+typedef int32_t I __attribute__((vector_size(4 * kLanes)));
+inline I load_ints(const void* p) {
+  I a;
+  memcpy(&a, p, sizeof(a));
+  return a;
+}
+inline I set_ints(int32_t x) { return I{} + x; }
+inline I to_ints(F whole) { return __builtin_convertvector(whole.v, I); }
+inline F to_floats(I a) { return {__builtin_convertvector(a, decltype(F::v))}; }
 
 // Fused where the instruction set has it: scalar tails round like the vector body.
 inline float fma1(float a, float b, float c) {

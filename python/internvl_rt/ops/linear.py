@@ -144,49 +144,35 @@ def pack(
     that should be quantised.
     """
     weights = _joinable(weight)
+    n, k = sum(w.shape[0] for w in weights), weights[0].shape[1]
+    if quant is not None:
+        weights = [_quantisable(w, quant) for w in weights]
+        if len({w.dtype for w in weights}) > 1:
+            weights = [w.float() for w in weights]
     first = weights[0]
-    n, k = sum(w.shape[0] for w in weights), first.shape[1]
     size = packed_size(n, k, quant or first.dtype)
     gated = gated and n % PANEL == 0 and not first.is_cuda
-    if quant is not None:
-        return _pack_quantised(weights, n, k, quant, gated, size, out)
     if first.is_cuda:
         plain = torch.cat(weights) if len(weights) > 1 else first
         data = give("pack", plain.reshape(n * k), out)
         return PackedWeight(data, n, k, _FORMATS[first.dtype])
     if out is None:
-        out = torch.empty(size, dtype=first.dtype)
-    _C.pack(weights, _FORMATS[first.dtype], gated, out)
-    return PackedWeight(out, n, k, _FORMATS[first.dtype], gated)
+        out = torch.empty(size, dtype=torch.uint8 if quant else first.dtype)
+    form = quantise.FORMATS[quant] if quant else _FORMATS[first.dtype]
+    _C.pack(weights, form, gated, out)
+    return PackedWeight(out, n, k, form, gated)
 
 
-def _pack_quantised(
-    weights: Sequence[Tensor],
-    n: int,
-    k: int,
-    quant: str,
-    gated: bool,
-    size: int,
-    out: Tensor | None,
-) -> PackedWeight:
-    for w in weights:
-        if w.is_cuda or not w.is_floating_point():
-            raise ValueError(
-                f"pack: weight is {w.dtype} on {w.device}, expected floats on the CPU for {quant}"
-            )
-    if out is None:
-        out = torch.empty(size, dtype=torch.uint8)
-    if out.shape != (size,) or out.dtype != torch.uint8:
+def _quantisable(weight: Tensor, quant: str) -> Tensor:
+    """The weight as it can be quantised: float32 or bfloat16, contiguous in K."""
+    quantise.check_quant(quant)
+    if weight.is_cuda or not weight.is_floating_point():
         raise ValueError(
-            f"pack: out is {out.dtype} {list(out.shape)}, expected torch.uint8 {[size]}"
+            f"pack: weight is {weight.dtype} on {weight.device}, expected floats on the CPU for "
+            f"{quant}"
         )
-    if gated:
-        halves = [len(w) for w in weights] == [n // 2] * 2
-        weight = _in_turns(*(weights if halves else torch.cat(list(weights)).tensor_split(2)))
-    else:
-        weight = torch.cat(list(weights)) if weights[1:] else weights[0]
-    quantise.pack_quantised(weight, quant, out)
-    return PackedWeight(out, n, k, quantise.FORMATS[quant], gated)
+    weight = weight if weight.dtype in _FORMATS else weight.float()
+    return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
 def packed_size(n: int, k: int, kind: torch.dtype | str) -> int:

@@ -1,4 +1,5 @@
-"""Weight-only quantisation: what codes and scales are, and how they are packed for `linear`.
+"""Weight-only quantisation: what codes and scales are. kernels/cpu/quantise.cpp makes and packs
+them for `linear`.
 
 A weight [N, K] is cut into groups of 64 along K. A group has one scale, in bfloat16, and a code q
 per weight, so that weight = q * scale: symmetric, without an offset.
@@ -17,7 +18,6 @@ from internvl_rt._C import WeightFormat
 PANEL = 32  # columns of a packed panel
 GROUP = 64  # weights along K that share a scale
 _SCALES = 2 * PANEL  # bytes of a packed group's scales
-_SLAB = 64 * PANEL  # rows quantised at a time: little memory beside the weight
 
 
 FORMATS = {"int8": WeightFormat.int8, "int4": WeightFormat.int4}
@@ -84,19 +84,6 @@ def check_quant(quant: str) -> str:
     return quant
 
 
-def pack_quantised(weight: Tensor, quant: str, out: Tensor) -> None:
-    """Quantises weight [N, K] into out, flat uint8: the groups that kernels/linear.h describes."""
-    if not out.numel():
-        return
-    kind = FORMATS[quant]
-    panels, G = _panels_and_groups(*weight.shape)
-    groups = out.view(panels, G, _CODES[kind].group_bytes)
-    for i, slab in enumerate(weight.split(_SLAB)):
-        codes, scales = quantise(slab, quant)
-        part = _pack_codes(codes, scales, kind)
-        groups[i * _SLAB // PANEL :][: part.shape[0]] = part
-
-
 def unpack_quantised(data: Tensor, n: int, k: int, kind: WeightFormat) -> tuple[Tensor, Tensor]:
     """The codes [n, G * 64] and scales [n, G] again."""
     panels, G = _panels_and_groups(n, k)
@@ -109,21 +96,6 @@ def unpack_quantised(data: Tensor, n: int, k: int, kind: WeightFormat) -> tuple[
     codes = (stored.to(torch.int16) - _CODES[kind].offset).to(torch.int8)
     codes = codes.permute(0, 3, 1, 2, 4, 5).reshape(panels * PANEL, G * GROUP)
     return codes[:n], scales.transpose(1, 2).reshape(panels * PANEL, G)[:n]
-
-
-def _pack_codes(codes: Tensor, scales: Tensor, kind: WeightFormat) -> Tensor:
-    """uint8 [panels, G, bytes of a group]."""
-    N, G = scales.shape
-    panels = -(-N // PANEL)
-    rows = (0, 0, 0, -N % PANEL)
-    scales = F.pad(scales, rows).view(panels, PANEL, G).transpose(1, 2).contiguous()
-    stored = (F.pad(codes, rows) + _CODES[kind].offset).view(torch.uint8)  # wraps, as it should
-    per_byte = _CODES[kind].per_byte
-    stored = stored.view(panels, PANEL, G, GROUP // 4 // per_byte, per_byte, 4)
-    if per_byte == 2:
-        stored = stored[..., :1, :] | stored[..., 1:, :] << 4
-    stored = stored.squeeze(4).permute(0, 2, 3, 1, 4)
-    return torch.cat((scales.view(torch.uint8), stored.flatten(2)), dim=2)
 
 
 def _panels_and_groups(n: int, k: int) -> tuple[int, int]:
