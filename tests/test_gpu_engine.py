@@ -273,8 +273,8 @@ def test_the_vision_tower_alone(device):
 
 
 def test_memory_is_planned_and_bounded(fake):
-    capacity = load().engine.cache.allocator.capacity
-    assert load(kv_tokens=130).engine.cache.allocator.capacity == 3 < capacity
+    capacity = load().engine.cache.capacity
+    assert load(kv_tokens=130).engine.cache.capacity == 3 < capacity
     with pytest.raises(ValueError, match="kv_tokens is 0, allowed: 64"):
         load(kv_tokens=0)
     fake.free = 1 << 20
