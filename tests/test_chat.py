@@ -14,6 +14,7 @@ from PIL import Image
 import internvl_rt as ivr
 import tiny_tokenizer
 from internvl_rt.model import _Question, _Text
+from internvl_rt.prompt import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +57,15 @@ def test_stream_gives_the_same_answer(model):
 
 
 def test_closing_a_stream_frees_its_pages(model):
-    allocator = model.engine.cache.allocator
+    engine = model.engine
     stream = model.chat("Hello", stream=True, max_new_tokens=500, min_new_tokens=500)
     next(stream)
-    assert allocator.available < allocator.capacity
+    assert engine.free_pages < engine.cache.capacity
     del stream
     model.chat("Hello", **SHORT)
-    assert allocator.available == allocator.capacity
+    assert engine.free_pages == engine.cache.capacity
     model.chat("Hello", stream=True)  # never iterated: never queued
-    assert allocator.available == allocator.capacity
+    assert engine.free_pages == engine.cache.capacity
 
 
 def test_history_is_the_conversation_so_far(model):
@@ -325,6 +326,20 @@ def test_answers_in_channels(tmp_path, chat_folder):
     ids = (
         "<|channel|>analysis<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>world"
     )
-    for token in model.tokenizer.encode_markup(ids):
-        assert not text.push(token)
+    for index, token in enumerate(model.tokenizer.encode_markup(ids)):
+        assert not text.push(index, token)
     assert text.finish() == "world"
+
+
+def test_text_taken_while_a_token_is_read_is_not_lost(model, monkeypatch):
+    text = _Text(model.tokenizer, [], model.template)
+    taken, push = [], TextStream.push
+
+    def slow(stream, token):
+        taken.append(text.take())
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", slow)
+    for index, token in enumerate(model.tokenizer.encode_plain("Hello world")):
+        text.push(index, token)
+    assert "".join(taken) + text.finish() == "Hello world"

@@ -94,7 +94,7 @@ def assert_chunks_agree(model, ids, chunk):
     cache = KvCache(text, pages + 3, model.dtype)
     for tensor in (*cache.k, *cache.v):
         tensor.fill_(float("nan"))  # what is not written must not be read
-    table = cache.allocator.take(pages + 3)[torch.randperm(pages + 3)[:pages]]
+    table = torch.randperm(pages + 3)[:pages]
     parts = []
     for start in range(0, len(ids), chunk):
         step = Chunk(ids[start : start + chunk], start, table, "all", rope_len=len(ids))
@@ -228,7 +228,7 @@ def test_cached_keys_keep_the_rotation_they_were_written_with(case):
     both = torch.cat((ids, torch.tensor(new[:-1])))
     text, pages = model.config.text, KvCache.pages_for(len(both))
     cache = KvCache(text, pages, model.dtype)
-    table = cache.allocator.take(pages)
+    table = torch.arange(pages)
     cuts = [0, *range(len(ids), len(both) + 1)]
     steps = [Chunk(both[a:b], a, table, "last") for a, b in itertools.pairwise(cuts)]
     stepped = [model._core.run([s], cache)[0] for s in steps]
@@ -255,14 +255,14 @@ def request(n=5, seed=0, **options):
 
 
 def test_pages_come_back_and_requests_wait_for_them(engine):
-    capacity = engine.cache.allocator.capacity
+    capacity = engine.cache.capacity
     # Each needs two of six pages: at most three run at a time.
     requests = [request(100, seed=i) for i in range(8)]
     for r in requests:
         engine.submit(r)
     engine.run(requests)
     assert [r.finish_reason for r in requests] == ["length"] * 8
-    assert engine.cache.allocator.available == capacity
+    assert engine.free_pages == capacity
     alone = request(100, seed=5)
     engine.submit(alone)
     engine.run([alone])
@@ -270,15 +270,15 @@ def test_pages_come_back_and_requests_wait_for_them(engine):
 
 
 def test_a_closed_stream_gives_its_pages_back(engine):
-    capacity = engine.cache.allocator.capacity
+    capacity = engine.cache.capacity
     r = request(10, max_new_tokens=100)
     engine.submit(r)
     stream = engine.stream(r)
     next(stream)
-    assert engine.cache.allocator.available < capacity
+    assert engine.free_pages < capacity
     stream.close()
     assert r.finish_reason == "cancelled"
-    assert engine.cache.allocator.available == capacity
+    assert engine.free_pages == capacity
 
 
 def test_cancelling_before_the_start(engine):
@@ -296,6 +296,12 @@ def test_a_prompt_that_can_never_fit_is_refused(engine):
         engine.submit(request(6 * PAGE_SIZE))
     with pytest.raises(ValueError, match="the prompt is empty"):
         engine.submit(request(0))
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.submit(request(), request(0))
+    late = request()
+    engine.submit(late)
+    engine.run([late])
+    assert engine._requests == [late]  # nothing else was queued
 
 
 def test_the_context_bounds_the_answer(engine):
@@ -321,7 +327,7 @@ def test_a_bad_picture_fails_only_its_own_request(engine):
     assert bad.finish_reason == "error"
     assert "NaN" in str(bad.error)
     assert good.finish_reason == "length"
-    assert engine.cache.allocator.available == engine.cache.allocator.capacity
+    assert engine.free_pages == engine.cache.capacity
     with pytest.raises(ValueError, match="NaN"):
         list(engine.stream(bad))
 
@@ -370,37 +376,6 @@ def test_threads_share_the_engine(model):
     for t in threads:
         t.join(60)
     assert results == expected
-
-
-class Interrupted(threading.Condition):
-    """Ctrl-C as the lock is let go for the `at`-th time."""
-
-    def __init__(self, at):
-        super().__init__()
-        self.left = at
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("at", range(1, 9))
-def test_an_interrupt_leaves_an_engine_that_runs(engine, at):
-    engine._turn = Interrupted(at)
-    other = request(seed=1)
-
-    def ask(r):
-        engine.submit(r)
-        engine.run([r])
-
-    with pytest.raises(KeyboardInterrupt):
-        ask(request())
-    runs = threading.Thread(target=ask, args=(other,), daemon=True)
-    runs.start()
-    runs.join(60)
-    assert other.finish_reason == "length"
 
 
 def test_a_forked_child_computes(model):

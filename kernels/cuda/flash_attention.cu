@@ -1,5 +1,5 @@
 #include "kernels/cuda/flash_attention.cuh"
-#include "kernels/cuda/launchers.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/tensor_map.h"
 
 namespace ivr::cuda {
@@ -53,14 +53,10 @@ cudaError_t flash_attention(const FlashAttentionParams& params, cudaStream_t str
                             : launch_wgmma<128>(params, c, stream);
   }
   const dim3 grid(c.blocks, static_cast<unsigned>(params.a.K));
-  cudaError_t error = cudaSuccess;
-  with_flash_attention_kernel(params.a.dtype, c, [&]<typename T, int kD>() {
-    error = allow_shared_bytes(flash_attention_kernel<T, kD>, c.shared_bytes);
-    if (error != cudaSuccess) return;
-    flash_attention_kernel<T, kD><<<grid, kAttentionThreads, c.shared_bytes, stream>>>(params);
-    error = cudaGetLastError();
+  return with_flash_attention_kernel(params.a.dtype, c, [&]<typename T, int kD>() {
+    return launch(flash_attention_kernel<T, kD>, grid, kAttentionThreads, c.shared_bytes, params,
+                  stream);
   });
-  return error;
 }
 
 }  // namespace ivr::cuda

@@ -60,12 +60,13 @@ inline int format(const FlashAttentionConfig& c, char* out, size_t size) {
                        c.head_dim, c.rows, c.shared_bytes, c.blocks);
 }
 
-// For variants other than wgmma: calls f.template operator()<T, kD>(), kD = 0 for the plain kernel.
+// For variants other than wgmma: returns f.template operator()<T, kD>(), kD = 0 for the plain
+// kernel.
 template <typename F>
-void with_flash_attention_kernel(DType dtype, const FlashAttentionConfig& c, F&& f) {
+auto with_flash_attention_kernel(DType dtype, const FlashAttentionConfig& c, F&& f) {
   if (c.head_dim == 64) return f.template operator()<bf16, 64>();
   if (c.head_dim == 128) return f.template operator()<bf16, 128>();
-  dtype == DType::f32 ? f.template operator()<float, 0>() : f.template operator()<bf16, 0>();
+  return dtype == DType::f32 ? f.template operator()<float, 0>() : f.template operator()<bf16, 0>();
 }
 
 // ---- device -------------------------------------------------------------------------------------

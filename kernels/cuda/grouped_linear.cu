@@ -1,5 +1,5 @@
 #include "kernels/cuda/grouped_linear.cuh"
-#include "kernels/cuda/launchers.h"
+#include "kernels/cuda/launch.cuh"
 
 namespace ivr::cuda {
 namespace {
@@ -17,15 +17,10 @@ cudaError_t grouped_linear(const GroupedLinearParams& params, cudaStream_t strea
   if (!grouped_linear_supported(params)) return cudaErrorInvalidValue;
   const LinearConfig c = grouped_linear_config(params);
   const dim3 grid(c.blocks_n, c.blocks_m);
-  cudaError_t error = cudaSuccess;
-  with_linear_kernel(c, [&]<LinearKernel kKernel, int kM, int kN, bool kAligned>() {
-    const auto kernel = grouped_linear_kernel<kKernel, kM, kN, kAligned>;
-    error = allow_shared_bytes(kernel, c.shared_bytes);
-    if (error != cudaSuccess) return;
-    kernel<<<grid, static_cast<unsigned>(c.threads), c.shared_bytes, stream>>>(params);
-    error = cudaGetLastError();
+  return with_linear_kernel(c, [&]<LinearKernel kKernel, int kM, int kN, bool kAligned>() {
+    return launch(grouped_linear_kernel<kKernel, kM, kN, kAligned>, grid, c.threads, c.shared_bytes,
+                  params, stream);
   });
-  return error;
 }
 
 }  // namespace ivr::cuda

@@ -2,7 +2,7 @@
 #include <utility>
 
 #include "kernels/cuda/gemm_launchers.h"
-#include "kernels/cuda/launchers.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.cuh"
 
 namespace ivr::cuda {
@@ -63,15 +63,10 @@ cudaError_t linear(const LinearParams& params, cudaStream_t stream) {
   if (!linear_supported(params)) return cudaErrorInvalidValue;
   const LinearConfig c = linear_config(params);
   const dim3 grid(c.blocks_n, c.blocks_m);
-  cudaError_t error = cudaSuccess;
-  with_linear_kernel(c, [&]<LinearKernel kKernel, int kM, int kN, bool kAligned>() {
-    const auto kernel = linear_kernel<kKernel, kM, kN, kAligned>;
-    error = allow_shared_bytes(kernel, c.shared_bytes);
-    if (error != cudaSuccess) return;
-    kernel<<<grid, static_cast<unsigned>(c.threads), c.shared_bytes, stream>>>(params);
-    error = cudaGetLastError();
+  return with_linear_kernel(c, [&]<LinearKernel kKernel, int kM, int kN, bool kAligned>() {
+    return launch(linear_kernel<kKernel, kM, kN, kAligned>, grid, c.threads, c.shared_bytes, params,
+                  stream);
   });
-  return error;
 }
 
 }  // namespace ivr::cuda

@@ -108,9 +108,9 @@ inline int format(const LinearConfig& c, char* out, size_t size) {
                        c.blocks_n, c.blocks_m);
 }
 
-// Calls f.template operator()<kKernel, kM, kN, kAligned>() for the kernel that c names.
+// Returns f.template operator()<kKernel, kM, kN, kAligned>() for the kernel that c names.
 template <typename F>
-void with_linear_kernel(const LinearConfig& c, F&& f) {
+auto with_linear_kernel(const LinearConfig& c, F&& f) {
   constexpr auto kRows = LinearKernel::rows, kTiles = LinearKernel::tiles;
   if (c.kernel == LinearKernel::plain) {
     return f.template operator()<LinearKernel::plain, kPlainM, kPlainN, false>();

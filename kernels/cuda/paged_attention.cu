@@ -1,4 +1,4 @@
-#include "kernels/cuda/launchers.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/paged_attention.cuh"
 
 namespace ivr::cuda {
@@ -25,23 +25,12 @@ __global__ void __launch_bounds__(kAttentionThreads)
 template <int kD>
 cudaError_t decode(const PagedAttentionParams& params, const PagedAttentionConfig& c, dim3 grid,
                    cudaStream_t stream) {
-  const cudaError_t error = allow_shared_bytes(split_attention_kernel<kD>, c.shared_bytes);
-  if (error != cudaSuccess) return error;
   const dim3 splits(grid.x, grid.y, c.splits);
-  split_attention_kernel<kD><<<splits, kAttentionThreads, c.shared_bytes, stream>>>(params);
-  if (c.splits > 1) {
-    merge_attention_kernel<kD>
-        <<<grid, kAttentionThreads, 0, stream>>>(params, static_cast<int>(c.splits));
-  }
-  return cudaGetLastError();
-}
-
-template <typename T, int kD>
-cudaError_t prefill(const PagedAttentionParams& params, const PagedAttentionConfig& c, dim3 grid,
-                    cudaStream_t stream) {
-  const cudaError_t error = allow_shared_bytes(paged_attention_kernel<T, kD>, c.shared_bytes);
-  if (error != cudaSuccess) return error;
-  paged_attention_kernel<T, kD><<<grid, kAttentionThreads, c.shared_bytes, stream>>>(params);
+  const cudaError_t error =
+      launch(split_attention_kernel<kD>, splits, kAttentionThreads, c.shared_bytes, params, stream);
+  if (error != cudaSuccess || c.splits == 1) return error;
+  merge_attention_kernel<kD>
+      <<<grid, kAttentionThreads, 0, stream>>>(params, static_cast<int>(c.splits));
   return cudaGetLastError();
 }
 
@@ -52,17 +41,13 @@ cudaError_t paged_attention(const PagedAttentionParams& params, cudaStream_t str
   if (!paged_attention_supported(params)) return cudaErrorInvalidValue;
   const PagedAttentionConfig c = paged_attention_config(params);
   const dim3 grid(c.blocks, static_cast<unsigned>(params.a.K));
-  cudaError_t error = cudaSuccess;
-  with_paged_attention_kernel(params.a.dtype, c, [&]<typename T, int kD>() {
+  return with_paged_attention_kernel(params.a.dtype, c, [&]<typename T, int kD>() {
     if constexpr (kD != 0) {
-      if (c.splits > 0) {
-        error = decode<kD>(params, c, grid, stream);
-        return;
-      }
+      if (c.splits > 0) return decode<kD>(params, c, grid, stream);
     }
-    error = prefill<T, kD>(params, c, grid, stream);
+    return launch(paged_attention_kernel<T, kD>, grid, kAttentionThreads, c.shared_bytes, params,
+                  stream);
   });
-  return error;
 }
 
 int64_t paged_attention_workspace(const PagedAttentionParams& params) {

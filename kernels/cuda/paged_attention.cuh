@@ -82,12 +82,12 @@ inline int format(const PagedAttentionConfig& c, char* out, size_t size) {
                        c.rows, c.shared_bytes, c.blocks, c.splits);
 }
 
-// Calls f.template operator()<T, kD>(), kD = 0 for the plain kernel; head_dim says which.
+// Returns f.template operator()<T, kD>(), kD = 0 for the plain kernel; head_dim says which.
 template <typename F>
-void with_paged_attention_kernel(DType dtype, const PagedAttentionConfig& c, F&& f) {
+auto with_paged_attention_kernel(DType dtype, const PagedAttentionConfig& c, F&& f) {
   if (c.head_dim == 64) return f.template operator()<bf16, 64>();
   if (c.head_dim == 128) return f.template operator()<bf16, 128>();
-  dtype == DType::f32 ? f.template operator()<float, 0>() : f.template operator()<bf16, 0>();
+  return dtype == DType::f32 ? f.template operator()<float, 0>() : f.template operator()<bf16, 0>();
 }
 
 // ---- device -------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -42,47 +41,50 @@ class Engine:
             self.cache = KvCache(text, pages, model.dtype, model.platform.device)
             self._runner = Runner(model, self.cache)
         # Longest prompt and answer together.
-        self.context = min(text.context, self.cache.allocator.capacity * PAGE_SIZE)
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
-        self._turn = threading.Condition()
-        self._stepping = False
+        self.context = min(text.context, self.cache.capacity * PAGE_SIZE)
+        self._lock = threading.Lock()
+        self._requests: list[Request] = []  # in the order they came; those that run have pages
+        self._latest = threading.Lock()  # held as long as the latest step runs
+        self._found: list[tuple[Part, int | None]] = []  # by a step, not handed out yet
 
-    def submit(self, request: Request) -> None:
-        """Queues a request; ValueError if its prompt can never fit."""
-        if not len(request.prompt):
-            raise ValueError("the prompt is empty")
-        if len(request.prompt) >= self.context:
-            raise ValueError(
-                f"the prompt has {len(request.prompt)} tokens, the context {self.context} "
-                "including the answer"
-            )
-        with self._turn:
-            self._waiting.append(request)
+    @property
+    def free_pages(self) -> int:
+        return self.cache.capacity - sum(len(r.pages) for r in self._running)
+
+    def submit(self, *requests: Request) -> None:
+        """Queues requests; ValueError, and none is queued, if a prompt can never fit."""
+        for request in requests:
+            if not len(request.prompt):
+                raise ValueError("the prompt is empty")
+            if len(request.prompt) >= self.context:
+                raise ValueError(
+                    f"the prompt has {len(request.prompt)} tokens, the context {self.context} "
+                    "including the answer"
+                )
+        with self._lock:
+            self._requests = [*self._requests, *requests]
 
     def cancel(self, request: Request) -> None:
-        """Ends a request at the next step; its pages are free from then on."""
-        with self._turn:
-            request.cancelled = True
-            if not self._stepping:
-                self._drop_cancelled()
-            self._turn.notify_all()
+        """Ends a request; its pages are free at the next step.
+
+        Takes no lock: it is also called where a dropped iterator is collected, in any thread.
+        """
+        request.finish("cancelled")
 
     def stream(self, request: Request) -> Iterator[int]:
-        """The request's new tokens as they come; raises the request's error.
+        """The request's tokens as they come; raises the request's error.
 
         Closing the iterator early cancels the request.
         """
+        read = 0
         try:
-            while True:
-                self._wait(request)
-                while request.events:
-                    yield request.events.popleft()
-                if request.finished and not request.events:
-                    break
+            while not request.finished or read < len(request.tokens):
+                self._wait(request, read)
+                while read < len(request.tokens):
+                    yield request.tokens[read]
+                    read += 1
         finally:
-            if not request.finished:
-                self.cancel(request)
+            self.cancel(request)
         if request.error:
             raise request.error
 
@@ -91,72 +93,66 @@ class Engine:
         try:
             for request in requests:
                 while not request.finished:
-                    self._wait(request)
-                    request.events.clear()
+                    self._wait(request, len(request.tokens))
         finally:
             for request in requests:
-                if not request.finished:
-                    self.cancel(request)
+                self.cancel(request)
 
-    def _wait(self, request: Request) -> None:
-        """Returns when the request has events or is finished, stepping if nobody else does."""
-        while not request.events and not request.finished:
-            ours = False
-            try:  # wherever Ctrl-C comes in between, the turn is handed on
-                with self._turn:
-                    if self._stepping:
-                        self._turn.wait()
-                        continue
-                    self._stepping = ours = True
-                self._step()
-            finally:
-                if ours:
-                    self._stepping = False
-                    with self._turn:
-                        self._turn.notify_all()
+    def _wait(self, request: Request, read: int) -> None:
+        """Until the request has more than `read` tokens or is finished; steps if nobody else does.
 
-    # A step. Only one thread is in here at a time.
+        Ctrl-C raises wherever it comes in between: locks are held by `with` alone, which lets go
+        of them even then.
+        """
+        while len(request.tokens) <= read and not request.finished:
+            step = threading.Lock()
+            with step:
+                with self._lock:
+                    latest = self._latest
+                    if not latest.locked():
+                        self._latest = step
+                if self._latest is step:
+                    self._step()
+            with latest:  # of another thread: until it is over
+                pass
+
+    # A step. Only one thread is in here at a time, and Ctrl-C may end it anywhere: what has
+    # become of a request is one attribute of it, set at once, and whatever a step did by then is
+    # done once more by the next one, to the same effect.
 
     def _step(self) -> None:
-        with self._turn:
-            self._drop_cancelled()
-            self._admit()
-        for request in [r for r in self._running if r.pixels is not None]:
-            self._encode(request)
+        self._commit()
+        with self._lock:
+            self._requests = [r for r in self._requests if not r.finished]
+        self._admit()
+        for request in self._running:
+            if request.pixels is not None:
+                self._encode(request)
         parts = self._schedule()
         if not parts:
             return
         try:
             with self.model.platform.scope():
-                found = self._runner(parts)
+                self._found = self._runner(parts)
         except Exception as error:
             logger.exception("a step failed")
             for part in parts:
-                self._fail(part.request, error)
+                part.request.finish("error", error)
             return
-        # From here on nothing can fail: the step is committed as a whole.
-        for part in parts:
-            request = part.request
-            request.done += part.count
-            if request.done == len(request.prompt):
-                request.image = None
-        for request, token in found:
-            self._accept(request, token)
+        self._commit()
 
-    def _drop_cancelled(self) -> None:
-        for request in [r for r in (*self._running, *self._waiting) if r.cancelled]:
-            self._finish(request, "cancelled")
+    @property
+    def _running(self) -> list[Request]:
+        return [r for r in self._requests if r.pages is not None and not r.finished]
 
     def _admit(self) -> None:
-        while self._waiting and len(self._running) < MAX_BATCH:
-            request = self._waiting[0]
+        for request in [r for r in self._requests if r.pages is None]:
+            running = self._running
             longest = min(len(request.prompt) + request.params.max_new_tokens, self.context)
             pages = KvCache.pages_for(longest)
-            if pages > self.cache.allocator.available:
+            if len(running) == MAX_BATCH or pages > self.free_pages:
                 break
-            request.pages = self.cache.allocator.take(pages)
-            self._waiting.popleft()
-            self._running.append(request)
+            request.pages = self.cache.free([r.pages for r in running])[:pages].clone()
 
     def _encode(self, request: Request) -> None:
         try:
@@ -167,7 +163,7 @@ class Engine:
                 raise ValueError("the pictures gave NaN or infinite features")
             request.image, request.pixels = image, None
         except Exception as error:
-            self._fail(request, error)
+            request.finish("error", error)
 
     def _schedule(self) -> list[Part]:
         parts = []
@@ -181,36 +177,35 @@ class Engine:
                 budget -= parts[-1].count
         return parts
 
-    def _accept(self, request: Request, token: int) -> None:
+    def _commit(self) -> None:
+        """Hands out what the latest step found. Nothing can fail but a request's own on_token."""
+        for part, token in self._found:
+            request = part.request
+            if request.finished:
+                continue
+            request.done = part.end
+            if request.done == len(request.prompt):
+                request.image = None
+            if token is not None:
+                self._accept(request, part.end - len(request.prompt), token)
+        self._found = []
+
+    def _accept(self, request: Request, index: int, token: int) -> None:
+        """`token` is the answer's at `index`."""
         if token < 0:
-            self._fail(request, ValueError("the model gave NaN or infinite logits"))
+            request.finish("error", ValueError("the model gave NaN or infinite logits"))
             return
-        request.tokens.append(token)
         stop = token in request.params.stop_ids
         try:
             if not stop and request.on_token is not None:
-                stop = request.on_token(token)
+                stop = request.on_token(index, token)
         except Exception as error:
-            self._fail(request, error)
+            request.finish("error", error)
             return
-        request.events.append(token)
+        request.tokens[index:] = [token]
         if stop:
-            self._finish(request, "stop")
+            request.finish("stop")
         elif len(request.tokens) >= request.params.max_new_tokens or (
             request.length >= self.context
         ):
-            self._finish(request, "length")
-
-    def _fail(self, request: Request, error: Exception) -> None:
-        request.error = error
-        self._finish(request, "error")
-
-    def _finish(self, request: Request, reason: str) -> None:
-        request.finish_reason = reason
-        request.image = request.pixels = None
-        if request.pages is not None:
-            self.cache.allocator.give_back(request.pages)
-            request.pages = None
-        for queue in (self._running, self._waiting):
-            if request in queue:
-                queue.remove(request)
+            request.finish("length")

@@ -311,10 +311,9 @@ class Model:
                 if not return_exceptions:
                     raise type(error)(f"requests[{i}]: {error}") from None
                 turns.append(error)
-        live = [t for t in turns if isinstance(t, _Turn)]
-        for turn in live:
-            self.engine.submit(turn.request)
-        self.engine.run([t.request for t in live])
+        live = [t.request for t in turns if isinstance(t, _Turn)]
+        self.engine.submit(*live)
+        self.engine.run(live)
         answers = [t if isinstance(t, Exception) else t.answer() for t in turns]
         if not return_exceptions:
             for answer in answers:
@@ -488,12 +487,10 @@ class Model:
         pages = sum(KvCache.pages_for(len(r)) for r in rows)
         with platform.scope():
             cache = KvCache(text, pages, self.dtype, platform.device)
+            each = torch.arange(pages).split([KvCache.pages_for(len(r)) for r in rows])
             chunks = [
-                Chunk(
-                    *(r, 0, cache.allocator.take(KvCache.pages_for(len(r))), "all"),
-                    *(image, image_row),
-                )
-                for r, (image, image_row) in zip(rows, images, strict=True)
+                Chunk(r, 0, own, "all", image, image_row)
+                for r, own, (image, image_row) in zip(rows, each, images, strict=True)
             ]
             logits = self._core.run(chunks, cache)
             assert logits is not None
@@ -549,8 +546,7 @@ class Model:
         images = self._row_images(rows, pixel_values, image_flags)
         for request, (image, image_row) in zip(requests, images, strict=True):
             request.image, request.image_row = image, image_row
-        for request in requests:
-            self.engine.submit(request)
+        self.engine.submit(*requests)
         self.engine.run(requests)
         for request in requests:
             if request.error:
@@ -691,25 +687,46 @@ class _Tiles:
 
 
 class _Text:
-    """The answer's text as its tokens come in."""
+    """The answer's text as its tokens come in: `push` by one thread, the rest by another."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], template: Template) -> None:
-        self._channel = FinalChannel(tokenizer) if template.channel else None
-        self._stream = TextStream(tokenizer)
-        self._matcher = StopMatcher(stops)
-        self._ready: list[str] = []
+        self._tokenizer, self._stops, self._template = tokenizer, stops, template
+        self._tokens: list[int] = []
+        self._pieces: list[str] = []  # of each token, what it made certain
+        self._taken = 0  # of the pieces
+        self._begin()
 
-    def push(self, token: int) -> bool:
-        """True where a stop string is complete."""
-        if self._channel is not None and not self._channel.shows(token):
-            return False
-        self._ready.append(self._matcher.push(self._stream.push(token)))
+    def _begin(self) -> None:
+        self._channel = FinalChannel(self._tokenizer) if self._template.channel else None
+        self._stream = TextStream(self._tokenizer)
+        self._matcher = StopMatcher(self._stops)
+        self._next = 0  # index of the token that may follow; -1 while one is read
+
+    def push(self, index: int, token: int) -> bool:
+        """True where a stop string is complete.
+
+        A token that is not the next one comes again: those before it are then read anew.
+        """
+        if index != self._next:
+            self._begin()
+            for earlier in self._tokens[:index]:
+                self._read(earlier)
+        self._next = -1
+        self._tokens[index:] = [token]
+        self._pieces[index:] = [self._read(token)]
+        self._next = index + 1
         return self._matcher.stopped
+
+    def _read(self, token: int) -> str:
+        if self._channel is not None and not self._channel.shows(token):
+            return ""
+        return self._matcher.push(self._stream.push(token))
 
     def take(self) -> str:
         """The text that has become certain since the last call."""
-        ready, self._ready = self._ready, []
-        return "".join(ready)
+        new = self._pieces[self._taken :]
+        self._taken += len(new)
+        return "".join(new)
 
     def finish(self) -> str:
         rest = self._matcher.push(self._stream.finish())

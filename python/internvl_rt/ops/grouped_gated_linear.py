@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 from internvl_rt import _C
 from internvl_rt.ops.gated_activation import KINDS, gated_activation
 from internvl_rt.ops.gated_activation import reference as gate_reference
-from internvl_rt.ops.grouped_linear import PackedExperts, _routed, grouped_linear, pack_experts
+from internvl_rt.ops.grouped_linear import PackedExperts, Rows, grouped_linear, pack_experts
 from internvl_rt.ops.grouped_linear import _case as products_case
+from internvl_rt.ops.grouped_linear import _routed as routed
 from internvl_rt.ops.grouped_linear import cost as products_cost
 from internvl_rt.ops.grouped_linear import reference as products_reference
 from internvl_rt.ops.registry import Case, Cost, Inputs, Op, give, register
@@ -99,20 +99,20 @@ def cost(
 
 
 def _case(
-    name: str, counts: Sequence[int], N: int, K: int, *, kind: str = "silu", **options: Any
+    name: str, rows: str | Rows, N: int, K: int, *, kind: str = "silu", **options: Any
 ) -> Case:
-    products = products_case(name, counts, N, K, gated=True, **options)
+    products = products_case(name, rows, N, K, gated=True, **options)
     return dataclasses.replace(products, build=lambda make: products.build(make) | {"kind": kind})
 
 
 def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
     T, E, k, N, K = shape
-    return _case("", _routed(T, E, k), N, K, tokens=T, packed=True).build(make)
+    return _case("", (routed(T, E, k), T), N, K, packed=True).build(make)
 
 
-def _real(name: str, counts: Sequence[int], T: int, **options: Any) -> Case:
+def _real(name: str, rows: Rows, **options: Any) -> Case:
     flags = {"packed": True, "bench": True, "slow": True}
-    return _case(f"qwen3_30b_a3b_{name}", counts, 1536, 2048, tokens=T, **flags, **options)
+    return _case(f"qwen3_30b_a3b_{name}", rows, 1536, 2048, **flags, **options)
 
 
 _op = register(
@@ -127,23 +127,23 @@ _op = register(
         shaped=_shaped,
         shape_help="TxExkxNxK",
         cases=(
-            _case("empty", [0, 0], 64, 32),
-            _case("empty_rows", [0, 0, 0], 32, 32, tokens=0),
-            _case("empty_columns", [2, 1], 0, 32),
-            _case("empty_depth", [1, 0, 2], 32, 0, tokens=2, bias=True),
-            _case("one", [1], 2, 1),
-            _case("odd", [3, 0, 2, 1], 62, 33, bias=True),
-            _case("odd_gpt_oss", [1, 4, 0, 13], 62, 31, tokens=5, bias=True, kind="gpt_oss"),
-            _case("whole_panels", [1, 4, 0, 13], 96, 31, tokens=5, bias=True),
-            _case("whole_panels_gpt_oss", [3, 0, 2], 64, 45, bias=True, kind="gpt_oss"),
-            _case("tail_many", [40, 1, 0, 17, 2, 70], 160, 129, tokens=65, bias=True),
-            _case("tail_experts", [e % 3 for e in range(140)], 32, 16, tokens=7),
-            _case("odd_int8", [3, 0, 2, 1], 62, 33, bias=True, quant="int8"),
-            _case("whole_panels_int8", [3, 0, 2, 1], 96, 97, bias=True, quant="int8"),
-            _case("tail_many_int4", [40, 1, 0, 17, 2, 70], 160, 129, tokens=65, quant="int4"),
-            _real("decode", [1] * 8, 1),
-            _real("decode_int4", [1] * 8, 1, quant="int4"),
-            _real("prefill", _routed(64, 12, 8), 64),
+            _case("empty", "no rows", 64, 32),
+            _case("empty_rows", "no tokens", 32, 32),
+            _case("empty_columns", "few", 0, 32),
+            _case("empty_depth", "gathered", 32, 0, bias=True),
+            _case("one", ([1], None), 2, 1),
+            _case("odd", "few", 62, 33, bias=True),
+            _case("odd_gpt_oss", "gathered", 62, 31, bias=True, kind="gpt_oss"),
+            _case("whole_panels", "gathered", 96, 31, bias=True),
+            _case("whole_panels_gpt_oss", "few", 64, 45, bias=True, kind="gpt_oss"),
+            _case("tail_many", "many", 160, 129, bias=True),
+            _case("tail_experts", "many experts", 32, 16),
+            _case("odd_int8", "few", 62, 33, bias=True, quant="int8"),
+            _case("whole_panels_int8", "few", 96, 97, bias=True, quant="int8"),
+            _case("tail_many_int4", "many", 160, 129, quant="int4"),
+            _real("decode", ([1] * 8, 1)),
+            _real("decode_int4", ([1] * 8, 1), quant="int4"),
+            _real("prefill", (routed(64, 12, 8), 64)),
         ),
     )
 )

@@ -198,20 +198,40 @@ def cost(
     return Cost(used * each + rest * x.element_size(), 2 * M * N * K)
 
 
+def _routed(T: int, E: int, k: int) -> list[int]:
+    """Rows of E experts that T tokens choose k of, unevenly as a router does."""
+    shares = torch.arange(1, E + 1, dtype=torch.float32)
+    counts = (shares / shares.sum() * T * k).floor().int().clamp(max=T).tolist()
+    for e in range(T * k - sum(counts)):
+        counts[e % E] += 1
+    return counts
+
+
+# Rows of each expert, and of how many tokens they are gathered; None: x is sorted.
+Rows = tuple[Sequence[int], int | None]
+ROWS: dict[str, Rows] = {
+    "no rows": ([0, 0], None),
+    "no tokens": ([0, 0, 0], 0),
+    "few": ([3, 0, 2, 1], None),
+    "gathered": ([1, 4, 0, 13], 5),
+    "many": ([40, 1, 0, 17, 2, 70], 65),
+    "many experts": ([e % 3 for e in range(140)], 7),
+}
+
+
 def _case(
     name: str,
-    counts: Sequence[int],
+    rows: str | Rows,
     N: int,
     K: int,
     *,
-    tokens: int | None = None,
     bias: bool = False,
     packed: bool = False,
     quant: str | None = None,
     gated: bool = False,
     **flags: Any,
 ) -> Case:
-    """counts: rows of each expert; tokens: of which rows are gathered, else x is sorted."""
+    counts, tokens = ROWS[rows] if isinstance(rows, str) else rows
 
     def build(make: Inputs) -> dict[str, Any]:
         E, M = len(counts), sum(counts)
@@ -241,18 +261,9 @@ def _strided(make: Inputs) -> dict[str, Any]:
     }
 
 
-def _routed(T: int, E: int, k: int) -> list[int]:
-    """Rows of E experts that T tokens choose k of, unevenly as a router does."""
-    shares = torch.arange(1, E + 1, dtype=torch.float32)
-    counts = (shares / shares.sum() * T * k).floor().int().clamp(max=T).tolist()
-    for e in range(T * k - sum(counts)):
-        counts[e % E] += 1
-    return counts
-
-
 def _shaped(make: Inputs, shape: tuple[int, ...]) -> dict[str, Any]:
     T, E, k, N, K = shape
-    return _case("", _routed(T, E, k), N, K, tokens=T, packed=True).build(make)
+    return _case("", (_routed(T, E, k), T), N, K, packed=True).build(make)
 
 
 _op = register(
@@ -267,35 +278,34 @@ _op = register(
         shaped=_shaped,
         shape_help="TxExkxNxK",
         cases=(
-            _case("empty", [0, 0], 64, 32),
-            _case("empty_rows", [0, 0, 0], 8, 32, tokens=0),
-            _case("empty_columns", [2, 1], 0, 32),
-            _case("empty_depth", [1, 0, 2], 5, 0, tokens=2, bias=True),
-            _case("one", [1], 1, 1),
-            _case("odd", [3, 0, 2, 1], 31, 33, bias=True),
-            _case("odd_rows", [1, 4, 0, 13], 33, 31, tokens=5, bias=True),
-            _case("tail_many", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, bias=True),
-            _case("tail_experts", [e % 3 for e in range(140)], 9, 16, tokens=7),
+            _case("empty", "no rows", 64, 32),
+            _case("empty_rows", "no tokens", 8, 32),
+            _case("empty_columns", "few", 0, 32),
+            _case("empty_depth", "gathered", 5, 0, bias=True),
+            _case("one", ([1], None), 1, 1),
+            _case("odd", "few", 31, 33, bias=True),
+            _case("odd_rows", "gathered", 33, 31, bias=True),
+            _case("tail_many", "many", 97, 129, bias=True),
+            _case("tail_experts", "many experts", 9, 16),
             Case("strided", _strided),
-            _case("odd_int8", [3, 0, 2, 1], 31, 33, bias=True, quant="int8"),
-            _case("odd_rows_int4", [1, 4, 0, 13], 33, 97, tokens=5, bias=True, quant="int4"),
-            _case("tail_many_int8", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, quant="int8"),
-            _case("tail_many_int4", [40, 1, 0, 17, 2, 70], 97, 129, tokens=65, quant="int4"),
+            _case("odd_int8", "few", 31, 33, bias=True, quant="int8"),
+            _case("odd_rows_int4", "gathered", 33, 97, bias=True, quant="int4"),
+            _case("tail_many_int8", "many", 97, 129, quant="int8"),
+            _case("tail_many_int4", "many", 97, 129, quant="int4"),
             # An eighth of the outputs: wide enough for every path, small enough to build often.
-            _case("gpt_oss_20b_up", [2, 0, 1, 1], 720, 2880, tokens=2, bias=True, slow=True),
+            _case("gpt_oss_20b_up", ([2, 0, 1, 1], 2), 720, 2880, bias=True, slow=True),
             _case(
                 "qwen3_30b_a3b_up_decode",
-                [1] * 8 + [0] * 8,
+                ([1] * 8 + [0] * 8, 1),
                 1536,
                 2048,
-                tokens=1,
                 packed=True,
                 bench=True,
                 slow=True,
             ),
             _case(
                 "qwen3_30b_a3b_down_prefill",
-                _routed(64, 16, 8),
+                (_routed(64, 16, 8), None),
                 2048,
                 768,
                 packed=True,

@@ -1,8 +1,8 @@
-"""Keys and values in pages, and the allocator that lends the pages out."""
+"""Keys and values in pages, which are lent out to requests."""
 
 from __future__ import annotations
 
-import heapq
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.scratch = pages
+        self.capacity = self.scratch = pages
         shape = (pages + 1, config.num_kv_heads, PAGE_SIZE, config.head_dim)
 
         def each_layer() -> list[Tensor]:
@@ -36,28 +36,17 @@ class KvCache:
             ]
 
         self.k, self.v = each_layer(), each_layer()
-        self.allocator = PageAllocator(pages)
 
     @staticmethod
     def pages_for(tokens: int) -> int:
         return -(-tokens // PAGE_SIZE)
 
+    def free(self, held: Iterable[Tensor]) -> Tensor:
+        """int64: the pages that are in none of `held`.
 
-class PageAllocator:
-    """Lends the lowest free pages first, so that touched memory is used again before new memory."""
-
-    def __init__(self, pages: int) -> None:
-        self.capacity = pages
-        self._free = list(range(pages))  # sorted: a heap
-
-    @property
-    def available(self) -> int:
-        return len(self._free)
-
-    def take(self, n: int) -> Tensor:
-        """int64 [n] page numbers. The caller has checked `available`."""
-        return torch.tensor([heapq.heappop(self._free) for _ in range(n)], dtype=torch.int64)
-
-    def give_back(self, pages: Tensor) -> None:
-        for page in pages.tolist():
-            heapq.heappush(self._free, page)
+        The lowest come first, so that touched memory is used again before new memory.
+        """
+        free = torch.ones(self.capacity, dtype=torch.bool)
+        for pages in held:
+            free[pages] = False
+        return free.nonzero().flatten()

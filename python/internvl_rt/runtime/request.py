@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -63,8 +62,8 @@ class SamplingParams:
 class Request:
     """One prompt on its way through the engine.
 
-    events holds the new token ids that its caller has not fetched yet. finish_reason becomes
-    "stop" (a stop token, or on_token asked for the end), "length", "cancelled" or "error".
+    finish_reason becomes "stop" (a stop token, or on_token asked for the end), "length",
+    "cancelled" or "error".
     """
 
     def __init__(
@@ -74,11 +73,12 @@ class Request:
         *,
         pixels: Tensor | None = None,
         image_positions: Sequence[int] = (),
-        on_token: Callable[[int], bool] | None = None,
+        on_token: Callable[[int, int], bool] | None = None,
     ) -> None:
         """pixels [t, 3, S, S] fill the prompt's image_positions in order, features tile by tile.
 
-        on_token is told every token that is not a stop token; True ends the answer.
+        on_token is told every token that is not a stop token and its index; True ends the answer.
+        Where Ctrl-C comes in between it is told the same token again, and answers the same.
         """
         self.prompt = torch.tensor(ids, dtype=torch.int64)
         self.params = params
@@ -90,13 +90,11 @@ class Request:
             self.image_row = torch.full((len(ids),), -1)
             self.image_row[torch.tensor(image_positions)] = torch.arange(len(image_positions))
         self.tokens: list[int] = []  # generated, stop token included
-        self.events: deque[int] = deque()
         self.finish_reason: str | None = None
         self.error: BaseException | None = None
         # Engine state.
-        self.pages: Tensor | None = None
+        self.pages: Tensor | None = None  # once it is admitted
         self.done = 0  # positions whose keys and values are in the cache
-        self.cancelled = False
 
     @property
     def finished(self) -> bool:
@@ -105,3 +103,10 @@ class Request:
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
+
+    def finish(self, reason: str, error: Exception | None = None) -> None:
+        """Ends it, unless it has ended. Who sees the reason sees tokens and error as they stay."""
+        if not self.finished:
+            self.error = error
+            self.finish_reason = reason
+        self.image = self.pixels = None

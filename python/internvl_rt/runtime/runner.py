@@ -41,16 +41,20 @@ class Part:
     count: int
 
     @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
     def decodes(self) -> bool:
         return self.start >= len(self.request.prompt)
 
     @property
     def samples(self) -> bool:
         """Whether it ends with the next token."""
-        return self.start + self.count >= len(self.request.prompt)
+        return self.end >= len(self.request.prompt)
 
     def chunk(self) -> Chunk:
-        request, start, end = self.request, self.start, self.start + self.count
+        request, start, end = self.request, self.start, self.end
         assert request.pages is not None
         if self.decodes:
             return Chunk(torch.tensor(request.tokens[-1:]), start, request.pages, "last")
@@ -74,8 +78,8 @@ class Runner:
             for tensor in (*cache.k, *cache.v):
                 tensor[cache.scratch].zero_()
 
-    def __call__(self, parts: Sequence[Part]) -> list[tuple[Request, int]]:
-        """The next token of every request whose part ends with one; -1 for logits with NaN."""
+    def __call__(self, parts: Sequence[Part]) -> list[tuple[Part, int | None]]:
+        """The parts and the next tokens of those that sample one; -1 for logits with NaN."""
         groups = {"prefill": list(parts)}
         if self.platform.phased or all(p.decodes for p in parts):
             groups = {
@@ -83,12 +87,13 @@ class Runner:
                 "prefill": [p for p in parts if not p.decodes],
             }
         found = [self._run(group, phase) for phase, group in groups.items() if group]
-        sampled = [p.request for group in groups.values() for p in group if p.samples]
+        sampled = [p for group in groups.values() for p in group if p.samples]
+        others = [(p, None) for p in parts if not p.samples]
         ids = [x for x in found if x is not None]
         if not ids:
-            return []
+            return others
         joined = self.platform.fetch(ids[0] if len(ids) == 1 else torch.cat(ids))
-        return list(zip(sampled, joined.tolist(), strict=True))
+        return [*others, *zip(sampled, joined.tolist(), strict=True)]
 
     def _run(self, parts: list[Part], phase: str) -> Tensor | None:
         """int64 ids, on the device."""
@@ -113,7 +118,7 @@ class Runner:
     def _replay(self, parts: list[Part]) -> Tensor:
         size = next(n for n in self.platform.decode_graphs if n >= len(parts))
         keys = max(p.start for p in parts) + 1
-        pages = table_width(KvCache.pages_for(keys), self.cache.allocator.capacity)
+        pages = table_width(KvCache.pages_for(keys), self.cache.capacity)
         key = (_C.isa(), size, pages)  # an instruction set's calls are not another one's
         graph = self._graphs.get(key)
         if graph is None:
@@ -207,11 +212,10 @@ class _DecodeGraph:
         )
         self._options = {name: there[name] for name in columns}
         self._graph: Graph | None = None
-        # Who has a row: what stays the same from step to step is written when that changes.
-        self._seated: list[Request | None] = [None] * B
+        # Who has a row: what stays the same from step to step is written when that changes. A row
+        # is nobody's while it is written, so that Ctrl-C leaves none half another request's.
+        self._seated: dict[int, Request | None] = {}
         self._pages: list[list[int]] = [[]] * B
-        for b in range(B):
-            self._seat(b, None)
 
     def __call__(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
         """float32 logits [B, V] and int64 ids [B], of which the first len(parts) count."""
@@ -230,7 +234,7 @@ class _DecodeGraph:
     def _fill(self, parts: Sequence[Part]) -> None:
         requests = [p.request for p in parts]
         for b, request in enumerate((*requests, *[None] * (self._B - len(parts)))):
-            if request is not self._seated[b]:
+            if b not in self._seated or request is not self._seated[b]:
                 self._seat(b, request)
         # Slots of a call differ: unused rows have places of their own in the scratch page.
         starts = [*(p.start for p in parts), *range(len(parts), self._B)]
@@ -258,8 +262,10 @@ class _DecodeGraph:
         if request is not None:
             assert request.pages is not None
             pages = request.pages
+        self._seated.pop(b, None)
         for name in _COLUMNS:
             host[name][b] = getattr(params, name)
         row = host["page_table"][b]
         row[: len(pages)].copy_(pages[: len(row)])
-        self._seated[b], self._pages[b] = request, pages.tolist()
+        self._pages[b] = pages.tolist()
+        self._seated[b] = request
