@@ -39,10 +39,11 @@ int64_t Checker::operator[](const char* dim) const {
 
 void Checker::tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
                      std::initializer_list<const char*> dims) {
-  if (std::find(dtypes.begin(), dtypes.end(), t.dtype) == dtypes.end()) {
+  if (t.foreign_dtype || std::find(dtypes.begin(), dtypes.end(), t.dtype) == dtypes.end()) {
     std::string names;
     for (DType d : dtypes) names += (names.empty() ? "" : " or ") + std::string(name_of(d));
-    fail(std::string(name) + " is " + name_of(t.dtype) + ", expected " + names);
+    const char* found = t.foreign_dtype ? t.foreign_dtype : name_of(t.dtype);
+    fail(std::string(name) + " is " + found + ", expected " + names);
   }
 
   if (has_device_ && (t.device != device_ || t.device_index != device_index_)) {

@@ -48,6 +48,17 @@ std::pair<std::unique_ptr<Tape>, py::object> record(const py::function& work) {
   return {std::move(tape), std::move(result)};
 }
 
+// set_num_threads for Python: pybind11's own refusal takes several lines.
+void take_num_threads(const py::object& n) {
+  if (!PyIndex_Check(n.ptr()) || PyBool_Check(n.ptr())) {
+    throw py::type_error(std::string("set_num_threads: got ") + Py_TYPE(n.ptr())->tp_name +
+                         ", expected an integer");
+  }
+  const Py_ssize_t value = PyNumber_AsSsize_t(n.ptr(), nullptr);  // what does not fit is clipped
+  if (PyErr_Occurred()) throw py::error_already_set();
+  set_num_threads(value);
+}
+
 }  // namespace
 
 thread_local Tape* recording = nullptr;
@@ -75,8 +86,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(name_of(current_isa())); });
   m.def("supported_isas", &supported_isas);
   m.def("force_isa", &force_isa);
-  m.def("num_threads", &num_threads);
-  m.def("set_num_threads", &set_num_threads);
+  m.def("num_threads", &num_threads, "CPU threads that the kernels of this process share.");
+  m.def("set_num_threads", &take_num_threads, py::arg("n"),
+        "Sets the CPU threads of the whole process, 1 to 1024; results do not depend on them.");
 #if defined(IVR_CUDA)
   // While on, Hopper runs the kernels of other devices.
   m.def("force_mma", &cuda::force_mma, py::arg("on"));

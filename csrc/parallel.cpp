@@ -168,12 +168,12 @@ int num_threads() {
   return n ? n : default_num_threads();
 }
 
-void set_num_threads(int n) {
+void set_num_threads(int64_t n) {
   if (n < 1 || n > 1024) {
     throw std::invalid_argument("set_num_threads: got " + std::to_string(n) +
                                 ", allowed: 1 to 1024");
   }
-  wanted = n;
+  wanted = static_cast<int>(n);
 }
 
 namespace detail {

@@ -13,8 +13,8 @@
 namespace ivr {
 
 int num_threads();
-void set_num_threads(int n);  // throws std::invalid_argument unless 1 <= n <= 1024
-int default_num_threads();    // from the affinity mask and the cgroup's CPU quota
+void set_num_threads(int64_t n);  // throws std::invalid_argument unless 1 <= n <= 1024
+int default_num_threads();        // from the affinity mask and the cgroup's CPU quota
 
 namespace detail {
 using RangeFn = void (*)(void* context, int64_t begin, int64_t end);

@@ -43,23 +43,55 @@ PyTypeObject* tensor_type = nullptr;
 
 constexpr int dtype_key(int code, int bits) { return code << 8 | bits; }
 
-DType read_dtype(DLDataType t) {
-  enum { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
-  if (t.lanes == 1) {
-    switch (dtype_key(t.code, t.bits)) {
-      case dtype_key(kFloat, 32):
-        return DType::f32;
-      case dtype_key(kBfloat, 16):
-        return DType::bf16;
-      case dtype_key(kUInt, 8):
-        return DType::u8;
-      case dtype_key(kInt, 32):
-        return DType::i32;
-      case dtype_key(kInt, 64):
-        return DType::i64;
-    }
+void read_dtype(DLDataType t, Tensor& v) {
+  enum { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
+  switch (t.lanes == 1 ? dtype_key(t.code, t.bits) : -1) {
+    case dtype_key(kFloat, 32):
+      v.dtype = DType::f32;
+      return;
+    case dtype_key(kBfloat, 16):
+      v.dtype = DType::bf16;
+      return;
+    case dtype_key(kUInt, 8):
+      v.dtype = DType::u8;
+      return;
+    case dtype_key(kInt, 32):
+      v.dtype = DType::i32;
+      return;
+    case dtype_key(kInt, 64):
+      v.dtype = DType::i64;
+      return;
+    case dtype_key(kFloat, 16):
+      v.foreign_dtype = "float16";
+      return;
+    case dtype_key(kFloat, 64):
+      v.foreign_dtype = "float64";
+      return;
+    case dtype_key(kInt, 8):
+      v.foreign_dtype = "int8";
+      return;
+    case dtype_key(kInt, 16):
+      v.foreign_dtype = "int16";
+      return;
+    case dtype_key(kBool, 8):
+      v.foreign_dtype = "bool";
+      return;
+    case dtype_key(kComplex, 64):
+      v.foreign_dtype = "complex64";
+      return;
+    default:
+      v.foreign_dtype = "of a dtype that no op takes";
   }
-  throw py::type_error("tensor dtype is not one of float32, bfloat16, uint8, int32, int64");
+}
+
+// What torch says in many lines, a trace of its own code among them, in one.
+[[noreturn]] void refuse_unreadable() {
+  std::string reason = "it is no ordinary tensor";
+  if (PyErr_Occurred()) {
+    const py::error_already_set error;
+    reason = py::str(error.value());
+  }
+  throw py::type_error("tensor cannot be read: " + reason.substr(0, reason.find('\n')));
 }
 
 }  // namespace
@@ -117,16 +149,13 @@ Tensor view(PyObject* object) {
     throw py::type_error(std::string("expected a torch.Tensor, got ") + Py_TYPE(object)->tp_name);
   }
   DLTensor t;
-  if (api->tensor_from_object(object, &t) != 0) {
-    if (PyErr_Occurred()) throw py::error_already_set();
-    throw py::type_error("tensor cannot be read through DLPack");
-  }
+  if (api->tensor_from_object(object, &t) != 0) refuse_unreadable();
   Tensor v;
   if (t.ndim > Tensor::kMaxDims) {
     throw py::value_error("tensor has " + std::to_string(t.ndim) +
                           " dimensions, at most 6 allowed");
   }
-  v.dtype = read_dtype(t.dtype);
+  read_dtype(t.dtype, v);
   if (t.device.type != static_cast<int32_t>(Device::cpu) &&
       t.device.type != static_cast<int32_t>(Device::cuda)) {
     throw py::type_error("tensor is neither on the CPU nor on a CUDA device");

@@ -22,6 +22,7 @@ struct Tensor {
 
   void* data = nullptr;
   DType dtype = DType::f32;
+  const char* foreign_dtype = nullptr;  // the name of one that no op takes; Checker refuses it
   Device device = Device::cpu;
   int32_t device_index = 0;
   int ndim = 0;
@@ -45,7 +46,7 @@ const char* name_of(DType t);
 // Reads the exchange API of torch.Tensor once; throws ImportError where torch is too old.
 void init_exchange_api();
 
-// Raises TypeError for anything that is not a tensor of a supported dtype and device.
+// Raises TypeError for anything that is not a tensor with memory on a supported device.
 Tensor view(_object* object);
 
 // The stream that torch currently uses on a CUDA device.

@@ -5,6 +5,8 @@ import inspect
 import io
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,6 +105,8 @@ def test_video_frames(model):
     answer = model.chat("Hello", video=frames, **SHORT)
     marks = "".join(f"Frame{i}: <image>\n" for i in (1, 2, 3))
     assert answer == model.chat(f"{marks}Hello", images=frames, max_tiles=1, **SHORT)
+    parts = [{"type": "video", "video": frames}, {"type": "text", "text": "Hello"}]
+    assert model.chat([{"role": "user", "content": parts}], **SHORT) == answer
 
 
 def test_batch_equals_single(model):
@@ -132,6 +136,36 @@ def test_a_bad_request_in_a_batch_fails_alone(model):
     assert answers[2] == model.chat("world", **SHORT)
     with pytest.raises((ValueError, OSError), match=r"requests\[1\]: "):
         model.batch_chat(requests, **SHORT)
+
+
+def test_a_video_without_pyav_fails_alone(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    requests = ["Hello", {"question": "Hello", "video": b"a clip"}]
+    answers = model.batch_chat(requests, return_exceptions=True, **SHORT)
+    assert answers[0] == model.chat("Hello", **SHORT)
+    assert isinstance(answers[1], ImportError)
+
+
+@pytest.mark.parametrize("requests", ["Hello", b"Hello", {"question": "Hello"}, None, 5])
+def test_what_is_no_list_of_requests(model, requests):
+    with pytest.raises(TypeError, match=r"^requests is .*, expected a list of questions"):
+        model.batch_chat(requests, **SHORT)
+
+
+def test_an_unknown_argument_of_no_request(model):
+    with pytest.raises(TypeError, match="unknown argument 'surprise'"):
+        model.batch_chat([], surprise=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_the_application(model, dtype):
+    settings = {"images": picture(), "seed": 3, "top_k": 5, "repetition_penalty": 1.2, **SHORT}
+    expected = [model.chat("Hello", temperature=t, **settings) for t in (0, 1)]
+    torch.set_default_dtype(dtype)
+    try:
+        assert [model.chat("Hello", temperature=t, **settings) for t in (0, 1)] == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_stop_strings_cut_the_answer(model):
@@ -185,6 +219,10 @@ NAN = float("nan")
         ({"min_new_tokens": 9, "max_new_tokens": 8}, ValueError, "min_new_tokens is 9"),
         ({"stop": ""}, ValueError, "stop has an empty string"),
         ({"stop": ["a", ""]}, ValueError, "stop has an empty string"),
+        ({"stop": 0}, TypeError, "stop is int, expected a string or a list of strings"),
+        ({"num_frames": 0}, ValueError, "num_frames is 0, allowed: 1 to"),
+        ({"num_frames": "8"}, TypeError, "num_frames is '8', expected an integer"),
+        ({"video_bound": 5}, ValueError, r"bound is 5, expected \(start, end\) in seconds"),
         ({"max_tiles": 0}, ValueError, "max_tiles is 0, allowed: 1 to 40"),
         ({"max_tiles": 41}, ValueError, "max_tiles is 41, allowed: 1 to 40"),
         ({"num_beams": 2}, ValueError, "num_beams is 2, allowed: 1"),
@@ -193,7 +231,16 @@ NAN = float("nan")
         ({"images": NAN}, TypeError, "float"),
         ({"video": b"not a video"}, (ValueError, OSError), "video"),
         ({"video": []}, ValueError, "video has no frames"),
+        (
+            {"video": np.zeros((2, 9, 9, 3), np.uint8)},
+            TypeError,
+            "video is ndarray, expected a path",
+        ),
+        ({"video": [picture()], "num_frames": 4}, ValueError, "num_frames is given, but video is"),
+        ({"video": [picture()], "video_bound": (0, 1)}, ValueError, "video_bound is given, but"),
         ({"history": [("a",)]}, ValueError, r"history\[0\]"),
+        ({"history": zip("a", "b", strict=True)}, TypeError, "history is zip, expected a list of"),
+        ({"history": 0}, TypeError, "history is int, expected a list of"),
         ({"history": [("<image>", "a")]}, ValueError, "1 <image> placeholders for 0 images"),
         ({"stream": True, "return_history": True}, ValueError, "return_history"),
         ({"surprise": 1}, TypeError, "surprise"),
@@ -217,6 +264,10 @@ def test_questions_that_cannot_be_asked(model):
         model.chat("the " * 40000)
     with pytest.raises(ValueError, match="messages carry their own"):
         model.chat([{"role": "user", "content": "Hello"}], images=picture())
+    with pytest.raises(TypeError, match="question is NoneType, expected text or a list of mess"):
+        model.chat(None)
+    with pytest.raises(TypeError, match="positional arguments"):
+        model.show_prompt("Hello", None, None, None, None, False)
 
 
 def test_no_tokenizer(tmp_path, chat_folder):
@@ -246,8 +297,25 @@ def test_load_misuse(chat_folder, tmp_path):
         ivr.load(chat_folder, backend="onnx")
     with pytest.raises(ValueError, match="prefill_chunk is 0"):
         ivr.load(chat_folder, prefill_chunk=0)
+    with pytest.raises(ValueError, match="backend is '', allowed"):
+        ivr.load(chat_folder, backend="")
+    with pytest.raises(ValueError, match="image_token_id is 600, allowed: 0 to 599"):
+        ivr.load(chat_folder, image_token_id=600)
     with pytest.raises(ValueError, match="set_num_threads: got 0"):
         ivr.load(chat_folder, threads=0)
+    for threads in (2.0, "2", True):
+        with pytest.raises(TypeError, match=r"^set_num_threads: got .*, expected an integer$"):
+            ivr.load(chat_folder, threads=threads)
+    for threads in (2**31, 2**70):
+        with pytest.raises(ValueError, match=r"set_num_threads: got .*, allowed: 1 to 1024"):
+            ivr.set_num_threads(threads)
+
+
+def test_no_file_stays_open(chat_folder):
+    script = f"import internvl_rt as ivr; ivr.load({str(chat_folder)!r}).tokenizer"
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_tensor_misuse(model):
@@ -271,10 +339,24 @@ def test_tensor_misuse(model):
         model.generate(torch.zeros(1, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match="image_flags"):
         model.forward(ids, image_flags=torch.ones(1))
+    with pytest.raises(TypeError, match=r"image_flags is list, expected a tensor \[t\]"):
+        model.forward(ids, pixels, image_flags=[0])
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(ids, num_beams=5)
+    with pytest.raises(TypeError, match="eos_token_id is float, expected an integer or a list"):
+        model.generate(ids, eos_token_id=1.5)
     with pytest.raises(ValueError, match="eos_token_id is 600"):
         model.generate(ids, eos_token_id=600)
+
+
+def test_a_row_without_room_for_an_answer_leaves_nothing_queued(model):
+    context = model.engine.context
+    ids = torch.ones(2, context, dtype=torch.int64)
+    mask = torch.ones_like(ids)
+    mask[0, :-3] = 0
+    with pytest.raises(ValueError, match=f"row 1 has {context} tokens, the context {context} incl"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+    assert not model.engine._waiting
 
 
 def test_arguments_of_a_request_are_those_of_chat():

@@ -1,6 +1,8 @@
 """The command line, in a process of its own as a user runs it."""
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -86,6 +88,10 @@ def test_draw(photo, tmp_path, monkeypatch, capsys):
         (["-i", "a.png", "--draw", "out.png"], "and a question on the command line"),
         (["-i", "a.png", "--draw", "out.png", "--show-prompt", "Hi"], "--draw needs"),
         (["-i", "a.png", "--draw", "out.abc", "Hi"], "expected a name such as out.png"),
+        (["-i", "a.png", "--draw", "out.psd", "Hi"], "expected a name such as out.png"),
+        (["-i", "a.png", "--draw", "/no/such/out.png", "Hi"], "nothing can be written to that"),
+        (["--show-prompt"], "--show-prompt needs a question on the command line"),
+        (["-v", "b.mp4"], "a video needs a question on the command line"),
     ],
 )
 def test_draw_is_checked_before_anything_is_loaded(arguments, match, capsys):
@@ -123,6 +129,9 @@ def test_interrupt_ends_quietly(chat_folder):
         (["info", "--plan", "{folder}", "--quant", "q4"], "quant is 'q4', allowed: int8, int4"),
         (["bench", "--op", "no_such_op"], "no_such_op"),
         (["info", "--plan", "/no/such/model"], "/no/such/model"),
+        (["info", "{folder}", "--plan", "InternVL3-1B"], "a model or --plan, not both"),
+        (["info", "--dtype", "float32"], "--dtype and --quant are for a plan"),
+        (["bench", "--op", "rms_norm", "--shape", "1x1", "--dtype", "f32", "--json", ""], "'.'"),
     ],
 )
 def test_errors_are_one_line(chat_folder, arguments, message):
@@ -131,6 +140,37 @@ def test_errors_are_one_line(chat_folder, arguments, message):
     assert done.stderr.startswith("internvl-rt: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_turn_that_fails_does_not_end_the_talk(chat_folder):
+    talk = ("chat", chat_folder, "--max-new-tokens", 8)
+    done = run(*talk, text="Hello\n<image> Hello\nworld\n")
+    assert done.returncode == 2
+    assert done.stderr == "internvl-rt: chat: 1 <image> placeholders for 0 images\n"
+    assert done.stdout == run(*talk, text="Hello\nworld\n").stdout
+
+
+def test_no_standard_input(chat_folder):
+    line = shlex.join(command("chat", chat_folder)) + " <&-"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("internvl-rt: there is no question")
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("ops", "--markdown")])
+def test_a_reader_that_leaves_is_no_error(arguments):
+    line = f"{{ {shlex.join(command(*arguments))}; echo $? >&2; }} | true"
+    without = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, check=False, env=without
+    )
+    assert done.stderr == "0\n"
+
+
+def test_every_command_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "chat|selftest|info|models|ops|bench" in capsys.readouterr().out
 
 
 def test_info_and_plan(chat_folder):

@@ -55,10 +55,16 @@ def test_the_recorded_accuracy_is_what_is_claimed():
 def test_selftest_command(capsys):
     assert main(["selftest"]) == 0
     out = capsys.readouterr().out
+    assert "linear_codes/" not in out
     assert "answers as recorded" in out
     assert "tokens/s" in out
     assert "linear_bf16/" in out
     assert out.rstrip().endswith("ok")
+
+
+def test_selftest_of_quantised_weights(capsys):
+    assert main(["selftest", "--quant", "int8"]) == 0
+    assert "linear_codes/" in capsys.readouterr().out
 
 
 def test_selftest_finds_a_wrong_installation(monkeypatch, capsys):

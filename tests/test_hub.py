@@ -113,6 +113,14 @@ def test_neither_folder_nor_id(name, tmp_path, monkeypatch):
         resolve_path(name)
 
 
+@pytest.mark.parametrize("source", [b"folder", 5, ["folder"], None])
+def test_neither_text_nor_path(source):
+    with pytest.raises(
+        TypeError, match=r"^path_or_repo_id is .*, expected a path or an 'org/name'"
+    ):
+        resolve_path(source)
+
+
 def test_download(hub, tmp_path):
     pytest.importorskip("huggingface_hub")
     folder = _get(hub, "org/tiny", tmp_path)

@@ -109,6 +109,34 @@ def test_unknown_backend_is_refused(op):
         op.function(**arguments, backend="cudnn")
 
 
+DTYPES = (torch.float16, torch.float64, torch.int8, torch.int16, torch.bool, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_id)
+def test_a_dtype_that_no_op_takes_is_named(dtype):
+    name = str(dtype).removeprefix("torch.")
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    with pytest.raises(ValueError, match=f"^rms_norm: x is {name}, expected float32 or bfloat16$"):
+        ops.rms_norm(x.to(dtype), weight, eps=1e-6)
+    with pytest.raises(ValueError, match=f"^rms_norm: weight is {name}, expected float32$"):
+        ops.rms_norm(x, weight.to(dtype), eps=1e-6)
+    with pytest.raises(ValueError, match=f"^linear: x is {name}, expected float32 or bfloat16$"):
+        ops.linear(x.to(dtype), torch.ones(4, 8))
+
+
+def test_tensors_without_memory_are_refused_in_one_line():
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    for wrong in (weight.to("meta"), weight.to_sparse()):
+        with pytest.raises(TypeError, match=r"^tensor cannot be read: [^\n]*$"):
+            ops.rms_norm(x, wrong, eps=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["", 0])
+def test_only_none_is_the_usual_backend(backend):
+    with pytest.raises(ValueError, match=f"rms_norm: backend is {backend!r}, available"):
+        ops.rms_norm(torch.ones(2, 8), torch.ones(8), eps=1e-6, backend=backend)
+
+
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("op", ops.catalogue().values(), ids=_id)

@@ -1,9 +1,11 @@
-"""The command line: `internvl-rt chat|info|models|ops|bench`, also `python -m internvl_rt`."""
+"""The command line: `internvl-rt chat|selftest|info|models|ops|bench`, `python -m internvl_rt`."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,13 +26,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return options.run(options)
+        status = options.run(options)
+        print(end="", flush=True)  # what cannot be written is known here, not when Python ends
+        return status
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output left: nothing more to say to it.
-        sys.stderr.close()
+        # The reader of our output left: nothing more to say to it, not even when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
         print(f"internvl-rt: {error}", file=sys.stderr)
@@ -61,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="internvl-rt", description="Run InternVL vision-language models."
     )
-    commands = parser.add_subparsers(required=True, metavar="chat|info|models|ops|bench")
+    commands = parser.add_subparsers(required=True, metavar="chat|selftest|info|models|ops|bench")
 
     chat = commands.add_parser("chat", help="ask about pictures or a video")
     chat.add_argument(
@@ -70,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("question", nargs="?", help="without it: a conversation, one turn per line")
     chat.add_argument("-i", "--image", action="append", default=[], help="may be repeated")
     chat.add_argument("-v", "--video")
-    chat.add_argument("--num-frames", type=int, default=8)
+    chat.add_argument("--num-frames", type=int, help="of the video; without it 8")
     chat.add_argument("--max-tiles", type=int)
     chat.add_argument("--system", help="system message; '' for none")
     chat.add_argument("--max-new-tokens", type=int, default=1024)
@@ -93,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     selftest.set_defaults(run=_selftest)
 
     info = commands.add_parser("info", help="the machine, a checkpoint, or a memory plan")
-    info.add_argument("model", nargs="?", help="checkpoint folder or repo id")
+    info.add_argument("model", nargs="?", help="as --plan")
     info.add_argument(
         "--plan",
         metavar="CONFIG",
@@ -133,6 +137,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _chat(options: argparse.Namespace) -> int:
     import internvl_rt
 
+    if options.question is None and (options.show_prompt or options.video is not None):
+        what = "--show-prompt" if options.show_prompt else "a video"
+        raise ValueError(f"{what} needs a question on the command line")
     if options.draw is not None:
         _check_draw(options)
     if options.model is None:
@@ -178,9 +185,15 @@ def _check_draw(options: argparse.Namespace) -> None:
     one = len(options.image) == 1 and options.video is None
     if not one or options.question is None or options.show_prompt:
         raise ValueError("--draw needs one picture (-i) and a question on the command line")
-    known = Image.registered_extensions()
-    if Path(options.draw).suffix.lower() not in known:
-        raise ValueError(f"--draw is {options.draw!r}, expected a name such as out.png")
+    path = Path(options.draw)
+    try:
+        Image.new("RGB", (1, 1)).save(
+            io.BytesIO(), Image.registered_extensions()[path.suffix.lower()]
+        )
+    except (KeyError, OSError):  # a format that is not known, or not to be written
+        raise ValueError(f"--draw is {options.draw!r}, expected a name such as out.png") from None
+    if not os.access(path.parent, os.W_OK):
+        raise OSError(f"--draw is {options.draw!r}, but nothing can be written to that folder")
 
 
 def _draw(options: argparse.Namespace, answer: str) -> None:
@@ -216,18 +229,22 @@ def _answer(
 def _converse(
     model: Any, options: argparse.Namespace, images: Any, settings: dict[str, Any]
 ) -> int:
-    """Turns from standard input. Ctrl-C ends an answer, a second one or end of input the talk."""
+    """Turns from standard input. Ctrl-C ends an answer, a second one or end of input the talk.
+
+    A turn that fails is not part of the talk; the exit status tells that there was one.
+    """
     from internvl_rt.prompt import with_placeholders
 
-    if options.video is not None:
-        raise ValueError("a video needs a question on the command line")
+    if sys.stdin is None:
+        raise ValueError("there is no question, neither as an argument nor on standard input")
     history: list[tuple[str, str]] = []
+    status = 0
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         if not line:
-            return 0
+            return status
         if not line.strip():
             continue
         question = with_placeholders(line.rstrip("\n"), history, num_images=len(images or ()))
@@ -236,13 +253,21 @@ def _converse(
         except KeyboardInterrupt:
             print("\n[interrupted]", file=sys.stderr)
             continue
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            print(f"internvl-rt: {error}", file=sys.stderr)
+            status = EXIT_ERROR
+            continue
         history.append((question, answer))
 
 
 def _selftest(options: argparse.Namespace) -> int:
     from internvl_rt import selftest
 
-    report = selftest.run(options.device, options.dtype, options.backend, options.threads)
+    report = selftest.run(
+        options.device, options.dtype, options.backend, options.threads, options.quant
+    )
     print(report.text())
     return 0 if report.ok else EXIT_WRONG
 
@@ -255,13 +280,14 @@ def _info(options: argparse.Namespace) -> int:
     import internvl_rt
     from internvl_rt import _C
 
-    if options.plan is not None or options.model is not None:
-        _plan(
-            options.plan if options.plan is not None else options.model,
-            options.dtype,
-            options.quant,
-        )
+    if options.plan is not None and options.model is not None:
+        raise ValueError(f"info takes a model or --plan, not both: {options.model!r} and --plan")
+    name = options.model if options.plan is None else options.plan
+    if name is not None:
+        _plan(name, options.dtype, options.quant)
         return 0
+    if options.dtype is not None or options.quant is not None:
+        raise ValueError("--dtype and --quant are for a plan: name a checkpoint")
     print(f"internvl_rt {internvl_rt.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}")
     print(f"CPU: {_C.isa()} (of {', '.join(_C.supported_isas())}), {_C.num_threads()} threads")
@@ -279,6 +305,10 @@ def _plan(name: str, dtype: str | None, quant: str | None) -> None:
 
     folder = Path(name)
     row = None if folder.exists() else zoo.published(name)
+    if row is None and not folder.exists():
+        raise FileNotFoundError(
+            f"{name}: no such folder, and not a name that `internvl-rt models` prints"
+        )
     if row is not None:
         config = zoo.load_published(row)
     else:
@@ -325,7 +355,7 @@ def _bench(options: argparse.Namespace) -> int:
     dtypes = None if options.dtype is None else options.dtype.split(",")
     rows = run(options.op, options.shape, dtypes, options.backend.split(","))
     print(table(rows))
-    if options.json:
+    if options.json is not None:
         Path(options.json).write_text(json.dumps(document(rows), indent=1) + "\n")
     return 0
 

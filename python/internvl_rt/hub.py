@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-
 
 
 def resolve_path(
-    path_or_repo_id: str | Path,
+    path_or_repo_id: str | os.PathLike[str],
     *,
     endpoint: str | None = None,
     revision: str | None = None,
@@ -23,15 +24,20 @@ def resolve_path(
     An existing folder is returned as it is. Otherwise a string of the form "org/name" is
     downloaded through huggingface_hub (extra `hub`) into its cache, ALLOWED_FILES only, from
     `endpoint` or the library's default. Raises OSError for a file, for what is not found and for
-    a download that fails, ImportError where the extra is not installed.
+    a download that fails, ImportError where the extra is not installed, TypeError for what is
+    neither a string nor a path.
     """
+    if not isinstance(path_or_repo_id, (str, os.PathLike)):
+        kind = type(path_or_repo_id).__name__
+        raise TypeError(f"path_or_repo_id is {kind}, expected a path or an 'org/name' id")
     path = Path(path_or_repo_id)
     if path.is_dir() and path_or_repo_id != "":  # "" would be the current folder
         return path
     if path.is_file():
         raise NotADirectoryError(f"{path} is a file, expected a checkpoint folder")
     if not isinstance(path_or_repo_id, str) or not _REPO_ID.fullmatch(path_or_repo_id):
-        raise FileNotFoundError(f"{path_or_repo_id!s}: no such folder, and not an 'org/name' id")
+        name = repr(os.fspath(path_or_repo_id))
+        raise FileNotFoundError(f"{name}: no such folder, and not an 'org/name' id")
     return _download(path_or_repo_id, endpoint, revision, cache_dir)
 
 

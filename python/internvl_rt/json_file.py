@@ -45,8 +45,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
     """A regular file of at most `max_bytes` bytes."""
-    with open_regular(path) as file:
-        data = io.BufferedReader(file).read(max_bytes + 1)
+    with io.BufferedReader(open_regular(path)) as file:
+        data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         _fail(f"{path.name}: more than {max_bytes} bytes")
     return data

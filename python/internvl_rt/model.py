@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from internvl_rt.tokenizer import Tokenizer, load_tokenizer
 from internvl_rt.weights import Checkpoint, open_checkpoint
 
 MAX_TILES = 40
+DEFAULT_FRAMES = 8
 DEMO_MODEL = Path(__file__).parent / "demo_model"
 History = list[tuple[str, str]]
 
@@ -74,7 +75,7 @@ def load(
     prefill_chunk: prompt tokens that run at a time; answers do not depend on it.
     threads: CPU threads of the whole process, as `set_num_threads`.
     quant: "int8" or "int4" quantises the language model's weights as they are loaded, in groups of
-        64 (the head to int8 either way); pictures are seen in dtype. On the CPU, no experts.
+        64 (the head to int8 either way); pictures are seen in dtype. On the CPU.
     kv_tokens: tokens that the KV cache holds, at most; None for what memory allows, up to eight
         requests of full context.
     Raises OSError for what cannot be read and ValueError for what cannot be run, in one line.
@@ -89,6 +90,8 @@ def load(
     kind = dtype_from(dtype, config.torch_dtype)
     checkpoint = open_checkpoint(folder, config)
     parameters = Parameters.of_model(checkpoint, config, platform)
+    if image_token_id is not None:
+        _check_integer("image_token_id", image_token_id, 0, config.text.vocab_size - 1)
     chunk = DEFAULT_PREFILL_CHUNK if prefill_chunk is None else prefill_chunk
     _check_integer("prefill_chunk", chunk, 1, 1 << 20)
     if kv_tokens is not None:
@@ -230,7 +233,7 @@ class Model:
         return_history: bool = False,
         max_tiles: int | None = None,
         *,
-        num_frames: int = 8,
+        num_frames: int | None = None,
         video_bound: tuple[float, float] | None = None,
         max_new_tokens: int = 1024,
         min_new_tokens: int = 0,
@@ -249,8 +252,8 @@ class Model:
             `<image>` marks the place of a picture; without one, pictures come first.
         images: one picture or a list: path, bytes, PIL image, or uint8 array [H, W, 3]. With a
             history: the pictures of all turns, in the order of their places.
-        video: path, bytes, or a list of frames; num_frames of it are taken, evenly spaced within
-            video_bound (seconds). A frame is one tile.
+        video: path or bytes, of which num_frames (None: 8) are taken, evenly spaced within
+            video_bound (seconds); or a list of frames, which is taken whole. A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
         max_tiles: tiles per picture, thumbnail not counted, 1 to 40; None for the checkpoint's.
         temperature 0 is greedy. seed: None draws one; the same seed repeats an answer.
@@ -302,12 +305,18 @@ class Model:
         in the place of its answer, and the others run; otherwise the first error is raised
         before anything runs, or after everything else has.
         """
+        if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+            raise TypeError(
+                f"requests is {_describe(requests)}, expected a list of questions, of lists of "
+                "messages or of dicts"
+            )
+        _Question.of({"question": "", **common})  # refuses an unknown argument of no request, too
         turns: list[_Turn | Exception] = []
         for i, entry in enumerate(requests):
             arguments = dict(entry) if isinstance(entry, Mapping) else {"question": entry}
             try:
                 turns.append(self._turn(_Question.of({**common, **arguments})))
-            except (ValueError, TypeError, OSError) as error:
+            except (ValueError, TypeError, OSError, MemoryError, ImportError) as error:
                 if not return_exceptions:
                     raise type(error)(f"requests[{i}]: {error}") from None
                 turns.append(error)
@@ -321,11 +330,19 @@ class Model:
                     raise answer
         return answers
 
-    def show_prompt(self, *arguments: Any, **options: Any) -> str:
+    def show_prompt(
+        self,
+        question: str | Sequence[Mapping[str, Any]],
+        images: Any = None,
+        video: Any = None,
+        history: Sequence[tuple[str, str]] | None = None,
+        system: str | None = None,
+        **options: Any,
+    ) -> str:
         """The prompt that `chat` would run for these arguments; runs of image tokens as a count."""
-        names = ("question", "images", "video", "history", "system")
-        given = dict(zip(names, arguments, strict=False)) | options
-        ids = self._turn(_Question.of(given)).request.prompt.tolist()
+        given = {"question": question, "images": images, "video": video, "history": history}
+        asked = _Question.of(given | {"system": system} | options)
+        ids = self._turn(asked).request.prompt.tolist()
         text = self.tokenizer.decode(ids, skip_special=False)
         return re.sub(
             f"(?:{IMG_CONTEXT})+", lambda m: f"{IMG_CONTEXT}*{m[0].count(IMG_CONTEXT)}", text
@@ -335,9 +352,13 @@ class Model:
         most = self.config.max_dynamic_patch if asked.max_tiles is None else asked.max_tiles
         _check_integer("max_tiles", most, 1, MAX_TILES)
         _check_integer("num_beams", asked.num_beams, 1, 1, "beam search is not implemented")
-        stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
+        stops = _stops(asked.stop)
         sampling = asked.sampling(self._stop_ids())
         StopMatcher(stops)  # refuses what is no stop string before any work
+        if asked.num_frames is not None:
+            videos.check_num_frames(asked.num_frames)
+        if asked.video_bound is not None:
+            videos.check_bound(asked.video_bound)
 
         asked, media = self._media(asked)
         system = self.system_message if asked.system is None else asked.system
@@ -369,12 +390,14 @@ class Model:
 
     def _media(self, asked: _Question) -> tuple[_Question, list[tuple[str, Any]]]:
         """`asked` as text with a placeholder for every picture, and the pictures: kind, source."""
+        if not isinstance(asked.question, Sequence):
+            raise TypeError(
+                f"question is {_describe(asked.question)}, expected text or a list of messages"
+            )
         if not isinstance(asked.question, str):
             return self._messages(asked)
         images = _listed(asked.images)
-        frames = None
-        if asked.video is not None:
-            frames = self._frames(asked.video, asked.num_frames, asked.video_bound)
+        frames = None if asked.video is None else _frames(asked.video, asked)
         question = with_placeholders(
             asked.question,
             asked.history,
@@ -398,7 +421,7 @@ class Model:
         counts: list[int] = []
         for part in conversation.media:
             if part.kind == "video":
-                frames = videos.load_video(part.source, asked.num_frames, asked.video_bound)
+                frames = _frames(part.source, asked)
                 counts.append(len(frames))
                 media += [("frame", frame) for frame in frames]
             else:
@@ -406,15 +429,6 @@ class Model:
         conversation = conversation.with_frames(counts)
         question, history = conversation.question, conversation.history
         return replace(asked, question=question, history=history, system=system), media
-
-    def _frames(
-        self, video: Any, num_frames: int, bound: tuple[float, float] | None
-    ) -> Sequence[Any]:
-        if isinstance(video, (list, tuple)):
-            if not video:
-                raise ValueError("video has no frames")
-            return video
-        return videos.load_video(video, num_frames, bound)
 
     def _tiles(self, media: Sequence[tuple[str, Any]], max_tiles: int) -> list[_Tiles]:
         """Decodes the pictures, so that their tiles can be counted before anything is computed."""
@@ -528,7 +542,7 @@ class Model:
         if seed is None:
             seed = secrets.randbits(62)
         stops = self._eos(eos_token_id)
-        rows = self._rows(input_ids, attention_mask)
+        rows = self._rows(input_ids, attention_mask, answer=1)
         requests = []
         for b, row in enumerate(rows):
             params = SamplingParams(
@@ -560,6 +574,10 @@ class Model:
             except FileNotFoundError:
                 # Without a tokenizer the template's end token has no id.
                 return frozenset(self.config.eos_token_ids)
+        if not isinstance(eos_token_id, (int, list, tuple, set, frozenset)):
+            raise TypeError(
+                f"eos_token_id is {_describe(eos_token_id)}, expected an integer or a list of them"
+            )
         ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         if ids == [-1]:
             return frozenset()
@@ -567,8 +585,10 @@ class Model:
             _check_integer("eos_token_id", i, 0, self.config.text.vocab_size - 1)
         return frozenset(ids)
 
-    def _rows(self, input_ids: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
-        """The unpadded rows, int64 each."""
+    def _rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None, *, answer: int = 0
+    ) -> list[Tensor]:
+        """The unpadded rows, int64 each; the context has room for `answer` more tokens."""
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             raise ValueError(f"input_ids is {_describe(input_ids)}, expected a tensor [B, T]")
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
@@ -591,9 +611,10 @@ class Model:
         for b, row in enumerate(rows):
             if not len(row):
                 raise ValueError(f"attention_mask: row {b} is all padding")
-            if len(row) > self.engine.context:
+            if len(row) + answer > self.engine.context:
+                including = " including the answer" if answer else ""
                 raise ValueError(
-                    f"row {b} has {len(row)} tokens, the context {self.engine.context}"
+                    f"row {b} has {len(row)} tokens, the context {self.engine.context}{including}"
                 )
         if any(bool(((r < 0) | (r >= V)).any()) for r in rows):
             raise ValueError(f"input_ids has ids from {low} to {high}, expected 0 to {V - 1}")
@@ -611,6 +632,8 @@ class Model:
         _check_pixels("pixel_values", pixel_values, unit, square=True)
         t = len(pixel_values)
         if image_flags is not None:
+            if not isinstance(image_flags, Tensor):
+                raise TypeError(f"image_flags is {_describe(image_flags)}, expected a tensor [t]")
             flags = image_flags.flatten()
             if flags.shape != (t,) or not bool(((flags == 0) | (flags == 1)).all()):
                 raise ValueError(f"image_flags must be {t} values of 0 or 1, one per tile")
@@ -641,7 +664,7 @@ class _Question:
     history: Sequence[tuple[str, str]] | None = None
     system: str | None = None
     max_tiles: int | None = None
-    num_frames: int = 8
+    num_frames: int | None = None
     video_bound: tuple[float, float] | None = None
     stop: str | Sequence[str] | None = None
     seed: int | None = None
@@ -755,6 +778,28 @@ class _Turn:
         if self.request.error:
             return self.request.error
         return self.text.finish().strip()
+
+
+def _stops(stop: Any) -> list[Any]:
+    if stop is None:
+        return []
+    if not isinstance(stop, (str, list, tuple)):
+        raise TypeError(f"stop is {_describe(stop)}, expected a string or a list of strings")
+    return [stop] if isinstance(stop, str) else list(stop)
+
+
+def _frames(video: Any, asked: _Question) -> Sequence[Any]:
+    if isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview)):
+        n = DEFAULT_FRAMES if asked.num_frames is None else asked.num_frames
+        return videos.load_video(video, n, asked.video_bound)
+    if not isinstance(video, (list, tuple)):
+        raise TypeError(f"video is {_describe(video)}, expected a path, bytes or a list of frames")
+    if not video:
+        raise ValueError("video has no frames")
+    for name in ("num_frames", "video_bound"):
+        if getattr(asked, name) is not None:
+            raise ValueError(f"{name} is given, but video is a list of frames: it is taken whole")
+    return video
 
 
 def _listed(images: Any) -> list[Any]:

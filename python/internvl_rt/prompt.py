@@ -646,8 +646,10 @@ def _check_chat(question: str, history: History | None, system: str | None) -> N
     _check_text("question", question)
     if system is not None:
         _check_text("system", system)
-    if isinstance(history, (str, Mapping)):
-        raise TypeError(f"history is {type(history).__name__}, expected (question, answer) pairs")
+    if history is not None and not isinstance(history, (list, tuple)):
+        raise TypeError(
+            f"history is {type(history).__name__}, expected a list of (question, answer) pairs"
+        )
     for i, pair in enumerate(history or ()):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(f"history[{i}] is {_show(pair)}, expected (question, answer)")

@@ -58,9 +58,10 @@ def run(
     dtype: str = "auto",
     backend: str | None = None,
     threads: int | None = None,
+    quant: str | None = None,
 ) -> Report:
     """Asks every question once, all in one batch. Arguments as in `load`."""
-    model = load(device=device, dtype=dtype, backend=backend, threads=threads)
+    model = load(device=device, dtype=dtype, backend=backend, threads=threads, quant=quant)
     asked = questions()
     model.chat(asked[0][1]["question"], images=asked[0][0], max_new_tokens=1)  # warms up
     _C.kernel_counts(reset=True)

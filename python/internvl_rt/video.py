@@ -47,7 +47,7 @@ def frame_indices(
         raise ValueError(f"fps is {fps!r}, expected a positive number")
     first, last = 0, n_frames - 1
     if bound is not None:
-        start, end = _bound(bound)
+        start, end = check_bound(bound)
         first = max(0, round(start * fps))
         last = min(round(end * fps), last)
     segment = (last - first) / num_frames
@@ -74,7 +74,13 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _bound(bound: Sequence[float]) -> tuple[float, float]:
+def check_num_frames(num_frames: Any) -> None:
+    """Raises ValueError or TypeError for a number of frames that `load_video` refuses."""
+    _integer("num_frames", num_frames, MAX_SAMPLES)
+
+
+def check_bound(bound: Any) -> tuple[float, float]:
+    """(start, end) in seconds; ValueError for what `load_video` refuses."""
     pair = tuple(bound) if isinstance(bound, list | tuple) else ()
     if len(pair) != 2 or not all(map(_finite, pair)) or not 0 <= pair[0] <= pair[1] <= 1e7:
         raise ValueError(
@@ -93,9 +99,9 @@ def load_video(
     Raises ImportError without PyAV, OSError for a file that cannot be read, ValueError for one that
     is broken, too large, of another format or without video, TypeError for any other object.
     """
-    _integer("num_frames", num_frames, MAX_SAMPLES)
+    check_num_frames(num_frames)
     if bound is not None:
-        _bound(bound)
+        check_bound(bound)
     try:
         import av
     except ImportError as error:

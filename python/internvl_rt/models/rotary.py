@@ -31,7 +31,7 @@ class Rotary:
     def __call__(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(inv_freq [B, D/2], scale [B]), float32, of sequences with these lengths."""
         rows = [self._row(n if self._follows_length else 0) for n in lengths]
-        return torch.stack(rows), torch.full((len(rows),), self._scale)
+        return torch.stack(rows), torch.full((len(rows),), self._scale, dtype=torch.float32)
 
 
 def inverse_frequencies(config: TextConfig, length: int) -> Tensor:
@@ -70,7 +70,8 @@ def _llama3(config: TextConfig, scaling: RopeScaling, length: int) -> Tensor:
 def _longrope(config: TextConfig, scaling: RopeScaling, length: int) -> Tensor:
     """Every frequency has a factor of its own: one table within the trained length, one beyond."""
     beyond = length > scaling.original_max_position_embeddings
-    factors = torch.tensor(scaling.long_factor if beyond else scaling.short_factor)
+    some = scaling.long_factor if beyond else scaling.short_factor
+    factors = torch.tensor(some, dtype=torch.float32)
     D = config.head_dim
     return 1.0 / (factors * config.rope_theta ** (torch.arange(0, D, 2, dtype=torch.float32) / D))
 

@@ -169,7 +169,7 @@ class Op:
     def face(self, backend: str | None) -> Callable[..., Any] | None:
         """The implementation for a backend, None for the reference; ValueError if there is none, or
         if this machine or build cannot run it."""
-        name = backend or "native"
+        name = "native" if backend is None else backend
         if name == "reference":
             return None
         lacks = missing(name) if name in self.faces else ""
@@ -233,7 +233,7 @@ class OpSet:
         device: str = "cpu",
     ) -> None:
         overrides, self.device = dict(overrides or {}), device
-        self.backend = backend or "native"
+        self.backend = "native" if backend is None else backend
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}, allowed: {', '.join(BACKENDS)}")
         unknown = sorted(set(overrides) - set(_catalogue))

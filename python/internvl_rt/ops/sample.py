@@ -58,7 +58,7 @@ def sample(
     if out is None:
         out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
     B, V = logits.shape
-    workspace = torch.empty((B, -(-V // 4) * 4), device=logits.device)
+    workspace = torch.empty((B, -(-V // 4) * 4), dtype=torch.float32, device=logits.device)
     run(logits, **parameters, workspace=workspace, out=out)
     return out
 
