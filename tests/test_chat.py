@@ -185,6 +185,7 @@ NAN = float("nan")
         ({"min_new_tokens": 9, "max_new_tokens": 8}, ValueError, "min_new_tokens is 9"),
         ({"stop": ""}, ValueError, "stop has an empty string"),
         ({"stop": ["a", ""]}, ValueError, "stop has an empty string"),
+        ({"stop": 5}, TypeError, "stop is int, expected str or a list of str"),
         ({"max_tiles": 0}, ValueError, "max_tiles is 0, allowed: 1 to 40"),
         ({"max_tiles": 41}, ValueError, "max_tiles is 41, allowed: 1 to 40"),
         ({"num_beams": 2}, ValueError, "num_beams is 2, allowed: 1"),
@@ -193,6 +194,8 @@ NAN = float("nan")
         ({"images": NAN}, TypeError, "float"),
         ({"video": b"not a video"}, (ValueError, OSError), "video"),
         ({"video": []}, ValueError, "video has no frames"),
+        ({"history": 5}, TypeError, "history is int"),
+        ({"history": {"a": "b"}}, TypeError, "history is dict"),
         ({"history": [("a",)]}, ValueError, r"history\[0\]"),
         ({"history": [("<image>", "a")]}, ValueError, "1 <image> placeholders for 0 images"),
         ({"stream": True, "return_history": True}, ValueError, "return_history"),
@@ -217,6 +220,11 @@ def test_questions_that_cannot_be_asked(model):
         model.chat("the " * 40000)
     with pytest.raises(ValueError, match="messages carry their own"):
         model.chat([{"role": "user", "content": "Hello"}], images=picture())
+    for requests in ("Hello", {"question": "Hello"}, 5):
+        with pytest.raises(TypeError, match=r"requests is (str|dict|int), expected a list"):
+            model.batch_chat(requests)
+    with pytest.raises(TypeError, match="positional arguments"):
+        model.show_prompt("Hello", None, None, None, None, 7)
 
 
 def test_no_tokenizer(tmp_path, chat_folder):
@@ -271,6 +279,10 @@ def test_tensor_misuse(model):
         model.generate(torch.zeros(1, 0, dtype=torch.int64))
     with pytest.raises(ValueError, match="image_flags"):
         model.forward(ids, image_flags=torch.ones(1))
+    with pytest.raises(TypeError, match="image_flags is list, expected a tensor"):
+        model.forward(ids, pixels, image_flags=[1])
+    with pytest.raises(TypeError, match="seed is str, expected an integer"):
+        model.generate(ids, seed="a")
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(ids, num_beams=5)
     with pytest.raises(ValueError, match="eos_token_id is 600"):

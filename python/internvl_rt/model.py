@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -249,8 +249,8 @@ class Model:
             `<image>` marks the place of a picture; without one, pictures come first.
         images: one picture or a list: path, bytes, PIL image, or uint8 array [H, W, 3]. With a
             history: the pictures of all turns, in the order of their places.
-        video: path, bytes, or a list of frames; num_frames of it are taken, evenly spaced within
-            video_bound (seconds). A frame is one tile.
+        video: path or bytes, of which num_frames are taken, evenly spaced within video_bound
+            (seconds), or a list of frames, all of which are. A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
         max_tiles: tiles per picture, thumbnail not counted, 1 to 40; None for the checkpoint's.
         temperature 0 is greedy. seed: None draws one; the same seed repeats an answer.
@@ -302,6 +302,8 @@ class Model:
         in the place of its answer, and the others run; otherwise the first error is raised
         before anything runs, or after everything else has.
         """
+        if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+            raise TypeError(f"requests is {type(requests).__name__}, expected a list of them")
         turns: list[_Turn | Exception] = []
         for i, entry in enumerate(requests):
             arguments = dict(entry) if isinstance(entry, Mapping) else {"question": entry}
@@ -321,11 +323,19 @@ class Model:
                     raise answer
         return answers
 
-    def show_prompt(self, *arguments: Any, **options: Any) -> str:
+    def show_prompt(
+        self,
+        question: str | Sequence[Mapping[str, Any]],
+        images: Any = None,
+        video: Any = None,
+        history: Sequence[tuple[str, str]] | None = None,
+        system: str | None = None,
+        **options: Any,
+    ) -> str:
         """The prompt that `chat` would run for these arguments; runs of image tokens as a count."""
-        names = ("question", "images", "video", "history", "system")
-        given = dict(zip(names, arguments, strict=False)) | options
-        ids = self._turn(_Question.of(given)).request.prompt.tolist()
+        given = {"question": question, "images": images, "video": video, "history": history}
+        asked = _Question.of(given | {"system": system} | options)
+        ids = self._turn(asked).request.prompt.tolist()
         text = self.tokenizer.decode(ids, skip_special=False)
         return re.sub(
             f"(?:{IMG_CONTEXT})+", lambda m: f"{IMG_CONTEXT}*{m[0].count(IMG_CONTEXT)}", text
@@ -335,7 +345,10 @@ class Model:
         most = self.config.max_dynamic_patch if asked.max_tiles is None else asked.max_tiles
         _check_integer("max_tiles", most, 1, MAX_TILES)
         _check_integer("num_beams", asked.num_beams, 1, 1, "beam search is not implemented")
-        stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or ()
+        if not isinstance(stops, Iterable):
+            raise TypeError(f"stop is {type(stops).__name__}, expected str or a list of str")
+        stops = list(stops)
         sampling = asked.sampling(self._stop_ids())
         StopMatcher(stops)  # refuses what is no stop string before any work
 
@@ -527,6 +540,7 @@ class Model:
         _check_integer("num_beams", num_beams, 1, 1, "beam search is not implemented")
         if seed is None:
             seed = secrets.randbits(62)
+        _check_integer("seed", seed, -(2**63), 2**63 - 1)
         stops = self._eos(eos_token_id)
         rows = self._rows(input_ids, attention_mask)
         requests = []
@@ -611,6 +625,8 @@ class Model:
         _check_pixels("pixel_values", pixel_values, unit, square=True)
         t = len(pixel_values)
         if image_flags is not None:
+            if not isinstance(image_flags, Tensor):
+                raise TypeError(f"image_flags is {_describe(image_flags)}, expected a tensor [t]")
             flags = image_flags.flatten()
             if flags.shape != (t,) or not bool(((flags == 0) | (flags == 1)).all()):
                 raise ValueError(f"image_flags must be {t} values of 0 or 1, one per tile")

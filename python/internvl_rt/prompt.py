@@ -646,7 +646,7 @@ def _check_chat(question: str, history: History | None, system: str | None) -> N
     _check_text("question", question)
     if system is not None:
         _check_text("system", system)
-    if isinstance(history, (str, Mapping)):
+    if history is not None and (isinstance(history, str) or not isinstance(history, Sequence)):
         raise TypeError(f"history is {type(history).__name__}, expected (question, answer) pairs")
     for i, pair in enumerate(history or ()):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
