@@ -341,6 +341,8 @@ def test_tensor_misuse(model):
         model.forward(ids, image_flags=torch.ones(1))
     with pytest.raises(TypeError, match=r"image_flags is list, expected a tensor \[t\]"):
         model.forward(ids, pixels, image_flags=[0])
+    with pytest.raises(TypeError, match="seed is str, expected an integer"):
+        model.generate(ids, seed="a")
     with pytest.raises(ValueError, match="num_beams"):
         model.generate(ids, num_beams=5)
     with pytest.raises(TypeError, match="eos_token_id is float, expected an integer or a list"):

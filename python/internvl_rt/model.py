@@ -541,6 +541,7 @@ class Model:
         _check_integer("num_beams", num_beams, 1, 1, "beam search is not implemented")
         if seed is None:
             seed = secrets.randbits(62)
+        _check_integer("seed", seed, -(2**63), 2**63 - 1)
         stops = self._eos(eos_token_id)
         rows = self._rows(input_ids, attention_mask, answer=1)
         requests = []
