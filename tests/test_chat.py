@@ -269,6 +269,21 @@ def test_questions_that_cannot_be_asked(model):
         model.show_prompt("Hello", None, None, None, None, False)
 
 
+def test_pictures_without_room_are_not_decoded(model, chat_folder):
+    one, broken = picture(600, 600), b"not decoded"  # ten tiles of four tokens
+    for images in ([broken] * 8192, [one] * 800 + [broken] * 200):
+        with pytest.raises(
+            ValueError, match=f"^{len(images)} pictures take .* tokens or more, the"
+        ):
+            model.chat("Hello", images=images)
+    small = ivr.load(chat_folder, kv_tokens=64)
+    for video in (broken, [broken] * 16):
+        with pytest.raises(
+            ValueError, match="16 pictures take 64 tokens or more, the context is 64"
+        ):
+            small.chat("Hello", video=video, num_frames=16 if video is broken else None)
+
+
 def test_no_tokenizer(tmp_path, chat_folder):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(chat_folder / name)
