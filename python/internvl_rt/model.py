@@ -251,7 +251,8 @@ class Model:
         question: text, or OpenAI-style messages, which then carry history and pictures too.
             `<image>` marks the place of a picture; without one, pictures come first.
         images: one picture or a list: path, bytes, PIL image, or uint8 array [H, W, 3]. With a
-            history: the pictures of all turns, in the order of their places.
+            history: the pictures of all turns, in the order of their places. A video's frames
+            take the places after them.
         video: path or bytes, of which num_frames (None: 8) are taken, evenly spaced within
             video_bound (seconds); or a list of frames, which is taken whole. A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
