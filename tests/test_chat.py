@@ -4,6 +4,8 @@ import dataclasses
 import inspect
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +102,35 @@ def test_system_message(model):
     assert model.chat(messages, **SHORT) == other
 
 
+def test_a_prompt_has_a_token_for_every_feature(model):
+    rng = np.random.default_rng(5)
+    for _ in range(60):
+        pixels = picture(*(int(2 ** rng.uniform(0, 10)) for _ in "wh"))
+        most = int(rng.integers(1, 41))
+        tiles = len(ivr.image.preprocess(pixels, most, model.config.image_size))
+        counts = re.findall(
+            r"<IMG_CONTEXT>\*(\d+)", model.show_prompt("Hi", pixels, max_tiles=most)
+        )
+        assert counts == [str(4 * tiles)], f"{pixels.shape}, {most} tiles"
+
+
+def test_memory_stays_flat(model):
+    def resident():
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def rounds(n):
+        for i in range(n):
+            model.chat("Hello", images=picture(400, 300, seed=i), max_new_tokens=2)
+            next(model.chat("Hello", images=picture(400, 300), stream=True))
+            model.batch_chat(["Hi", {"question": "Hi", "images": b"no"}], return_exceptions=True)
+
+    rounds(10)
+    before = resident()
+    rounds(40)  # pixels of a picture: half a MiB
+    assert resident() - before < 8 << 20
+
+
 def test_video_frames(model):
     frames = [picture(seed=i) for i in range(3)]
     answer = model.chat("Hello", video=frames, **SHORT)
@@ -180,6 +211,27 @@ def test_seed_repeats_a_sampled_answer(model):
     assert model.chat("Hello", seed=1, **settings) == model.chat("Hello", seed=1, **settings)
     answers = {model.chat("Hello", seed=s, **settings) for s in range(4)}
     assert len(answers) > 1
+
+
+def test_the_configs_end_token_and_the_templates_both_end_an_answer(tmp_path, chat_folder):
+    shutil.copytree(chat_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7]}', encoding="utf-8")
+    model = ivr.load(tmp_path, dtype="float32")
+    ends = {7, model.tokenizer.special_id("<|im_end|>")}
+    assert ends < model._stop_ids()
+    for end in ends:
+        answer = _answer_of(model, [5, 6, end, 5])
+        assert answer == model.tokenizer.decode([5, 6])
+
+
+def _answer_of(model, ids):
+    """What a chat says when the model gives these tokens."""
+    turn = model._turn(_Question.of({"question": "Hello"}))
+    model.engine._running.append(turn.request)
+    for token in ids:
+        if not turn.request.finished:
+            model.engine._accept(turn.request, token)
+    return turn.answer()
 
 
 def test_special_tokens_typed_by_a_user_are_plain_text(model):
@@ -268,6 +320,21 @@ def test_questions_that_cannot_be_asked(model):
         model.chat(None)
     with pytest.raises(TypeError, match="positional arguments"):
         model.show_prompt("Hello", None, None, None, None, False)
+
+
+def test_pictures_without_room_are_not_decoded(model, chat_folder):
+    one, broken = picture(600, 600), b"not decoded"  # ten tiles of four tokens
+    for images in ([broken] * 8192, [one] * 800 + [broken] * 200):
+        with pytest.raises(
+            ValueError, match=f"^{len(images)} pictures take .* tokens or more, the"
+        ):
+            model.chat("Hello", images=images)
+    small = ivr.load(chat_folder, kv_tokens=64)
+    for video in (broken, [broken] * 16):
+        with pytest.raises(
+            ValueError, match="16 pictures take 64 tokens or more, the context is 64"
+        ):
+            small.chat("Hello", video=video, num_frames=16 if video is broken else None)
 
 
 def test_no_tokenizer(tmp_path, chat_folder):

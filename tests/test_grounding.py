@@ -84,7 +84,7 @@ def test_any_text_is_parsed():
     assert found > 20
 
 
-@pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5)])
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 5), (float("nan"), 5)])
 def test_size_must_be_positive(size):
     with pytest.raises(ValueError, match=rf"the picture is {size[0]} x {size[1]} pixels"):
         parse("", *size)

@@ -50,7 +50,7 @@ def parse(answer: str, width: int, height: int) -> list[Region]:
     no number above 1 is taken for fractions of 1. The label is that of the last `<ref>` unless
     words stand between. Raises ValueError for a size that is not positive.
     """
-    if width < 1 or height < 1:
+    if not (width >= 1 and height >= 1):
         raise ValueError(f"the picture is {width} x {height} pixels, expected at least 1 x 1")
     regions: list[Region] = []
     label, end = "", 0

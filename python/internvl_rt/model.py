@@ -251,7 +251,8 @@ class Model:
         question: text, or OpenAI-style messages, which then carry history and pictures too.
             `<image>` marks the place of a picture; without one, pictures come first.
         images: one picture or a list: path, bytes, PIL image, or uint8 array [H, W, 3]. With a
-            history: the pictures of all turns, in the order of their places.
+            history: the pictures of all turns, in the order of their places. A video's frames
+            take the places after them.
         video: path or bytes, of which num_frames (None: 8) are taken, evenly spaced within
             video_bound (seconds); or a list of frames, which is taken whole. A frame is one tile.
         system: the system message; None for the checkpoint's, "" for none.
@@ -397,7 +398,7 @@ class Model:
         if not isinstance(asked.question, str):
             return self._messages(asked)
         images = _listed(asked.images)
-        frames = None if asked.video is None else _frames(asked.video, asked)
+        frames = None if asked.video is None else self._frames(asked.video, asked)
         question = with_placeholders(
             asked.question,
             asked.history,
@@ -421,7 +422,7 @@ class Model:
         counts: list[int] = []
         for part in conversation.media:
             if part.kind == "video":
-                frames = _frames(part.source, asked)
+                frames = self._frames(part.source, asked)
                 counts.append(len(frames))
                 media += [("frame", frame) for frame in frames]
             else:
@@ -430,11 +431,28 @@ class Model:
         question, history = conversation.question, conversation.history
         return replace(asked, question=question, history=history, system=system), media
 
+    def _frames(self, video: Any, asked: _Question) -> Sequence[Any]:
+        if isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview)):
+            n = DEFAULT_FRAMES if asked.num_frames is None else asked.num_frames
+            self._check_room(n, n)
+            return videos.load_video(video, n, asked.video_bound)
+        if not isinstance(video, (list, tuple)):
+            raise TypeError(
+                f"video is {_describe(video)}, expected a path, bytes or a list of frames"
+            )
+        if not video:
+            raise ValueError("video has no frames")
+        for name in ("num_frames", "video_bound"):
+            if getattr(asked, name) is not None:
+                raise ValueError(f"{name} is given, but video is a list of frames, taken whole")
+        return video
+
     def _tiles(self, media: Sequence[tuple[str, Any]], max_tiles: int) -> list[_Tiles]:
         """Decodes the pictures, so that their tiles can be counted before anything is computed."""
-        out = []
+        out: list[_Tiles] = []
         config = self.config
-        for kind, source in media:
+        for i, (kind, source) in enumerate(media):
+            self._check_room(len(media), sum(grid.tiles for grid in out) + len(media) - i)
             most = max_tiles if kind == "image" and config.dynamic_image_size else 1
             picture = pictures.load_image(source)
             if config.pad_to_square:
@@ -449,6 +467,15 @@ class Model:
             )
             out.append(_Tiles(count, pixels))
         return out
+
+    def _check_room(self, n_pictures: int, tiles: int) -> None:
+        """Refuses pictures that take too many tokens before the next of them is decoded."""
+        least, context = tiles * self.config.tokens_per_tile, self.engine.context
+        if least >= context:
+            raise ValueError(
+                f"{n_pictures} pictures take {least} tokens or more, the context is {context} "
+                "including the answer; lower max_tiles or num_frames, or give fewer"
+            )
 
     def _check_length(self, prompt: Prompt, n_pictures: int) -> None:
         total, context = len(prompt.token_ids), self.engine.context
@@ -787,20 +814,6 @@ def _stops(stop: Any) -> list[Any]:
     if not isinstance(stop, (str, list, tuple)):
         raise TypeError(f"stop is {_describe(stop)}, expected a string or a list of strings")
     return [stop] if isinstance(stop, str) else list(stop)
-
-
-def _frames(video: Any, asked: _Question) -> Sequence[Any]:
-    if isinstance(video, (str, os.PathLike, bytes, bytearray, memoryview)):
-        n = DEFAULT_FRAMES if asked.num_frames is None else asked.num_frames
-        return videos.load_video(video, n, asked.video_bound)
-    if not isinstance(video, (list, tuple)):
-        raise TypeError(f"video is {_describe(video)}, expected a path, bytes or a list of frames")
-    if not video:
-        raise ValueError("video has no frames")
-    for name in ("num_frames", "video_bound"):
-        if getattr(asked, name) is not None:
-            raise ValueError(f"{name} is given, but video is a list of frames: it is taken whole")
-    return video
 
 
 def _listed(images: Any) -> list[Any]:

@@ -428,8 +428,9 @@ def parse_messages(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     "image_url"}, {"type": "video", "video" | "url" | "path"}. Each picture becomes `<image>` and
     a newline at its place, labelled `Image-1: ` and so on where the messages hold several,
     unless the message's texts have their own placeholders, which then must be as many. Messages
-    without any picture may have placeholders for pictures given apart. A URL
-    must be a base64 `data:` one: nothing is ever fetched. Raises ValueError or TypeError.
+    without any picture may have placeholders for pictures given apart. Text for a
+    picture or video is a base64 `data:` URL or a path, any other URL is refused: nothing is ever
+    fetched. Raises ValueError or TypeError.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise TypeError(f"messages is {type(messages).__name__}, expected a list of dicts")

@@ -18,6 +18,9 @@ that are not given as `out` are allocated; `backend=None` means "native", the C+
 "reference" is plain torch. A tolerance bounds the distance to the float64 truth, as a multiple of
 the largest error of plain torch in the same dtype plus a share of the element (or of the root mean
 square, where that is more).
+
+No op computes gradients. Tensors are read as they lie in memory: a negation that torch has put off
+(`Tensor.is_neg`, as of `x.conj().imag`) must be resolved first.
 """
 
 
