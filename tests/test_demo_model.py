@@ -93,6 +93,12 @@ def test_a_mistyped_model_is_no_question(capsys):
     assert main(["chat", "no/model/here"]) == 2
 
 
+def test_a_question_may_be_longer_than_a_file_name(capsys):
+    question = "Is it red? " * 30
+    assert main(["chat", "--show-prompt", question]) == 0
+    assert question in capsys.readouterr().out
+
+
 def test_the_checkpoint_is_small_and_ordinary():
     files = {p.name for p in DEMO_MODEL.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= files

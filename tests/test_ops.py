@@ -5,7 +5,7 @@ import torch
 
 from batches import TABLE, check_batches
 from internvl_rt import _C, ops
-from internvl_rt.ops.registry import Op, all_cases, check, missing, on_device
+from internvl_rt.ops.registry import Op, all_cases, check, missing, on_device, outputs_of
 from isas import ISAS, stand_in
 
 
@@ -122,6 +122,17 @@ def test_a_dtype_that_no_op_takes_is_named(dtype):
         ops.rms_norm(x, weight.to(dtype), eps=1e-6)
     with pytest.raises(ValueError, match=f"^linear: x is {name}, expected float32 or bfloat16$"):
         ops.linear(x.to(dtype), torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("op", ops.catalogue().values(), ids=_id)
+def test_an_output_of_another_shape_is_called_out(op):
+    case = next(c for c in op.cases if not c.name.startswith("empty") and not c.slow)
+    arguments = case.arguments(op.name, case.dtypes[0])
+    results = outputs_of(op.reference(**arguments))
+    if len(results) - len(op.mutates) == 1:
+        wrong = results[0].new_empty(1, 2, 3, 4, 5)
+        with pytest.raises(ValueError, match=r"^\w+: out has shape \[1, 2, 3, 4, 5\]"):
+            op.function(**arguments, out=wrong)
 
 
 def test_tensors_without_memory_are_refused_in_one_line():

@@ -15,7 +15,7 @@ void gated_activation(Tensor x, Tensor y, Gate gate) {
   check.tensor("x", x, {DType::f32, DType::bf16}, {"T", "width"});
   check.require(x.size(1) % 2 == 0, "x has shape ", x, ", expected [T, 2I] with an even last size");
   check.bind("I", x.size(1) / 2, "x");
-  check.tensor("y", y, {x.dtype}, {"T", "I"});
+  check.tensor("out", y, {x.dtype}, {"T", "I"});
   const GatedActivationParams p{.x = x.data,
                                 .y = y.data,
                                 .T = check["T"],

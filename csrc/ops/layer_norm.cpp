@@ -15,7 +15,7 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, Tensor y, float eps) {
   check.tensor("x", x, {DType::f32, DType::bf16}, {"T", "C"});
   check.tensor("weight", weight, {x.dtype}, {"C"});
   check.tensor("bias", bias, {x.dtype}, {"C"});
-  check.tensor("y", y, {x.dtype}, {"T", "C"});
+  check.tensor("out", y, {x.dtype}, {"T", "C"});
   check.require(eps >= 0, "eps is negative or NaN, expected a number >= 0");
   const LayerNormParams p{.x = x.data,
                           .weight = weight.data,

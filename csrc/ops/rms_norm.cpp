@@ -17,7 +17,7 @@ void rms_norm(Tensor x, Tensor weight, std::optional<Tensor> residual, Tensor y,
   const auto dtypes = {DType::f32, DType::bf16};
   check.tensor("x", x, dtypes, {"T", "H", "C"});
   check.tensor("weight", weight, {x.dtype}, {"C"});
-  check.tensor("y", y, {x.dtype}, {"T", "H", "C"});
+  check.tensor("out", y, {x.dtype}, {"T", "H", "C"});
   check.require(eps >= 0, "eps is negative or NaN, expected a number >= 0");
   check.require(residual.has_value() == residual_out.has_value(),
                 "residual and residual_out are given together or not at all");

@@ -58,7 +58,8 @@ def _settle(options: argparse.Namespace, rest: list[str]) -> list[str]:
 
 def _names_model(word: str) -> bool:
     """A folder, or what could only be meant as one: org/name, ./name, a/b/c."""
-    return Path(word).exists() or ("/" in word and not any(c.isspace() for c in word))
+    # Not Path.exists(), which raises for a question that is too long for a name.
+    return os.path.exists(word) or ("/" in word and not any(c.isspace() for c in word))
 
 
 def _parser() -> argparse.ArgumentParser:
