@@ -65,7 +65,7 @@ def drawn(folder: Path, device: str, peer: bool) -> dict[str, Any]:
         sides["peer"] = Transformers(model)
     ours, platform = load_config(folder), platform_for(device)
     opset = OpSet(device=platform.device.type)
-    with platform.scope():
+    with platform.lock, platform.scope():
         weights = RandomWeights(ours, torch.bfloat16, platform)
         core = InternVL(ours, weights, opset, torch.bfloat16)
         engine = Engine(core, kv_tokens=KV_TOKENS)

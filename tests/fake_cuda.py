@@ -206,11 +206,11 @@ class FakeCuda(CudaPlatform):
 
     def __init__(self, free: int = 1 << 28) -> None:
         self.device, self.machine, self.free = DEVICE, Machine(), free
-        self._lock, self._outer = threading.RLock(), None
+        self.lock, self._outer = threading.RLock(), None
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        with self._lock, contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             if not self.machine.depth:
                 stack.enter_context(self.machine)
             self.machine.depth += 1

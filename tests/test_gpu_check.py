@@ -415,7 +415,7 @@ def test_what_a_graph_can_hold(op, gpu_check, emulator, monkeypatch):
         for name, x in case.arguments(op.name, case.dtypes[0]).items()
     }
     call = lambda: op.function(**arguments)  # noqa: E731
-    with platform.scope():
+    with platform.lock, platform.scope():
         if op.name in gpu_check.FROM_HOST:
             with pytest.raises(AssertionError, match="in a graph"):
                 platform.capture(call)

@@ -170,7 +170,7 @@ def with_tensor_cores(tmp_path, monkeypatch):
     config = load_config(tmp_path)
 
     def make(platform, dtype, backend=None):
-        with platform.scope():
+        with platform.lock, platform.scope():
             weights = Drawn(RandomWeights(config, dtype), platform)
             opset = OpSet(backend, device=platform.device.type)
             core = InternVL(config, weights, opset, dtype)
@@ -326,7 +326,7 @@ def test_device_names(monkeypatch):
 
 
 def test_the_fake_device_refuses(fake):
-    with fake.scope():
+    with fake.lock, fake.scope():
         x = torch.ones(4, device="cuda:0")
         with pytest.raises(AssertionError, match="reads a device's value"):
             bool(x[0])
@@ -353,7 +353,7 @@ def test_the_fake_device_refuses(fake):
 
 def test_a_fake_graph_repeats_what_it_captured(fake):
     state = {"factor": 2.0}
-    with fake.scope():
+    with fake.lock, fake.scope():
         x = torch.ones(3, device="cuda:0")
         graph = fake.capture(lambda: x * state["factor"] + torch.zeros(3, device="cuda:0"))
         assert bool(graph.outputs.inner.isnan().all())

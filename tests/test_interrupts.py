@@ -1,6 +1,7 @@
 """Ctrl-C in the thread that runs a step, wherever Python lets it in: others do not notice."""
 
 import collections
+import contextlib
 import dis
 import sys
 import threading
@@ -13,6 +14,7 @@ import internvl_rt as ivr
 from internvl_rt.engine import Engine
 from internvl_rt.model import _Question
 from internvl_rt.runtime.kv_cache import PAGE_SIZE
+from internvl_rt.runtime.platform import CpuPlatform
 from internvl_rt.runtime.request import Request, SamplingParams
 from internvl_rt.runtime.runner import Part, _DecodeGraph
 from test_chat import picture
@@ -42,7 +44,8 @@ class Interrupt:
     """Ctrl-C in what runs within, at the next place where it has not come yet, if there is one."""
 
     def __init__(self):
-        self._files = {sys.modules[f"internvl_rt.{name}"].__file__ for name in MODULES}
+        modules = [sys.modules[f"internvl_rt.{name}"] for name in MODULES]
+        self._files = {module.__file__ for module in (*modules, contextlib)}
         self._tried = set()
         self.place = None
 
@@ -93,6 +96,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+class LockedPlatform(CpuPlatform):
+    """The CPU with a lock and a scope as a GPU has them."""
+
+    def __init__(self):
+        self.lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def scope(self):
+        yield
+
+
 def drive(engine, requests):
     """In another thread: Ctrl-C has left it no lock that the engine needs."""
     thread = threading.Thread(target=engine.run, args=(requests,), daemon=True)
@@ -101,7 +115,8 @@ def drive(engine, requests):
     assert all(r.finished for r in requests)
 
 
-def test_an_interrupt_ends_one_request_and_leaves_the_others_as_they_are(chat_folder):
+def test_an_interrupt_ends_one_request_and_leaves_the_others_as_they_are(chat_folder, monkeypatch):
+    monkeypatch.setattr("internvl_rt.model.platform_for", lambda name: LockedPlatform())
     model = ivr.load(chat_folder, dtype="float32")
     engine = Engine(model._core, kv_tokens=5 * PAGE_SIZE, prefill_chunk=64)
 
@@ -119,6 +134,7 @@ def test_an_interrupt_ends_one_request_and_leaves_the_others_as_they_are(chat_fo
     assert [reason for *_, reason in expected] == ["length", "stop", "length", "length"]
 
     interrupt = Interrupt()
+    kept = []  # exceptions, whose tracebacks keep alive what was going on
     came = True
     while came:
         turns, (mine, *others) = ask()
@@ -126,8 +142,8 @@ def test_an_interrupt_ends_one_request_and_leaves_the_others_as_they_are(chat_fo
             try:
                 engine.run([mine])
                 came = False
-            except KeyboardInterrupt:
-                pass
+            except KeyboardInterrupt as error:
+                kept.append(error)
         drive(engine, others)
         assert results(turns[1:]) == expected[1:], interrupt.place
         engine.run([mine])  # which is alive where Ctrl-C came before it was cancelled

@@ -37,7 +37,7 @@ class Engine:
         text, pages = model.config.text, KvCache.pages_for(kv_tokens)
         self.model = model
         self.prefill_chunk = prefill_chunk
-        with model.platform.scope():
+        with model.platform.lock, model.platform.scope():
             self.cache = KvCache(text, pages, model.dtype, model.platform.device)
             self._runner = Runner(model, self.cache)
         # Longest prompt and answer together.
@@ -132,7 +132,7 @@ class Engine:
         if not parts:
             return
         try:
-            with self.model.platform.scope():
+            with self.model.platform.lock, self.model.platform.scope():
                 self._found = self._runner(parts)
         except Exception as error:
             logger.exception("a step failed")
@@ -156,7 +156,7 @@ class Engine:
 
     def _encode(self, request: Request) -> None:
         try:
-            with self.model.platform.scope():
+            with self.model.platform.lock, self.model.platform.scope():
                 image = self.model.encode_images(request.pixels).flatten(0, 1)  # [N, hidden]
                 finite = bool(self.model.platform.fetch(torch.isfinite(image).all()))
             if not finite:

@@ -101,7 +101,7 @@ def load(
         raise ValueError(f"quant is {quant!r}, but device is {device!r}: on the CPU only")
     plan.require_fit()
     tokens = plan.kv_tokens if kv_tokens is None else min(kv_tokens, plan.kv_tokens)
-    with platform.scope():
+    with platform.lock, platform.scope():
         core = InternVL(config, parameters, opset, kind, quant)
         parameters.finish()
         engine = Engine(core, kv_tokens=tokens, prefill_chunk=chunk)
@@ -126,7 +126,7 @@ def load_vision(
     checkpoint = Checkpoint(folder)
     kind = dtype_from(dtype, str(checkpoint.dtype).removeprefix("torch."))
     parameters = Parameters.of_vision(checkpoint, config, platform)
-    with platform.scope():
+    with platform.lock, platform.scope():
         tower = VisionTower(config, parameters, config.num_layers, opset, kind)
         parameters.finish()
     return VisionModel(config, tower, platform)
@@ -158,7 +158,7 @@ class VisionModel:
         each = None
         if output_hidden_states:
             each = lambda x: states.append(platform.hand_out(x.clone()))  # noqa: E731
-        with platform.scope():
+        with platform.lock, platform.scope():
             x = platform.hand_out(self._tower(platform.receive(pixel_values), each))
         return VisionOutput(x, x[:, 0], tuple(states) if output_hidden_states else None)
 
@@ -526,7 +526,7 @@ class Model:
         images = self._row_images(rows, pixel_values, image_flags)
         text, platform = self.config.text, self._core.platform
         pages = sum(KvCache.pages_for(len(r)) for r in rows)
-        with platform.scope():
+        with platform.lock, platform.scope():
             cache = KvCache(text, pages, self.dtype, platform.device)
             each = torch.arange(pages).split([KvCache.pages_for(len(r)) for r in rows])
             chunks = [

@@ -49,7 +49,7 @@ class InternVL:
         height and width are multiples of patch size times unshuffle ratio (28), n is their product
         over the square of that.
         """
-        with self.platform.scope():
+        with self.platform.lock, self.platform.scope():
             pixels = self.platform.receive(pixels)
             captured = self.platform.tile_graphs and self.capturable and self._tiles.fit(pixels)
             encode = self._tiles if captured else self._encode

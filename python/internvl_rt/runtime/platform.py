@@ -34,6 +34,8 @@ class Platform(Protocol):
     decode_graphs: a decode step is captured, and replayed, with as many rows as the next larger of
         these; one with more rows than the last is not.
     tile_graphs: whether micro-batches of tiles are captured too.
+    lock: what `with platform.lock, platform.scope():` takes around all work. The scope does not
+        take it itself, as a lock is sure to be let go, whenever Ctrl-C comes, by its own `with`.
     """
 
     device: torch.device
@@ -41,9 +43,10 @@ class Platform(Protocol):
     micro_batches: tuple[int, ...]
     decode_graphs: tuple[int, ...]
     tile_graphs: bool
+    lock: contextlib.AbstractContextManager[Any]
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, work goes to this platform, in order, from one thread at a time."""
+        """Within it, work goes to this platform, in order. The caller holds the lock."""
 
     def load(self, stored: Tensor) -> Tensor:
         """A tensor of a mapped file where kernels read it; on the CPU it stays in the file."""
@@ -87,7 +90,7 @@ class CpuPlatform:
     # padded. The largest tape keeps 5 MB of logits.
     decode_graphs = tuple(range(1, 9))
     tile_graphs = False
-    _scope = contextlib.nullcontext()
+    lock = _scope = contextlib.nullcontext()
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         return self._scope
@@ -148,11 +151,11 @@ class CudaPlatform:
         self._pool: Any = None
         self._outer = self.stream
         # While one thread captures or has the stream's order in mind, others wait.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
 
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
-        with self._lock, torch.cuda.device(self.device):
+        with torch.cuda.device(self.device):
             outer = torch.cuda.current_stream()
             if outer == self.stream:
                 yield
