@@ -425,6 +425,18 @@ def test_a_row_without_room_for_an_answer_leaves_nothing_queued(model):
     assert not model.engine._waiting
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_pixels_that_want_gradients(chat_folder, backend):
+    model = ivr.load(chat_folder, dtype="float32", backend=backend)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    ids = torch.full((1, 4), model.image_token_id)
+    wanting = pixels.clone().requires_grad_()
+    assert torch.equal(model.encode_images(wanting), model.encode_images(pixels))
+    assert torch.equal(model.forward(ids, wanting), model.forward(ids, pixels))
+    tower = ivr.load_vision(chat_folder, dtype="float32", backend=backend)
+    assert torch.equal(tower(wanting).pooler_output, tower(pixels).pooler_output)
+
+
 def test_arguments_of_a_request_are_those_of_chat():
     """`batch_chat` and `show_prompt` take what `chat` takes, with its defaults."""
     named = inspect.signature(ivr.Model.chat).parameters
