@@ -285,7 +285,7 @@ NAN = float("nan")
         (
             {"video": np.zeros((2, 9, 9, 3), np.uint8)},
             TypeError,
-            "video is ndarray, expected a path",
+            "video is ndarray, expected a path, bytes or a list of frames",
         ),
         ({"video": [picture()], "num_frames": 4}, ValueError, "num_frames is given, but video is"),
         ({"video": [picture()], "video_bound": (0, 1)}, ValueError, "video_bound is given, but"),
