@@ -286,7 +286,7 @@ NAN = float("nan")
         (
             {"video": np.zeros((2, 9, 9, 3), np.uint8)},
             TypeError,
-            "video is ndarray, expected a path",
+            "video is ndarray, expected a path, bytes or a list of frames",
         ),
         ({"video": [picture()], "num_frames": 4}, ValueError, "num_frames is given, but video is"),
         ({"video": [picture()], "video_bound": (0, 1)}, ValueError, "video_bound is given, but"),
@@ -426,6 +426,18 @@ def test_a_row_without_room_for_an_answer_leaves_nothing_queued(model):
     with pytest.raises(ValueError, match=f"row 1 has {context} tokens, the context {context} incl"):
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
     assert all(r.finished for r in model.engine._requests)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_pixels_that_want_gradients(chat_folder, backend):
+    model = ivr.load(chat_folder, dtype="float32", backend=backend)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    ids = torch.full((1, 4), model.image_token_id)
+    wanting = pixels.clone().requires_grad_()
+    assert torch.equal(model.encode_images(wanting), model.encode_images(pixels))
+    assert torch.equal(model.forward(ids, wanting), model.forward(ids, pixels))
+    tower = ivr.load_vision(chat_folder, dtype="float32", backend=backend)
+    assert torch.equal(tower(wanting).pooler_output, tower(pixels).pooler_output)
 
 
 def test_arguments_of_a_request_are_those_of_chat():

@@ -123,6 +123,7 @@ LIES = [
     (b"\0" * 7, "too short"),
     (struct.pack("<Q", 0), "does not begin with {"),
     (struct.pack("<Q", 1 << 63) + b"{}", "claims 9223372036854775808 bytes"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a pointer of Git LFS, expected"),
     (struct.pack("<Q", MAX_HEADER_BYTES + 1) + b"{}", "at most 100000000"),
     (struct.pack("<Q", 3) + b"{}", "claims 3 bytes, the file has 2"),
     (_bytes(b" {}"), "does not begin with {"),

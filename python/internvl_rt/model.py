@@ -159,7 +159,7 @@ class VisionModel:
         if output_hidden_states:
             each = lambda x: states.append(platform.hand_out(x.clone()))  # noqa: E731
         with platform.lock, platform.scope():
-            x = platform.hand_out(self._tower(platform.receive(pixel_values), each))
+            x = platform.hand_out(self._tower(platform.receive(pixel_values.detach()), each))
         return VisionOutput(x, x[:, 0], tuple(states) if output_hidden_states else None)
 
 
@@ -506,7 +506,7 @@ class Model:
         """
         unit = self.config.vision.patch_size * self.config.unshuffle
         _check_pixels("pixel_values", pixel_values, unit, square=True)
-        return self._core.encode_images(pixel_values)
+        return self._core.encode_images(pixel_values.detach())
 
     def forward(
         self,
@@ -674,7 +674,7 @@ class Model:
                 f"input_ids has {sum(counts)} image tokens, the {len(pixel_values)} tiles used "
                 f"have {each * len(pixel_values)}"
             )
-        features = self._core.encode_images(pixel_values).flatten(0, 1)
+        features = self._core.encode_images(pixel_values.detach()).flatten(0, 1)
         out: list[tuple[Tensor | None, Tensor | None]] = []
         for row, part in zip(rows, features.split(counts), strict=True):
             here = row == token

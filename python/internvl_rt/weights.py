@@ -89,6 +89,8 @@ def parse_header(data: bytes, file_size: int, name: str) -> dict[str, TensorInfo
     if file_size < 8 or len(data) < 8:
         fail(f"{file_size} bytes, too short for a safetensors file")
     length = int.from_bytes(data[:8], "little")
+    if data.startswith(b"version "):  # no length of a header that is allowed
+        fail("a pointer of Git LFS, expected the file that it stands for (git lfs pull)")
     if length > MAX_HEADER_BYTES:
         fail(f"the header claims {length} bytes, at most {MAX_HEADER_BYTES}")
     if 8 + length > file_size:
