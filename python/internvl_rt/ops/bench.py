@@ -295,7 +295,10 @@ def _work(
 
     def build(dtype: torch.dtype) -> dict[str, Any]:
         try:
-            return shaped(Inputs(f"{op.name}/{shape}", dtype), sizes)
+            arguments = shaped(Inputs(f"{op.name}/{shape}", dtype), sizes)
+            # Sizes that do not fit each other are refused by the op's own checks, in its words.
+            op.function(**{k: on_device(v, "cpu") for k, v in arguments.items()})
+            return arguments
         except RuntimeError as error:  # how torch reports that memory is not to be had
             raise ValueError(f"{op.name}: shape {shape}: {str(error).splitlines()[0]}") from None
 
