@@ -227,11 +227,18 @@ def test_the_configs_end_token_and_the_templates_both_end_an_answer(tmp_path, ch
 def _answer_of(model, ids):
     """What a chat says when the model gives these tokens."""
     turn = model._turn(_Question.of({"question": "Hello"}))
-    model.engine._running.append(turn.request)
     for token in ids:
         if not turn.request.finished:
-            model.engine._accept(turn.request, token)
+            model.engine._accept(turn.request, len(turn.request.tokens), token)
     return turn.answer()
+
+
+def test_numbers_of_numpy_are_numbers(model):
+    options = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 7, "seed": 5, "max_tiles": 2}
+    theirs = {name: np.array(value)[()] for name, value in options.items()}
+    assert all(isinstance(value, np.generic) for value in theirs.values())
+    ours = model.chat("Hello", images=picture(), **options)
+    assert model.chat("Hello", images=picture(), **theirs) == ours
 
 
 def test_special_tokens_typed_by_a_user_are_plain_text(model):
@@ -257,8 +264,9 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"temperature": NAN}, ValueError, "temperature is nan, allowed: at least 0"),
-        ({"temperature": -1}, ValueError, "temperature is -1, allowed: at least 0"),
+        ({"temperature": NAN}, ValueError, "temperature is nan, allowed: 0, or 1e-6 to 1e6"),
+        ({"temperature": 1e-40}, ValueError, "temperature is 1e-40, allowed: 0, or 1e-6"),
+        ({"temperature": -1}, ValueError, "temperature is -1, allowed: 0, or 1e-6"),
         ({"temperature": "hot"}, TypeError, "temperature is str"),
         ({"top_p": 0}, ValueError, "top_p is 0, allowed: above 0 and at most 1"),
         ({"top_p": 1.5}, ValueError, "top_p is 1.5"),
@@ -356,6 +364,7 @@ def test_load_misuse(chat_folder, tmp_path):
         ivr.load(tmp_path / "no-such-folder")
     with pytest.raises(ValueError, match="dtype is 'float16', allowed: float32, bfloat16, auto"):
         ivr.load(chat_folder, dtype="float16")
+    assert ivr.load(chat_folder, device=torch.device("cpu")).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="device is 'tpu', allowed"):
         ivr.load(chat_folder, device="tpu")
     with pytest.raises(ValueError, match="device is 'cuda'"):

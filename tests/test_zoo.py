@@ -8,6 +8,7 @@ from internvl_rt import zoo
 from internvl_rt.__main__ import main
 from internvl_rt.config import load_config
 from internvl_rt.prompt import TEMPLATES
+from internvl_rt.runtime.memory import available_memory
 from internvl_rt.runtime.plan import GIB
 
 ROOT = Path(__file__).parent.parent
@@ -75,3 +76,27 @@ def test_plan_in_both_dtypes(capsys):
     assert lines[-1].split()[0] == "fits"
     assert main(["info", "--plan", "InternVL9-1B"]) == 2
     assert "InternVL9-1B: no such folder" in capsys.readouterr().err
+
+
+def test_available_memory_counts_what_the_kernel_lets_go_of(tmp_path):
+    """Reading a checkpoint fills a container's limit with pages that cost nothing to take back."""
+    assert available_memory(tmp_path) == 4 << 30
+
+    def put(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    put("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    assert available_memory(tmp_path) == 5000 * 1024
+    put("sys/fs/cgroup/memory.max", "max\n")
+    put("sys/fs/cgroup/memory.current", "1000000\n")
+    assert available_memory(tmp_path) == 5000 * 1024
+    put("sys/fs/cgroup/memory.max", "1500000\n")
+    assert available_memory(tmp_path) == 500_000
+    put("sys/fs/cgroup/memory.stat", "anon 100\ninactive_file 300000\nactive_file 200000\n")
+    assert available_memory(tmp_path) == 1_000_000
+    put("sys/fs/cgroup/memory/memory.limit_in_bytes", "200000\n")  # cgroup v1
+    put("sys/fs/cgroup/memory/memory.usage_in_bytes", "190000\n")
+    put("sys/fs/cgroup/memory/memory.stat", "inactive_file 7000\ntotal_inactive_file 7000\n")
+    assert available_memory(tmp_path) == 17_000

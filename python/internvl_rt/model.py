@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ History = list[tuple[str, str]]
 
 def load(
     path_or_repo_id: str | os.PathLike[str] | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
     image_token_id: int | None = None,
@@ -110,7 +111,7 @@ def load(
 
 def load_vision(
     path_or_repo_id: str | os.PathLike[str],
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     backend: str | None = None,
 ) -> VisionModel:
@@ -829,7 +830,7 @@ def _describe(value: Any) -> str:
 
 
 def _check_integer(name: str, value: Any, low: int, high: int, why: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} is {type(value).__name__}, expected an integer")
     if not low <= value <= high:
         allowed = str(low) if low == high else f"{low} to {high}"

@@ -283,11 +283,13 @@ def out_of_memory(device: torch.device, error: Exception, free: int) -> MemoryEr
 CPU = CpuPlatform()
 
 
-def platform_for(device: str) -> Platform:
+def platform_for(device: str | torch.device) -> Platform:
     """The platform of "cpu", "cuda", "cuda:N" or "auto", which is the CPU.
 
     Raises ValueError for another name, and where there is no such device.
     """
+    if isinstance(device, torch.device):
+        device = str(device)
     if not isinstance(device, str):
         raise TypeError(f"device is {type(device).__name__}, expected 'cpu', 'cuda' or 'auto'")
     if device in ("auto", "cpu"):

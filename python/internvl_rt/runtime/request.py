@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -32,14 +33,14 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def number(name: str, allowed: str, holds: Callable[[float], bool]) -> None:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} is {type(value).__name__}, expected a number {allowed}")
             if not (math.isfinite(value) and holds(value)):
                 raise ValueError(f"{name} is {value}, allowed: {allowed}")
 
         def integer(name: str, low: int, high: int = 2**31 - 1) -> None:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, Integral):
                 raise TypeError(f"{name} is {type(value).__name__}, expected an integer")
             if not low <= value <= high:
                 raise ValueError(f"{name} is {value}, allowed: {low} to {high}")
@@ -48,10 +49,11 @@ class SamplingParams:
         integer("min_new_tokens", 0)
         integer("top_k", 0)
         integer("seed", -(2**63), 2**63 - 1)
-        number("temperature", "at least 0", lambda x: 0 <= x <= 1e6)
+        # Logits are divided by it in float32.
+        number("temperature", "0, or 1e-6 to 1e6", lambda x: x == 0 or 1e-6 <= x <= 1e6)
         number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
         number("min_p", "0 to 1", lambda x: 0 <= x <= 1)
-        number("repetition_penalty", "above 0", lambda x: 1e-6 <= x <= 1e6)
+        number("repetition_penalty", "1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens is {self.min_new_tokens}, allowed: at most max_new_tokens "
