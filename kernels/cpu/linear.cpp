@@ -222,21 +222,24 @@ void interleave(const T* x, int64_t x_m, int64_t k0, int64_t K, int64_t rows, fl
   }
 }
 
-#if defined(__AVX512F__)
 // The whole vectors of the rows; returns how many k that were. Each line of x is touched once: rows
-// a power of two apart would push each other out of L1.
+// a power of two apart would push each other out of L1. What a store writes beyond its rows is in
+// the place of the next ones; `size` numbers have room at `to`.
 template <class T>
-int64_t interleave_vectors(const T* x, int64_t x_m, int64_t K, int64_t rows, float* to) {
+int64_t interleave_vectors(const T* x, int64_t x_m, int64_t K, int64_t rows, float* to,
+                           int64_t size) {
   int64_t k = 0;
-  for (; k + 16 <= K; k += 16) {
-    F v[16];
-    for (int r = 0; r < 16; ++r) v[r] = r < rows ? load(x + r * x_m + k) : set(0.0f);
+  for (; k + kLanes <= K; k += kLanes) {
+    F v[kLanes];
+    for (int r = 0; r < kLanes; ++r) v[r] = r < rows ? load(x + r * x_m + k) : set(0.0f);
     transpose(v);
-    for (int i = 0; i < 16; ++i) store_n(to + (k + i) * rows, v[i], rows);
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t at = (k + i) * rows;
+      store_n(to + at, v[i], size - at < kLanes ? rows : kLanes);
+    }
   }
   return k;
 }
-#endif
 
 template <class T>
 void interleave(const LinearParams& p, int64_t begin, int64_t end) {
@@ -246,9 +249,9 @@ void interleave(const LinearParams& p, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(p.x) + m0 * p.x_m;
     float* to = static_cast<float*>(p.workspace) + m0 * depth;
     int64_t done = 0;
-#if defined(__AVX512F__)
-    done = interleave_vectors(x, p.x_m, p.K, rows, to);
-#endif
+    if constexpr (kGroup <= kLanes) {
+      done = interleave_vectors(x, p.x_m, p.K, rows, to, depth * rows);
+    }
     interleave(x, p.x_m, done, p.K, rows, to);
     for (int64_t i = p.K * rows; i < depth * rows; ++i) to[i] = 0.0f;
   }
@@ -406,28 +409,19 @@ void transpose_rows(const void* const* rows, int64_t words, uint32_t* to) {
   constexpr int64_t kBlock = 16;  // one cache line of each row at a time
   for (int64_t k0 = 0; k0 < words; k0 += kBlock) {
     const int64_t n = least(kBlock, words - k0);
-#if defined(__AVX512F__)
-    if (n == kBlock) {
-      for (int64_t r = 0; r < kPanelColumns; r += 16) {
-        F v[16];
-        for (int i = 0; i < 16; ++i) {
-          v[i] = rows[r + i] ? load(static_cast<const float*>(rows[r + i]) + k0) : set(0.0f);
+    for (int64_t r = 0; r < kPanelColumns; r += kLanes) {
+      for (int64_t k = k0; k < k0 + n; k += kLanes) {
+        const int64_t some = least(kLanes, k0 + n - k);
+        F v[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const float* row = static_cast<const float*>(rows[r + i]);
+          v[i] = row ? load_n(row + k, some) : set(0.0f);
         }
         transpose(v);
-        for (int i = 0; i < 16; ++i) {
-          _mm512_storeu_ps(to + (k0 + i) * kPanelColumns + r, v[i].v);
+        for (int64_t i = 0; i < some; ++i) {
+          store(reinterpret_cast<float*>(to) + (k + i) * kPanelColumns + r, v[i]);
         }
       }
-      continue;
-    }
-#endif
-    for (int64_t r = 0; r < kPanelColumns; ++r) {
-      if (!rows[r]) {
-        for (int64_t k = 0; k < n; ++k) to[(k0 + k) * kPanelColumns + r] = 0;
-        continue;
-      }
-      const char* from = static_cast<const char*>(rows[r]) + k0 * 4;
-      for (int64_t k = 0; k < n; ++k) memcpy(&to[(k0 + k) * kPanelColumns + r], from + 4 * k, 4);
     }
   }
 }

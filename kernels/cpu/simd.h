@@ -186,8 +186,14 @@ inline void load_pairs(const bf16* p, F& even, F& odd) {
   even.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
   odd.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(~0xffff)));
 }
-inline F load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lanes(n))}; }
+// Whole vectors, which are nearly all, have a way of their own: masked stores are slow on some
+// CPUs, and bf16 has none.
+inline F load_n(const float* p, int64_t n) {
+  if (n == kLanes) return load(p);
+  return {_mm256_maskload_ps(p, lanes(n))};
+}
 inline F load_n(const bf16* p, int64_t n) {
+  if (n == kLanes) return load(p);
   bf16 t[8] = {};
   memcpy(t, p, static_cast<size_t>(n) * 2);
   return load(t);
@@ -205,8 +211,12 @@ inline __m128i round_bf16(F a) {
 }
 inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_bf16(a)); }
-inline void store_n(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, lanes(n), a.v); }
+inline void store_n(float* p, F a, int64_t n) {
+  if (n == kLanes) return store(p, a);
+  _mm256_maskstore_ps(p, lanes(n), a.v);
+}
 inline void store_n(bf16* p, F a, int64_t n) {
+  if (n == kLanes) return store(p, a);
   bf16 t[8];
   store(t, a);
   memcpy(p, t, static_cast<size_t>(n) * 2);
@@ -290,6 +300,7 @@ inline void load_pairs(const bf16* p, F& even, F& odd) {
 }
 template <class T>
 inline F load_n(const T* p, int64_t n) {
+  if (n == kLanes) return load(p);
   F a = set(0.0f);
   for (int64_t i = 0; i < n; ++i) a.v[i] = to_float(p[i]);
   return a;
@@ -300,6 +311,7 @@ inline void store(bf16* p, F a) {
 }
 template <class T>
 inline void store_n(T* p, F a, int64_t n) {
+  if (n == kLanes) return store(p, a);
   for (int64_t i = 0; i < n; ++i) put(p + i, a.v[i]);
 }
 inline F operator+(F a, F b) { return {a.v + b.v}; }
@@ -334,8 +346,14 @@ inline float largest(F a) {
 }
 // Swaps rows and columns of a square of kLanes x kLanes.
 inline void transpose(F (&x)[kLanes]) {
-  const F y[4] = {x[0], x[1], x[2], x[3]};
-  for (int i = 0; i < 4; ++i) x[i].v = FloatVector{y[0].v[i], y[1].v[i], y[2].v[i], y[3].v[i]};
+  const FloatVector a = __builtin_shufflevector(x[0].v, x[1].v, 0, 4, 1, 5);
+  const FloatVector b = __builtin_shufflevector(x[0].v, x[1].v, 2, 6, 3, 7);
+  const FloatVector c = __builtin_shufflevector(x[2].v, x[3].v, 0, 4, 1, 5);
+  const FloatVector d = __builtin_shufflevector(x[2].v, x[3].v, 2, 6, 3, 7);
+  x[0].v = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  x[1].v = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  x[2].v = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  x[3].v = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 }
 
 #endif
