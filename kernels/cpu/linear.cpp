@@ -45,6 +45,19 @@ inline int64_t even_depth(const LinearParams& p) {
   return p.dtype == DType::bf16 ? (p.K + 1) / 2 * 2 : p.K;
 }
 
+// Rows of a group: even groups, for one of few rows keeps the multipliers waiting.
+inline int64_t group_rows(const LinearParams& p) {
+  const int64_t groups = ceil_div(p.M, kGroup);
+  return groups > 0 ? ceil_div(p.M, groups) : 1;
+}
+
+// Where a group's rows of x stand from k on, which begins a piece: the groups' parts of a piece lie
+// one behind the other.
+inline float* prepared(const LinearParams& p, int64_t m, int64_t k) {
+  const int64_t K = least(kDepth, even_depth(p) - k);
+  return static_cast<float*>(p.workspace) + k * p.M + m * K;
+}
+
 // Rows of a group whose multiply-adds load x each for itself instead of sharing one load. That
 // saves an instruction and costs a load: with a third of the rows, a step of 12 x 32 has 36
 // instructions and 18 loads in its 12 cycles. Where the core's sibling thread is busy this is 10 %
@@ -206,54 +219,50 @@ void plan(LinearParams& p, int threads) {
     p.panel_step = panels >= 8 * step * threads ? step : 1;
     p.panel_blocks = ceil_div(panels, p.panel_step);
   } else {
-    plan_chunks(p, kRowStep, kGroup, kPanelStep, threads);
+    plan_chunks(p, kRowStep, group_rows(p), kPanelStep, threads);
   }
-  p.items = reads_x(p) ? 0 : ceil_div(p.M, kGroup);
+  p.items = reads_x(p) ? 0 : ceil_div(p.M, group_rows(p));
   p.workspace_size = reads_x(p) ? 0 : p.M * even_depth(p) * 4;
   const int64_t sums = p.M <= kStreamRows ? kGroup * kStreamVectors * kLanes
                                           : p.row_step * p.panel_step * kPanelColumns;
   p.scratch_size = (sums + kDepth * kPanelColumns) * 4;
 }
 
+// Rows of x, K of each, become [k][rows]. Whole squares are transposed in registers, and each line
+// of x is touched once: rows a power of two apart would push each other out of L1. What a store
+// writes beyond the rows is in the place of the next ones.
 template <class T>
-void interleave(const T* x, int64_t x_m, int64_t k0, int64_t K, int64_t rows, float* to) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t k = k0; k < K; ++k) to[k * rows + r] = to_float(x[r * x_m + k]);
-  }
-}
-
-// The whole vectors of the rows; returns how many k that were. Each line of x is touched once: rows
-// a power of two apart would push each other out of L1. What a store writes beyond its rows is in
-// the place of the next ones; `size` numbers have room at `to`.
-template <class T>
-int64_t interleave_vectors(const T* x, int64_t x_m, int64_t K, int64_t rows, float* to,
-                           int64_t size) {
+void interleave(const T* x, int64_t x_m, int64_t K, int64_t rows, float* to) {
   int64_t k = 0;
-  for (; k + kLanes <= K; k += kLanes) {
-    F v[kLanes];
-    for (int r = 0; r < kLanes; ++r) v[r] = r < rows ? load(x + r * x_m + k) : set(0.0f);
-    transpose(v);
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t at = (k + i) * rows;
-      store_n(to + at, v[i], size - at < kLanes ? rows : kLanes);
+  if constexpr (kGroup <= kLanes) {
+    for (; k + kLanes <= K; k += kLanes) {
+      F v[kLanes];
+      for (int r = 0; r < kLanes; ++r) v[r] = r < rows ? load(x + r * x_m + k) : set(0.0f);
+      transpose(v);
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t at = (k + i) * rows;
+        store_n(to + at, v[i], K * rows - at < kLanes ? rows : kLanes);
+      }
     }
   }
-  return k;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = k; i < K; ++i) to[i * rows + r] = to_float(x[r * x_m + i]);
+  }
 }
 
 template <class T>
 void interleave(const LinearParams& p, int64_t begin, int64_t end) {
-  const int64_t depth = even_depth(p);
-  for (int64_t g = begin; g < end; ++g) {
-    const int64_t m0 = g * kGroup, rows = least(p.M - m0, kGroup);
-    const T* x = static_cast<const T*>(p.x) + m0 * p.x_m;
-    float* to = static_cast<float*>(p.workspace) + m0 * depth;
-    int64_t done = 0;
-    if constexpr (kGroup <= kLanes) {
-      done = interleave_vectors(x, p.x_m, p.K, rows, to, depth * rows);
+  const int64_t depth = even_depth(p), step = group_rows(p);
+  for (int64_t m = begin * step; m < least(end * step, p.M); m += step) {
+    const int64_t rows = least(p.M - m, step);
+    for (int64_t k = 0; k < depth; k += kDepth) {
+      const int64_t K = least(kDepth, p.K - k);
+      float* to = prepared(p, m, k);
+      interleave(static_cast<const T*>(p.x) + m * p.x_m + k, p.x_m, K, rows, to);
+      if (p.K < depth && k + kDepth >= depth) {
+        for (int64_t r = 0; r < rows; ++r) to[K * rows + r] = 0.0f;
+      }
     }
-    interleave(x, p.x_m, done, p.K, rows, to);
-    for (int64_t i = p.K * rows; i < depth * rows; ++i) to[i] = 0.0f;
   }
 }
 
@@ -336,12 +345,12 @@ void compute_piece(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel,
   const int64_t depth = even_depth(p), K = least(kDepth, depth - k0);
   const W* w = panel_at<W>(p, panel, k0);
   const char* ahead = reinterpret_cast<const char*>(next);
-  const int64_t groups = ceil_div(m1 - m0, kGroup);
+  const int64_t step = group_rows(p), groups = ceil_div(m1 - m0, step);
   const int64_t share = ceil_div(panel_bytes(p.format, kDepth), groups * 64) * 64;
   if (wide) widen(w, K, wide);
-  for (int64_t m = m0; m < m1; m += kGroup) {
-    const int64_t rows = least(p.M - m, kGroup);
-    const float* a = static_cast<const float*>(p.workspace) + m * depth + k0 * rows;
+  for (int64_t m = m0; m < m1; m += step) {
+    const int64_t rows = least(p.M - m, step);
+    const float* a = prepared(p, m, k0);
     float* c = sums + (m - m0) * kPanelColumns;
     if (next) {
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
