@@ -3,8 +3,8 @@
 //
 // F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512). Everything is in
 // an anonymous namespace: see isa.h. Loads and stores take float or bf16 memory, unaligned; the _n
-// forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond. load_pairs reads
-// 2 * kLanes bf16 and parts those at even from those at odd places.
+// forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond. load_even and
+// load_odd take those at even or odd places of 2 * kLanes bf16.
 #pragma once
 
 #include <stdint.h>
@@ -56,10 +56,12 @@ inline F load(const bf16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-inline void load_pairs(const bf16* p, F& even, F& odd) {
-  const __m512i u = _mm512_loadu_si512(p);
-  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
-  odd.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(~0xffff)));
+inline F load_even(const bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+inline F load_odd(const bf16* p) {
+  const __m512i high = _mm512_set1_epi32(~0xffff);
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high))};
 }
 inline F load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
 inline F load_n(const bf16* p, int64_t n) {
@@ -181,10 +183,13 @@ inline F load(const bf16* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
-inline void load_pairs(const bf16* p, F& even, F& odd) {
+inline F load_even(const bf16* p) {
   const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(~0xffff)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(u, 16))};
+}
+inline F load_odd(const bf16* p) {
+  const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(~0xffff)))};
 }
 // Whole vectors, which are nearly all, have a way of their own: masked stores are slow on some
 // CPUs, and bf16 has none.
@@ -292,12 +297,10 @@ inline F load(const float* p) {
 inline F load(const bf16* p) {
   return {FloatVector{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
 }
-inline void load_pairs(const bf16* p, F& even, F& odd) {
-  for (int i = 0; i < 4; ++i) {
-    even.v[i] = to_float(p[2 * i]);
-    odd.v[i] = to_float(p[2 * i + 1]);
-  }
+inline F load_even(const bf16* p) {
+  return {FloatVector{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}};
 }
+inline F load_odd(const bf16* p) { return load_even(p + 1); }
 template <class T>
 inline F load_n(const T* p, int64_t n) {
   if (n == kLanes) return load(p);
