@@ -2,11 +2,11 @@
 //
 // A group of up to kGroup rows times two vectors of columns is held in registers (12 x 32 on
 // AVX-512, 6 x 16 on AVX2) while K goes by. x is widened to fp32 and interleaved once per call into
-// the shared workspace (pieces of [groups][k][rows of the group]), so that the inner loop broadcasts from
-// consecutive memory. K is walked in pieces of kDepth, whose sums are added in order: so a chunk's
-// rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a step walks several
-// panels at once: weights come from DRAM then, and more streams with prefetch read them faster than
-// one (30 % measured).
+// the shared workspace (pieces of [groups][k][rows of the group]), so that the inner loop
+// broadcasts from consecutive memory. K is walked in pieces of kDepth, whose sums are added in
+// order: so a chunk's rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a
+// step walks several panels at once: weights come from DRAM then, and more streams with prefetch
+// read them faster than one (30 % measured).
 //
 // Quantised weights become fp32 in a small buffer before they are used, as bf16 ones do where many
 // rows meet them.
@@ -120,7 +120,7 @@ struct Ahead {
     for (int i = 0; i * kPanelVectors < Vectors; ++i) {
 #pragma GCC unroll 2
       for (int line = 0; line < kRow; line += 64) {
-        __builtin_prefetch(at + i * panel + line, 0, Vectors > kPanelVectors ? 3 : 2);
+        __builtin_prefetch(at + i * panel + line, 0, Vectors >= kPanelVectors ? 3 : 2);
       }
     }
     at += step;
@@ -376,8 +376,9 @@ void compute_piece(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel,
       for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(ahead + i, 0, 2);
       multiply_panel<float>(rows, a, wide, K, c, kPanelColumns, k0 > 0, Ahead{}, nullptr);
     } else {
-      multiply_panel(rows, a, w, K, c, kPanelColumns, k0 > 0,
-                     {ahead, kRowBytes / (groups * passes(rows))}, nullptr);
+      const int64_t all = groups * passes(rows);
+      const char* from = all > 1 ? ahead : reinterpret_cast<const char*>(w) + kPanelAhead;
+      multiply_panel(rows, a, w, K, c, kPanelColumns, k0 > 0, {from, kRowBytes / all}, nullptr);
     }
     ahead += share;
     if (k0 + K >= depth) finish(p, c, kPanelColumns, m, rows, panel * kPanelColumns);
