@@ -91,7 +91,9 @@ class Tiles {
     for (int v = 0; v < 16 / kLanes; ++v) {
       F even[16], odd[16];
       for (int k = 0; k < 16; ++k) {
-        load_pairs(reinterpret_cast<const bf16*>(tile_[kB][k] + v * kLanes * 4), even[k], odd[k]);
+        const bf16* pairs = reinterpret_cast<const bf16*>(tile_[kB][k] + v * kLanes * 4);
+        even[k] = load_even(pairs);
+        odd[k] = load_odd(pairs);
       }
       for (int m = 0; m < 16; ++m) {
         float* row = reinterpret_cast<float*>(tile_[kC][m]) + v * kLanes;

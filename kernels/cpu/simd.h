@@ -4,8 +4,8 @@
 // F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512), I as many
 // integers. Everything is in
 // an anonymous namespace: see isa.h. Loads and stores take float or bf16 memory, unaligned; the _n
-// forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond. load_pairs reads
-// 2 * kLanes bf16 and parts those at even from those at odd places.
+// forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond. load_even and
+// load_odd take those at even or odd places of 2 * kLanes bf16.
 #pragma once
 
 #include <stdint.h>
@@ -57,10 +57,12 @@ inline F load(const bf16* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-inline void load_pairs(const bf16* p, F& even, F& odd) {
-  const __m512i u = _mm512_loadu_si512(p);
-  even.v = _mm512_castsi512_ps(_mm512_slli_epi32(u, 16));
-  odd.v = _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(~0xffff)));
+inline F load_even(const bf16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
+}
+inline F load_odd(const bf16* p) {
+  const __m512i high = _mm512_set1_epi32(~0xffff);
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), high))};
 }
 inline F load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
 inline F load_n(const bf16* p, int64_t n) {
@@ -182,13 +184,22 @@ inline F load(const bf16* p) {
   const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
 }
-inline void load_pairs(const bf16* p, F& even, F& odd) {
+inline F load_even(const bf16* p) {
   const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  even.v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
-  odd.v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(~0xffff)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(u, 16))};
 }
-inline F load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lanes(n))}; }
+inline F load_odd(const bf16* p) {
+  const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(~0xffff)))};
+}
+// Whole vectors, which are nearly all, have a way of their own: masked stores are slow on some
+// CPUs, and bf16 has none.
+inline F load_n(const float* p, int64_t n) {
+  if (n == kLanes) return load(p);
+  return {_mm256_maskload_ps(p, lanes(n))};
+}
 inline F load_n(const bf16* p, int64_t n) {
+  if (n == kLanes) return load(p);
   bf16 t[8] = {};
   memcpy(t, p, static_cast<size_t>(n) * 2);
   return load(t);
@@ -206,8 +217,12 @@ inline __m128i round_bf16(F a) {
 }
 inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), round_bf16(a)); }
-inline void store_n(float* p, F a, int64_t n) { _mm256_maskstore_ps(p, lanes(n), a.v); }
+inline void store_n(float* p, F a, int64_t n) {
+  if (n == kLanes) return store(p, a);
+  _mm256_maskstore_ps(p, lanes(n), a.v);
+}
 inline void store_n(bf16* p, F a, int64_t n) {
+  if (n == kLanes) return store(p, a);
   bf16 t[8];
   store(t, a);
   memcpy(p, t, static_cast<size_t>(n) * 2);
@@ -283,14 +298,13 @@ inline F load(const float* p) {
 inline F load(const bf16* p) {
   return {FloatVector{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
 }
-inline void load_pairs(const bf16* p, F& even, F& odd) {
-  for (int i = 0; i < 4; ++i) {
-    even.v[i] = to_float(p[2 * i]);
-    odd.v[i] = to_float(p[2 * i + 1]);
-  }
+inline F load_even(const bf16* p) {
+  return {FloatVector{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}};
 }
+inline F load_odd(const bf16* p) { return load_even(p + 1); }
 template <class T>
 inline F load_n(const T* p, int64_t n) {
+  if (n == kLanes) return load(p);
   F a = set(0.0f);
   for (int64_t i = 0; i < n; ++i) a.v[i] = to_float(p[i]);
   return a;
@@ -301,6 +315,7 @@ inline void store(bf16* p, F a) {
 }
 template <class T>
 inline void store_n(T* p, F a, int64_t n) {
+  if (n == kLanes) return store(p, a);
   for (int64_t i = 0; i < n; ++i) put(p + i, a.v[i]);
 }
 inline F operator+(F a, F b) { return {a.v + b.v}; }
@@ -335,8 +350,14 @@ inline float largest(F a) {
 }
 // Swaps rows and columns of a square of kLanes x kLanes.
 inline void transpose(F (&x)[kLanes]) {
-  const F y[4] = {x[0], x[1], x[2], x[3]};
-  for (int i = 0; i < 4; ++i) x[i].v = FloatVector{y[0].v[i], y[1].v[i], y[2].v[i], y[3].v[i]};
+  const FloatVector a = __builtin_shufflevector(x[0].v, x[1].v, 0, 4, 1, 5);
+  const FloatVector b = __builtin_shufflevector(x[0].v, x[1].v, 2, 6, 3, 7);
+  const FloatVector c = __builtin_shufflevector(x[2].v, x[3].v, 0, 4, 1, 5);
+  const FloatVector d = __builtin_shufflevector(x[2].v, x[3].v, 2, 6, 3, 7);
+  x[0].v = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+  x[1].v = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+  x[2].v = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+  x[3].v = __builtin_shufflevector(b, d, 2, 3, 6, 7);
 }
 
 #endif
