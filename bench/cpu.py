@@ -2,6 +2,7 @@
 
     python bench/cpu.py                    # InternVL3-1B's shape in bfloat16, all threads
     python bench/cpu.py --dtype f32 --rows vit-1,decode-320
+    python bench/cpu.py --isa avx2         # all sides as on a CPU that has no more than that
     python bench/cpu.py --shape tiny       # seconds: tries the bench, its figures mean nothing
 
 All sides read the same files (Transformers-native layout), use the same number of threads, and
@@ -31,6 +32,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -72,6 +74,18 @@ ROWS = (
 PACKAGES = {"openvino": ("openvino",), "llamacpp": ("xllamacpp", "gguf")}
 TAKES = {"openvino": ("vit", "prefill", "decode"), "llamacpp": ("prefill", "decode")}
 QUANTISED = ("ours", "llamacpp")
+# What holds the peers to an instruction set: read from the environment by torch, oneDNN and MKL as
+# they are loaded. OpenVINO has a oneDNN of its own that does not listen, llama.cpp's wheel uses
+# AVX2 at most.
+HELD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+HELD_TO = {
+    "portable": ("default", "SSE41", "SSE4_2"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
+    "amx": ("avx512", "AVX512_CORE_AMX", "AVX512"),
+}
+HOLDS = {"peer": tuple(HELD_TO), "openvino": (), "llamacpp": ("avx2",)}
 IN_PROCESSES = ("load", "first-token", "memory")
 # Distance of the two sides' results, relative to their size (both root mean square), above which
 # one of them computes something else. The bfloat16 bound allows for 24 layers of rounding.
@@ -422,7 +436,7 @@ def _status_kb(key: str) -> int:
 
 
 def measure_processes(
-    sides: Sequence[str], folder: Path, dtype: str, threads: int
+    sides: Sequence[str], folder: Path, dtype: str, threads: int, isa: str | None = None
 ) -> dict[str, dict[str, list[float]]]:
     """{row: {side: samples}} of IN_PROCESSES; two loads, and one with work for the memory."""
     for file in folder.iterdir():
@@ -439,6 +453,7 @@ def measure_processes(
                 "--threads",
                 str(threads),
                 *(["--work"] if n == 2 else []),
+                *(["--isa", isa] if isa else []),
             ]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
@@ -522,6 +537,8 @@ def _measure(row: Mapping[str, Any], value: float, typical: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
+    if options.isa:
+        hold_to(options.isa, arguments)
     dtype = DTYPES[options.dtype]
     if options.child:
         child(options.child, options.checkpoint, dtype, options.threads, work=options.work)
@@ -535,8 +552,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return bench(options, folder, dtype)
 
 
+def hold_to(isa: str, arguments: Sequence[str] | None) -> None:
+    """Ours is forced to the instruction set; the script starts anew where the environment does not
+    hold the peers to it yet, for their libraries look once."""
+    from internvl_rt import _C
+
+    held = dict(zip(HELD, HELD_TO[isa], strict=True))
+    if any(os.environ.get(name) != value for name, value in held.items()):
+        again = [sys.executable, __file__, *(sys.argv[1:] if arguments is None else arguments)]
+        os.execve(sys.executable, again, os.environ | held)
+    _C.force_isa(isa)
+
+
 def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
-    from internvl_rt import num_threads, set_num_threads
+    from internvl_rt import _C, num_threads, set_num_threads
     from internvl_rt.ops.bench import machine, machine_slug
 
     if options.threads:
@@ -545,6 +574,7 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
     torch.set_num_threads(threads)
     result: dict[str, Any] = {
         "machine": machine(),
+        "isa": _C.isa(),
         "shape": options.shape,
         "dtype": str(dtype).removeprefix("torch."),
         "threads": threads,
@@ -553,13 +583,16 @@ def bench(options: argparse.Namespace, folder: Path, dtype: torch.dtype) -> int:
     }
     out = options.out or Path(__file__).parent / "results" / machine_slug()
     out.mkdir(parents=True, exist_ok=True)
-    file = out / f"cpu-{options.shape}-{result['dtype']}.json"
+    forced = f"-{options.isa}" if options.isa else ""
+    file = out / f"cpu-{options.shape}-{result['dtype']}{forced}.json"
+    if options.isa:
+        result["peer_isa"] = torch.backends.cpu.get_cpu_capability()
     limits = measure_limits(dtype)
     result["limits"] = asdict(limits)
     wanted = [r for r in options.rows if r in IN_PROCESSES]
     if wanted:
         loaded = [side for side in options.sides if side not in PACKAGES]
-        found = measure_processes(loaded, folder, options.dtype, threads)
+        found = measure_processes(loaded, folder, options.dtype, threads, options.isa)
         tensors = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
         floors = {"memory": tensors / 1024}
         result["rows"] += [summary(row, found[row], floors.get(row)) for row in wanted]
@@ -625,6 +658,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=some_of(ROWS), default=list(ROWS), help="comma-separated")
     parser.add_argument("--sides", type=some_of(SIDES), default=available_sides())
     parser.add_argument("--threads", type=int, default=0, help="0: all of the machine's")
+    parser.add_argument("--isa", help="hold all sides to this instruction set")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="a row is timed for about so long"
     )
@@ -638,6 +672,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if missing := set(options.sides) - set(available_sides()):
         parser.error(f"--sides: {missing.pop()} is not installed")
+    if options.isa is not None:
+        from internvl_rt import _C
+
+        here = [isa for isa in _C.supported_isas() if isa in HELD_TO]
+        if options.isa not in here:
+            parser.error(f"--isa: {options.isa!r}, allowed: {', '.join(here)}")
+        held = [s for s in options.sides if options.isa in HOLDS.get(s, HELD_TO)]
+        if not options.child and (free := set(options.sides) - set(held)):
+            names = ", ".join(sorted(free))
+            print(f"left out, cannot be held to {options.isa}: {names}", file=sys.stderr)
+        options.sides = held
     return options
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internvl_rt import ops, selftest
+from internvl_rt import _C, ops, selftest
 from internvl_rt.ops.registry import Inputs, outputs_of
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -256,6 +256,30 @@ def test_cpu_refuses_what_it_does_not_know():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert "'vit-2', allowed: vit-1" in result.stderr
+
+
+@pytest.mark.skipif("avx2" not in _C.supported_isas(), reason="no AVX2 here")
+def test_all_sides_are_held_to_an_instruction_set(tmp_path):
+    import make_checkpoint
+
+    shape = replace(make_checkpoint.SHAPES["tiny"], vocab=600)
+    make_checkpoint.make(tmp_path / "model", shape, layout="hf")
+    command = [sys.executable, str(BENCH / "cpu.py"), "--shape", "tiny", "--seconds", "0"]
+    command += ["--rows", "prefill-320,load", "--isa", "avx2"]
+    command += ["--checkpoint", str(tmp_path / "model"), "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert ("left out, cannot be held to avx2: openvino" in result.stderr) == OPENVINO
+    written = json.loads((tmp_path / "cpu-tiny-bfloat16-avx2.json").read_text())
+    assert (written["isa"], written["peer_isa"]) == ("avx2", "AVX2")
+    assert [row["row"] for row in written["rows"]] == ["prefill-320", "load"]
+
+
+def test_an_instruction_set_that_is_not_there_is_refused():
+    command = [sys.executable, str(BENCH / "cpu.py"), "--isa", "avx9"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert "--isa: 'avx9', allowed: portable" in result.stderr
 
 
 def test_quantised_weights_keep_the_demonstration_models_accuracy(tmp_path, monkeypatch, capsys):

@@ -41,7 +41,9 @@ constexpr int kFewRows = kLanes == 8 ? 2 : 0;
 constexpr int64_t kDepth = 128;
 constexpr int64_t kRowStep = 360;   // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;   // 368 KB of partial sums
-constexpr int64_t kWidenRows = 36;  // from here on a piece is copied once per chunk, in fp32
+// From here on a piece is copied once per chunk, in fp32: two rounds of it on AVX2, where a product
+// with pairs runs out of registers.
+constexpr int64_t kWidenRows = kLanes == 8 ? 12 : 36;
 
 // x's depth in the workspace: pairs are whole.
 inline int64_t even_depth(const LinearParams& p) {
