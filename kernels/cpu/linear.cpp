@@ -39,8 +39,8 @@ constexpr int kFewRows = kLanes == 8 ? 2 : 0;
 // Part of the result's definition: the same for every M and instruction set. 12 rows of x are 6 KB,
 // a piece of a panel is 16 KB: both fit L1.
 constexpr int64_t kDepth = 128;
-constexpr int64_t kRowStep = 360;   // 184 KB of x: a piece of a panel is read from memory once
-constexpr int64_t kPanelStep = 8;   // 368 KB of partial sums
+constexpr int64_t kRowStep = 360;  // 184 KB of x: a piece of a panel is read from memory once
+constexpr int64_t kPanelStep = 8;  // 368 KB of partial sums
 // From here on a piece is copied once per chunk, in fp32: two rounds of it on AVX2, where a product
 // with pairs runs out of registers.
 constexpr int64_t kWidenRows = kLanes == 8 ? 12 : 36;
