@@ -75,8 +75,8 @@ PACKAGES = {"openvino": ("openvino",), "llamacpp": ("xllamacpp", "gguf")}
 TAKES = {"openvino": ("vit", "prefill", "decode"), "llamacpp": ("prefill", "decode")}
 QUANTISED = ("ours", "llamacpp")
 # What holds the peers to an instruction set: read from the environment by torch, oneDNN and MKL as
-# they are loaded. OpenVINO has a oneDNN of its own that does not listen, llama.cpp's wheel uses
-# AVX2 at most.
+# they are loaded. OpenVINO has a oneDNN of its own, which nothing shows to listen; llama.cpp's
+# wheel uses AVX2 at most.
 HELD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 HELD_TO = {
     "portable": ("default", "SSE41", "SSE4_2"),
