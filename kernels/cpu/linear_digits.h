@@ -280,8 +280,7 @@ inline Group group_of(const LinearParams& p, int64_t m, int64_t g) {
   F v[kVectors];
   I largest_of{};
   for (int i = 0; i < kVectors; ++i) {
-    const int64_t here = n - i * kLanes;
-    v[i] = here >= kLanes ? load(x + i * kLanes) : load_n(x + i * kLanes, here < 0 ? 0 : here);
+    v[i] = load_rest(x + i * kLanes, n - i * kLanes);
     // As integers, so that NaN is the largest of all.
     const I size = load_ints(&v[i]) & 0x7fffffff;
     largest_of = size > largest_of ? size : largest_of;

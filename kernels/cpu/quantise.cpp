@@ -19,8 +19,7 @@ template <class T>
 Range take_group(const T* row, int64_t n, F* v) {
   F low = set(0.0f), high = set(0.0f), nothing = set(0.0f);
   for (int64_t i = 0; i < kVectors; ++i) {
-    const int64_t here = n - i * kLanes;
-    v[i] = here >= kLanes ? load(row + i * kLanes) : load_n(row + i * kLanes, here < 0 ? 0 : here);
+    v[i] = load_rest(row + i * kLanes, n - i * kLanes);
     low = min(low, v[i]);
     high = max(high, v[i]);
     nothing = nothing + v[i] * set(0.0f);

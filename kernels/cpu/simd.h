@@ -2,10 +2,9 @@
 // each.
 //
 // F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512), I as many
-// integers. Everything is in
-// an anonymous namespace: see isa.h. Loads and stores take float or bf16 memory, unaligned; the _n
-// forms touch only the first n elements (0 <= n <= kLanes) and read zeros beyond. load_even and
-// load_odd take those at even or odd places of 2 * kLanes bf16.
+// integers. Everything is in an anonymous namespace: see isa.h. Loads and stores take float or bf16
+// memory, unaligned; the _n forms touch only the first n elements (0 <= n <= kLanes) and read zeros
+// beyond. load_even and load_odd take those at even or odd places of 2 * kLanes bf16.
 #pragma once
 
 #include <stdint.h>
@@ -361,6 +360,12 @@ inline void transpose(F (&x)[kLanes]) {
 }
 
 #endif
+
+// load_n of a vector from a longer or shorter run of n elements, n < 0 where it has ended.
+template <class T>
+inline F load_rest(const T* p, int64_t n) {
+  return n >= kLanes ? load(p) : load_n(p, n < 0 ? 0 : n);
+}
 
 // kLanes integers. Not __m512i, which gcc 12 takes for eight numbers: it copies and spills the sums
 // of a loop then, at half the rate.
