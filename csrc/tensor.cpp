@@ -43,45 +43,34 @@ PyTypeObject* tensor_type = nullptr;
 
 constexpr int dtype_key(int code, int bits) { return code << 8 | bits; }
 
+// The dtypes of ops, the commonest first, and those of torch that only have a name here.
+enum { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
+constexpr struct {
+  int key;
+  DType dtype;
+  const char* foreign;
+} kDtypes[] = {
+    {dtype_key(kBfloat, 16), DType::bf16, nullptr},
+    {dtype_key(kFloat, 32), DType::f32, nullptr},
+    {dtype_key(kUInt, 8), DType::u8, nullptr},
+    {dtype_key(kInt, 32), DType::i32, nullptr},
+    {dtype_key(kInt, 64), DType::i64, nullptr},
+    {dtype_key(kFloat, 16), DType::f32, "float16"},
+    {dtype_key(kFloat, 64), DType::f32, "float64"},
+    {dtype_key(kInt, 8), DType::f32, "int8"},
+    {dtype_key(kInt, 16), DType::f32, "int16"},
+    {dtype_key(kBool, 8), DType::f32, "bool"},
+    {dtype_key(kComplex, 64), DType::f32, "complex64"},
+};
+
 void read_dtype(DLDataType t, Tensor& v) {
-  enum { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kComplex = 5, kBool = 6 };
-  switch (t.lanes == 1 ? dtype_key(t.code, t.bits) : -1) {
-    case dtype_key(kFloat, 32):
-      v.dtype = DType::f32;
-      return;
-    case dtype_key(kBfloat, 16):
-      v.dtype = DType::bf16;
-      return;
-    case dtype_key(kUInt, 8):
-      v.dtype = DType::u8;
-      return;
-    case dtype_key(kInt, 32):
-      v.dtype = DType::i32;
-      return;
-    case dtype_key(kInt, 64):
-      v.dtype = DType::i64;
-      return;
-    case dtype_key(kFloat, 16):
-      v.foreign_dtype = "float16";
-      return;
-    case dtype_key(kFloat, 64):
-      v.foreign_dtype = "float64";
-      return;
-    case dtype_key(kInt, 8):
-      v.foreign_dtype = "int8";
-      return;
-    case dtype_key(kInt, 16):
-      v.foreign_dtype = "int16";
-      return;
-    case dtype_key(kBool, 8):
-      v.foreign_dtype = "bool";
-      return;
-    case dtype_key(kComplex, 64):
-      v.foreign_dtype = "complex64";
-      return;
-    default:
-      v.foreign_dtype = "of a dtype that no op takes";
+  for (const auto& known : kDtypes) {
+    if (t.lanes != 1 || known.key != dtype_key(t.code, t.bits)) continue;
+    v.dtype = known.dtype;
+    v.foreign_dtype = known.foreign;
+    return;
   }
+  v.foreign_dtype = "of a dtype that no op takes";
 }
 
 // What torch says in many lines, a trace of its own code among them, in one.
