@@ -150,6 +150,19 @@ def test_rows_in_place_give_the_bits_of_packed_panels(isa, make, dtype, N, K):
         assert torch.equal(bits(linear(x[:M], held, bias=bias, activation="gelu")), bits(expected))
 
 
+@pytest.mark.parametrize("first", [0, 1, 2, 20, 31])
+@pytest.mark.parametrize("K", [2048, 2033, 20])
+def test_rows_in_place_that_share_a_set_of_the_cache(isa, make, K, first):
+    # 4 KB from row to row, wherever the first begins in its cache line.
+    rows = make(1 + 70 * 2048).bfloat16()
+    w = torch.cat([rows.new_zeros(first), rows])[first : first + 70 * 2048].view(70, 2048)[:, :K]
+    assert w.data_ptr() % 64 == 2 * first
+    held, packed = hold(w), pack(w)
+    x = make(40, K).bfloat16()
+    for M in (1, 3, 12, 13, 40):
+        assert torch.equal(bits(linear(x[:M], held)), bits(linear(x[:M], packed)))
+
+
 def test_rows_held_for_another_instruction_set(isa, make):
     if not reads_rows(isa, torch.bfloat16):
         pytest.skip("this instruction set reads packed panels")

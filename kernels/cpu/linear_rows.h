@@ -13,41 +13,62 @@ inline const bf16* const* rows_of(const LinearParams& p, int64_t panel) {
   return reinterpret_cast<const bf16* const*>(p.rows) + panel * kPanelColumns;
 }
 
-// Pairs [k, k + 16) of 16 rows, transposed; zeros beyond K. Whole squares are gathered in blocks of
-// four pairs: loads into lanes take the place of half the shuffles, which share their units with
-// dot products.
-inline void load_square(const bf16* const* rows, int64_t k, int64_t K, F (&v)[kLanes]) {
-  const int64_t n = K - 2 * k < 2 * kLanes ? K - 2 * k : 2 * kLanes;
-  if (n < 2 * kLanes) {
-    const __mmask32 some = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+// Pairs [k + from, k + to) of 16 rows, transposed to v[from .. to); zeros elsewhere and beyond K.
+// Nothing else is read.
+inline void load_part(const bf16* const* rows, int64_t k, int64_t from, int64_t to, int64_t K,
+                      F (&v)[kLanes]) {
+  const int64_t end = least(2 * to, K - 2 * k);
+  const uint64_t below = end > 0 ? (uint64_t{1} << end) - 1 : 0;
+  const __mmask32 some = static_cast<__mmask32>(below & ~((uint64_t{1} << 2 * from) - 1));
 #pragma GCC unroll 16
-    for (int r = 0; r < kLanes; ++r) {
-      v[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, rows[r] + 2 * k));
-    }
-    return transpose(v);
+  for (int r = 0; r < kLanes; ++r) {
+    v[r].v = _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(some, rows[r] + 2 * k));
   }
-#pragma GCC unroll 4
-  for (int j = 0; j < kLanes; j += 4) {
-    __m512 t[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const auto block = [&](int row) {
-        return _mm_loadu_ps(reinterpret_cast<const float*>(rows[row] + 2 * (k + j)));
+  transpose(v);
+}
+
+// The same of all 16 pairs from k on. Whole squares are loaded in halves, those of two rows into
+// one vector: so loads take the place of shuffles, which share their units with dot products. Both
+// halves of a row at once: rows a multiple of 4 KB apart share one set of L1, which does not hold
+// 16 lines.
+inline void load_square(const bf16* const* rows, int64_t k, int64_t K, F (&v)[kLanes]) {
+  if (K - 2 * k < 2 * kLanes) return load_part(rows, k, 0, kLanes, K, v);
+  constexpr int kHalf = kLanes / 2;
+  F t[2][kHalf];
+#pragma GCC unroll 8
+  for (int r = 0; r < kHalf; ++r) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const auto half = [&](int row) {
+        return _mm256_loadu_ps(reinterpret_cast<const float*>(rows[row] + 2 * k) + i * kHalf);
       };
-      t[r] = _mm512_castps128_ps512(block(r));
-      t[r] = _mm512_mask_broadcast_f32x4(t[r], 0x00f0, block(4 + r));
-      t[r] = _mm512_mask_broadcast_f32x4(t[r], 0x0f00, block(8 + r));
-      t[r] = _mm512_mask_broadcast_f32x4(t[r], 0xf000, block(12 + r));
+      t[i][r].v = _mm512_insertf32x8(_mm512_castps256_ps512(half(r)), half(kHalf + r), 1);
     }
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1]));
-    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(t[2], t[3]));
-    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(t[2], t[3]));
-    v[j].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-    v[j + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-    v[j + 2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-    v[j + 3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    transpose_blocks(t[i]);
+    transpose_blocks(t[i] + 4);
+    // [c]: pairs c and 4 + c of rows 0 to 3, then of rows 8 to 11; [4 + c]: those of the others.
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      F* to = v + i * kHalf + c;
+      to[0].v = _mm512_permutex2var_ps(t[i][c].v, low, t[i][4 + c].v);
+      to[4].v = _mm512_permutex2var_ps(t[i][c].v, high, t[i][4 + c].v);
+    }
+  }
+}
+
+// Where squares of 16 rows should end: so many pairs before the multiples of 16. At the ends of
+// cache lines where the rows share one set of L1, else anywhere.
+inline int64_t pairs_before(const bf16* const* rows) {
+  constexpr uintptr_t kLine = 64, kWay = 4096;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(rows[0]);
+  uintptr_t differ = 0;
+  for (int r = 1; r < kLanes; ++r) differ |= first ^ reinterpret_cast<uintptr_t>(rows[r]);
+  return differ % kWay ? 0 : static_cast<int64_t>(first % kLine / 4);
 }
 
 }  // namespace

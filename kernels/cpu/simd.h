@@ -139,27 +139,28 @@ inline F dot_pairs(Pairs a, Pairs b, F c) {
 #endif
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest(F a) { return _mm512_reduce_max_ps(a.v); }
+// Four vectors of four lanes at a time: swaps rows and columns of every square of 4 x 4.
+inline void transpose_blocks(F* x) {
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[0].v, x[1].v));
+  const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(x[0].v, x[1].v));
+  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[2].v, x[3].v));
+  const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(x[2].v, x[3].v));
+  x[0].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+  x[1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+  x[2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+  x[3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
 // Swaps rows and columns of a square of kLanes x kLanes.
 inline void transpose(F (&x)[kLanes]) {
-  __m512 t[16], u[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_ps(x[2 * i].v, x[2 * i + 1].v);
-    t[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i].v, x[2 * i + 1].v);
-  }
-  // u[4i + c], group g of four lanes: column 4g + c of rows 4i .. 4i + 3
-  for (int i = 0; i < 16; i += 4) {
-    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
-    const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
-    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
-    u[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
-    u[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
-    u[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
-  }
+  // u[4i + c], lanes from 4g on: column 4g + c of rows 4i .. 4i + 3
+  F u[16];
+  for (int i = 0; i < 16; ++i) u[i] = x[i];
+  for (int i = 0; i < 16; i += 4) transpose_blocks(u + i);
   for (int c = 0; c < 4; ++c) {
-    const __m512 even = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
-    const __m512 odd = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
-    const __m512 even2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
-    const __m512 odd2 = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+    const __m512 even = _mm512_shuffle_f32x4(u[c].v, u[4 + c].v, 0x88);
+    const __m512 odd = _mm512_shuffle_f32x4(u[c].v, u[4 + c].v, 0xdd);
+    const __m512 even2 = _mm512_shuffle_f32x4(u[8 + c].v, u[12 + c].v, 0x88);
+    const __m512 odd2 = _mm512_shuffle_f32x4(u[8 + c].v, u[12 + c].v, 0xdd);
     x[c].v = _mm512_shuffle_f32x4(even, even2, 0x88);
     x[4 + c].v = _mm512_shuffle_f32x4(odd, odd2, 0x88);
     x[8 + c].v = _mm512_shuffle_f32x4(even, even2, 0xdd);
