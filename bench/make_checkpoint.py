@@ -60,6 +60,7 @@ class Shape:
 
 SHAPES = {
     "internvl3-1b": Shape(1024, 24, 16, 4096, 896, 24, 14, 2, 4864, 151674),
+    "internvl2_5-4b": Shape(1024, 24, 16, 4096, 2048, 36, 16, 2, 11008, 151674),
     "internvl3-8b": Shape(1024, 24, 16, 4096, 3584, 28, 28, 4, 18944, 151674),
     "tiny": Shape(64, 2, 4, 128, 96, 2, 6, 2, 160, 151674),
     # As small as it gets, with a vocabulary of bytes that needs no tokenizer files.
