@@ -6,8 +6,9 @@
 // of rows x keys), softmax in place, scores x V (register tiles of rows x dims) merged into the
 // outputs. With dot products of bf16 pairs the weights of V are rounded to bf16, their sum is not.
 // The block of scores stays in L1, everything else in L2. The few rows of a decode step take K
-// panel by panel through L1 and V where it lies instead. Multiply-adds: 2 * D per score; memory
-// traffic: q and out once, K and V once per item.
+// panel by panel through L1 and V where it lies instead, and are bound by memory: V is fetched
+// while K is transposed, the next chunk's K while V is multiplied. Multiply-adds: 2 * D per score;
+// memory traffic: q and out once, K and V once per item.
 //
 // Matrix tiles (IVR_TILES) find their operands in the same packed pairs: 16 words of d by 16 keys,
 // and 16 pairs of keys by 16 dims. A block is two tiles of rows; a decode step is no other case.
@@ -96,16 +97,26 @@ inline F load_some(const T* p, int64_t n) {
 }
 
 #if defined(__AVX512F__)
-// Dims [d, d + n) of the values of `key` and the next one, in pairs; zeros where a row is null.
-template <class T, class Rows>
-[[gnu::always_inline]] inline F load_value_pair(const Rows& values, int key, int64_t d, int64_t n) {
-  const T *even = values.row(key), *odd = values.row(key + 1);
+// n dims of two keys' values, in pairs.
+template <class T>
+inline F load_value_pair(const T* even, const T* odd, int64_t n) {
   const __mmask16 some = lanes(n < kLanes ? n : kLanes);
-  __m256i low = _mm256_setzero_si256(), high = low;
-  if (even) low = _mm256_maskz_loadu_epi16(some, even + d);
-  if (odd) high = _mm256_maskz_loadu_epi16(some, odd + d);
-  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                                              _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)))};
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, even));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, odd));
+  return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+}
+// The same of 2 * kLanes dims, quicker, but for their order: 0 to 3, 8 to 11, ... in the first.
+template <class T>
+inline void load_value_pairs(const T* even, const T* odd, F* x) {
+  const __m512i low = _mm512_loadu_si512(even), high = _mm512_loadu_si512(odd);
+  x[0].v = _mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high));
+  x[1].v = _mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high));
+}
+inline void order_value_pairs(F* x) {
+  const __m512 a = x[0].v, b = x[1].v;
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  x[0].v = _mm512_permutex2var_ps(a, first, b);
+  x[1].v = _mm512_permutex2var_ps(a, _mm512_add_epi32(first, _mm512_set1_epi32(8)), b);
 }
 #endif
 
@@ -190,26 +201,81 @@ struct Merge {
 };
 
 // Values as value_tile multiplies them: a step is a key, or a pair of keys where the instruction
-// set has dot products of pairs (weights are rounded to bf16 then). Packed, or in their own place,
-// of which keys outside of [begin, end) are not read.
+// set has dot products of pairs (weights are rounded to bf16 then). V vectors of dims from d on, of
+// which the last has n, in an order of the values' own until they are products.
 struct PackedValues {
   const float* v;
   int64_t wide;
-  F at(int step, int64_t d, int64_t) const { return load(v + step * wide + d); }
+  template <int V>
+  void load_step(int step, int64_t d, int64_t, F (&x)[V]) const {
+#pragma GCC unroll 4
+    for (int i = 0; i < V; ++i) x[i] = load(v + step * wide + d + i * kLanes);
+  }
+  template <int V>
+  void order(F (&)[V]) const {}
 };
-template <class T, class Keys>
+
+// Where the values of a chunk's keys lie: those of keys that are not there are zeros.
+template <class T>
 struct ValuesInPlace {
-  const Keys& keys;
-  int64_t chunk;
-  int begin, end;
-  [[gnu::always_inline]] F at(int step, int64_t d, int64_t n) const {
-    if constexpr (kInPairs<T>) {
-      return load_value_pair<T>(*this, 2 * step, d, n);
-    } else {
-      return load_some(keys.v(chunk + step) + d, n);
+  alignas(64) static constexpr T kZeros[kAttentionMaxHeadDim] = {};
+  static constexpr int kKeys = kInPairs<T> ? 2 : 1;  // of a step
+  const T* rows[kChunk];
+  const T* next[kChunk];  // rows of keys that are fetched meanwhile, if there are any
+  bool fetches = false;
+
+  template <class Keys>
+  ValuesInPlace(const Keys& keys, int64_t chunk, int begin, int end) {
+    for (int key = first_step<T>(begin) * kKeys; key < end_step<T>(end) * kKeys; ++key) {
+      rows[key] = key >= begin && key < end ? keys.v(chunk + key) : kZeros;
     }
   }
-  const T* row(int key) const { return key >= begin && key < end ? keys.v(chunk + key) : nullptr; }
+
+  // From now on a chunk of keys from `first` on, of those before `end`, is fetched meanwhile.
+  template <class Keys>
+  void fetch_keys(const Keys& keys, int64_t first, int64_t end) {
+    fetches = first < end;
+    for (int key = 0; fetches && key < kChunk; ++key) {
+      next[key] = keys.k(first + key < end ? first + key : first);
+    }
+  }
+  // The cache lines that begin in dims [d, d + dims).
+  template <int dims>
+  void fetch(int step, int64_t d) const {
+    constexpr int kLine = 64 / sizeof(T);
+    if (dims < kLine && d % kLine != 0) return;
+#pragma GCC unroll 4
+    for (int i = 0; i < dims; i += kLine) {
+      for (int j = 0; j < kKeys; ++j) __builtin_prefetch(next[step * kKeys + j] + d + i, 0, 2);
+    }
+  }
+  F at(int step, int64_t d, int64_t n) const {
+    if constexpr (kInPairs<T>) {
+      return load_value_pair(rows[2 * step] + d, rows[2 * step + 1] + d, n);
+    } else {
+      return load_some(rows[step] + d, n);
+    }
+  }
+  template <int V>
+  void load_step(int step, int64_t d, int64_t n, F (&x)[V]) const {
+    if (fetches) fetch<V * kLanes>(step, d);
+    if constexpr (kInPairs<T> && V % 2 == 0) {
+#pragma GCC unroll 2
+      for (int i = 0; i < V; i += 2) {
+        const int64_t at = d + i * kLanes;
+        load_value_pairs(rows[2 * step] + at, rows[2 * step + 1] + at, x + i);
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < V; ++i) x[i] = at(step, d + i * kLanes, i < V - 1 ? kLanes : n);
+    }
+  }
+  template <int V>
+  void order(F (&x)[V]) const {
+    if constexpr (kInPairs<T> && V % 2 == 0) {
+      for (int i = 0; i < V; i += 2) order_value_pairs(x + i);
+    }
+  }
 };
 
 // o[r][dim] <- merge of o and the sum over steps of p[r][step] * v[step][dim], one chain per
@@ -225,10 +291,7 @@ inline void value_tile(const float* p, const Values& values, int64_t d, int64_t 
   }
   for (int step = begin; step < end; ++step) {
     F x[V];
-#pragma GCC unroll 4
-    for (int i = 0; i < V; ++i) {
-      x[i] = values.at(step, d + i * kLanes, i < V - 1 ? kLanes : n);
-    }
+    values.load_step(step, d, n, x);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const F a = set(p[r * kScoreStride + step]);
@@ -240,6 +303,7 @@ inline void value_tile(const float* p, const Values& values, int64_t d, int64_t 
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r, o += wide) {
     if (!merge.live[r]) continue;
+    values.order(acc[r]);
 #pragma GCC unroll 4
     for (int i = 0; i < V; ++i) merge.add(r, acc[r][i], o + i * kLanes);
   }
@@ -463,7 +527,7 @@ inline void load_square(const T* const* rows, int64_t w, int64_t words, F (&x)[k
 template <class T>
 inline void prefetch_row(const T* row, int64_t D) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(row + d, 0, 2);
 }
 
 // Packs keys [begin, end) of a chunk, transposed, into panels [kChunk / kPanel][words][kPanel],
@@ -496,7 +560,7 @@ void pack_keys(const Keys& keys, int64_t chunk, int begin, int end, int64_t D, f
 template <class T, class Keys>
 bool pack_values(const Keys& keys, int64_t chunk, int begin, int end, const Visible& see, int64_t D,
                  int64_t wide, float* out) {
-  const ValuesInPlace<T, Keys> values = {keys, chunk, begin, end};
+  const ValuesInPlace<T> values(keys, chunk, begin, end);
   F probe = set(0.0f);
   for (int step = first_step<T>(begin); step < end_step<T>(end); ++step) {
     const uint32_t bits = visible_bits<kInPairs<T>>(see, step);
@@ -743,7 +807,8 @@ class Attention {
     for (int r = 0; r < b.rows; ++r) b.see[r] = {begin, end, 0};
     for (int r = 0; r < b.rows; ++r) softmax(b, r);
     settle(b);
-    const ValuesInPlace<T, Keys> values = {keys_, chunk, begin, end};
+    ValuesInPlace<T> values(keys_, chunk, begin, end);
+    values.fetch_keys(keys_, chunk + kChunk, kv_len_);
     values_of<kInPairs<T>, kRows>(b.rows, b.s, values, p_.D, wide_, first_step<T>(begin),
                                   end_step<T>(end), b.merge, o_);
   }
