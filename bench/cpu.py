@@ -30,6 +30,7 @@ it is the size of the tensors. share is the floor over our median.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -54,7 +55,8 @@ DTYPES = {
     "f32": torch.float32,
     "float32": torch.float32,
 }
-SIDES = ("ours", "peer", "openvino", "llamacpp")  # peer: transformers
+# packed: ours with weights that are not read in place; peer: transformers.
+SIDES = ("ours", "packed", "peer", "openvino", "llamacpp")
 ROWS = (
     "vit-1",
     "vit-4",
@@ -72,7 +74,11 @@ ROWS = (
 )
 # Sides that are there where their packages are, and the rows that they take part in.
 PACKAGES = {"openvino": ("openvino",), "llamacpp": ("xllamacpp", "gguf")}
-TAKES = {"openvino": ("vit", "prefill", "decode"), "llamacpp": ("prefill", "decode")}
+TAKES = {
+    "packed": ("prefill", "decode", "load", "first-token", "memory"),
+    "openvino": ("vit", "prefill", "decode"),
+    "llamacpp": ("prefill", "decode"),
+}
 QUANTISED = ("ours", "llamacpp")
 # What holds the peers to an instruction set: read from the environment by torch, oneDNN and MKL as
 # they are loaded. OpenVINO has a oneDNN of its own, which nothing shows to listen; llama.cpp's
@@ -102,10 +108,13 @@ class Ours:
         self._decoding: list[Any] = []
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype, threads: int, quant: str | None = None) -> Ours:
+    def load(
+        cls, folder: Path, dtype: torch.dtype, threads: int, quant: str | None = None, **how: Any
+    ) -> Ours:
+        """how: other options of internvl_rt.load."""
         import internvl_rt as ivr
 
-        return cls(ivr.load(folder, dtype=dtype, device="cpu", threads=threads, quant=quant))
+        return cls(ivr.load(folder, dtype=dtype, device="cpu", threads=threads, quant=quant, **how))
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.encode_images(pixels)
@@ -219,6 +228,7 @@ def _llamacpp(folder: Path, dtype: torch.dtype, threads: int, quant: str | None 
 
 KINDS = {
     "ours": Ours.load,
+    "packed": functools.partial(Ours.load, pack=True),
     "peer": Transformers.load,
     "openvino": _openvino,
     "llamacpp": _llamacpp,
@@ -409,7 +419,7 @@ def _ids(batch: int, length: int) -> Tensor:
 
 def child(side: str, folder: Path, dtype: torch.dtype, threads: int, *, work: bool) -> None:
     """Loads in a process of its own and prints seconds and kilobytes as JSON."""
-    if side == "ours":
+    if side in ("ours", "packed"):
         import internvl_rt  # noqa: F401
     else:
         from transformers import InternVLForConditionalGeneration  # noqa: F401
@@ -499,7 +509,7 @@ def _ratio_key(side: str) -> str:
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as text; ratio is a peer's figure over ours, above 1 is better."""
     rows = list(rows)
-    peers = ["peer", *(s for s in PACKAGES if any(s in row for row in rows))]
+    peers = [s for s in SIDES[1:] if s == "peer" or any(s in row for row in rows)]
     line = f"{'row':<17}{'ours':>10} {'[min, max]':<17}"
     line += "".join(f"{side:>10} {'[min, max]':<17}{'ratio':>6}" for side in peers)
     lines = [f"{line}{'floor':>10}{'share':>7}"]
@@ -656,7 +666,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=tuple(SHAPES), default="internvl3-1b")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--rows", type=some_of(ROWS), default=list(ROWS), help="comma-separated")
-    parser.add_argument("--sides", type=some_of(SIDES), default=available_sides())
+    others = [side for side in available_sides() if side != "packed"]
+    parser.add_argument("--sides", type=some_of(SIDES), default=others)
     parser.add_argument("--threads", type=int, default=0, help="0: all of the machine's")
     parser.add_argument("--isa", help="hold all sides to this instruction set")
     parser.add_argument(

@@ -188,11 +188,11 @@ def test_a_fourth_side_is_beside_the_third():
 def test_sides_take_part_in_the_rows_they_have():
     cpu = pytest.importorskip("cpu", reason="not run from the repository")
     for row, left_out in (
-        ("vit-4", {"llamacpp"}),
+        ("vit-4", {"packed", "llamacpp"}),
         ("prefill-320", set()),
         ("decode-8x320", set()),
-        ("decode-320-int4", {"openvino"}),
-        ("preprocess-4k", {"openvino", "llamacpp"}),
+        ("decode-320-int4", {"packed", "openvino"}),
+        ("preprocess-4k", {"packed", "openvino", "llamacpp"}),
     ):
         assert cpu.taking_part(row, cpu.SIDES) == [s for s in cpu.SIDES if s not in left_out], row
 

@@ -379,12 +379,23 @@ def test_load_misuse(chat_folder, tmp_path):
         ivr.load(chat_folder, image_token_id=600)
     with pytest.raises(ValueError, match="set_num_threads: got 0"):
         ivr.load(chat_folder, threads=0)
+    with pytest.raises(ValueError, match="pack is True: for the CPU's own kernels only"):
+        ivr.load(chat_folder, pack=True, backend="reference")
     for threads in (2.0, "2", True):
         with pytest.raises(TypeError, match=r"^set_num_threads: got .*, expected an integer$"):
             ivr.load(chat_folder, threads=threads)
     for threads in (2**31, 2**70):
         with pytest.raises(ValueError, match=r"set_num_threads: got .*, allowed: 1 to 1024"):
             ivr.set_num_threads(threads)
+
+
+def test_packed_weights_give_the_same_logits(chat_folder):
+    packed = ivr.load(chat_folder, pack=True)
+    decoder = packed._core.decoder
+    layers = [decoder.head, *(layer.mlp.gate_up for layer in decoder.layers)]
+    assert all(isinstance(layer.weight, ivr.ops.PackedWeight) for layer in layers)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(packed.forward(ids), ivr.load(chat_folder).forward(ids))
 
 
 def test_no_file_stays_open(chat_folder):

@@ -23,16 +23,19 @@ class Linear:
         dtype: torch.dtype,
         quant: str | None = None,
         gated: bool = False,
+        pack: bool = False,
     ) -> None:
         """quant: "int8" or "int4" quantises the weights, None keeps them in dtype. gated: they are
-        for gated_linear, and `weight` is all that is used of this layer beside `bias`."""
+        for gated_linear, and `weight` is all that is used of this layer beside `bias`. pack: also
+        where they could be read in place."""
         self.ops = opset
         if quant is not None:
             packed = ops.pack(weights, quant=quant, gated=gated)
             native = opset.choice("linear") == "native"
             self.weight: Any = packed if native else ops.unpack(packed).to(dtype)
         elif opset.choice("linear") == "native":
-            self.weight = ops.hold([w.to(dtype) for w in weights], gated=gated)
+            hold = ops.pack if pack else ops.hold
+            self.weight = hold([w.to(dtype) for w in weights], gated=gated)
         else:
             self.weight = torch.cat([w.to(dtype) for w in weights])
         self.bias = None if biases is None else torch.cat([b.to(dtype) for b in biases])

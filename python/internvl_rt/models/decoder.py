@@ -38,17 +38,19 @@ def decoder_ops(config: TextConfig) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the decoder's layers from the stored weights. quant: as of weight_format."""
+    """Makes the decoder's layers from the stored weights. quant: as of weight_format; pack: as of
+    Linear."""
 
     config: TextConfig
     w: Parameters
     opset: OpSet
     dtype: torch.dtype
     quant: str | None
+    pack: bool
 
     def linear(self, name: str, *, gated: bool = False) -> Linear:
         form = weight_format(name, self.quant)
-        return Linear(self.opset, *self.w.linear(name), self.dtype, form, gated)
+        return Linear(self.opset, *self.w.linear(name), self.dtype, form, gated, self.pack)
 
     def norm(self, name: str) -> RmsNorm:
         return RmsNorm(
@@ -196,11 +198,12 @@ class Decoder:
         opset: OpSet,
         dtype: torch.dtype,
         quant: str | None = None,
+        pack: bool = False,
     ) -> None:
-        """quant: "int8" or "int4" for the linear layers; see weight_format."""
+        """quant: "int8" or "int4" for the linear layers; see weight_format. pack: as of Linear."""
         self.ops, self.width = opset, config.hidden_size
         self.embed = w.table("llm.embed.weight").to(dtype)
-        make = _Maker(config, w, opset, dtype, quant)
+        make = _Maker(config, w, opset, dtype, quant, pack)
         self.head = make.linear("llm.head")
         self.layers = [DecoderLayer(make, i) for i in range(config.num_layers)]
         self.norm = make.norm("llm.norm")

@@ -28,16 +28,18 @@ class InternVL:
         opset: OpSet,
         dtype: torch.dtype,
         quant: str | None = None,
+        pack: bool = False,
     ) -> None:
         """w: tensors on the platform where the model will run.
 
-        quant: "int8" or "int4" for the language model; the vision tower keeps dtype.
+        quant: "int8" or "int4" for the language model; the vision tower keeps dtype. pack: the
+        language model's weights also where they could be read in place.
         """
         self.config, self.ops, self.dtype, self.platform = config, opset, dtype, w.platform
         opset.require(*VISION_OPS, *decoder_ops(config.text))
         # The decoder begins with the largest weight: its pages of the file are let go before the
         # packed rest is there.
-        self.decoder = Decoder(config.text, w, opset, dtype, quant)
+        self.decoder = Decoder(config.text, w, opset, dtype, quant, pack)
         self.vision = VisionTower(config.vision, w, config.vision_layers_used, opset, dtype)
         self.projector = Projector(config, w, opset, dtype)
         self._tiles = TileGraphs(self._encode, config.image_size, dtype, self.platform)
