@@ -177,19 +177,20 @@ inline uint32_t* rows_at(const LinearParams& p, int64_t m, int64_t k, int64_t pa
   return static_cast<uint32_t*>(p.workspace) + k * p.M + m * pairs;
 }
 
-inline void store_square(const F (&v)[kLanes], float* to) {
+inline void store_square(const F (&v)[kLanes], float* to, int64_t stride) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) store(to + i * kLanes, v[i]);
+  for (int i = 0; i < kLanes; ++i) store(to + i * stride, v[i]);
 }
 
-// Pair k of 16 rows, or of those that follow where k is beyond all.
-inline void fetch_rows(const bf16* const* rows, int64_t k, int64_t all) {
-  if (k >= all) {
-    rows += kLanes;
-    k -= all;
-  }
+// Pair k of 16 rows.
+inline void fetch_rows(const bf16* const* rows, int64_t k) {
 #pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) __builtin_prefetch(rows[r] + 2 * k, 0, 2);
+}
+// What comes kRowsAhead pairs after pair k of `all`: in these rows, or in those that follow.
+inline void fetch_ahead(const bf16* const* rows, int64_t k, int64_t all) {
+  const int64_t at = k + kRowsAhead;
+  fetch_rows(at < all ? rows : rows + kLanes, at < all ? at : at - all);
 }
 
 // acc += a^T * b for pairs [from, to) of a square.
@@ -203,8 +204,7 @@ inline void accumulate_some(const uint32_t* a, const float* square, int64_t from
   }
 }
 
-// c[Rows][16] = a^T * w for 16 rows of W in place, of `all` pairs. What comes kRowsAhead pairs
-// later is fetched meanwhile, in these rows or in those that follow.
+// c[Rows][16] = a^T * w for 16 rows of W in place, of `all` pairs.
 template <int Rows>
 void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t all, int64_t K, float* c) {
   const int64_t before = pairs_before(w);
@@ -212,7 +212,7 @@ void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t all, int64_t
   F b[kLanes];
   if (before > 0) {
     load_part(w, -before, before, kLanes, K, b);
-    store_square(b, square);
+    store_square(b, square, kLanes);
   }
   for (int64_t begin = 0; begin == 0 || begin < all; begin += kPairs) {
     const int64_t end = least(begin + kPairs, all);
@@ -225,7 +225,7 @@ void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t all, int64_t
       accumulate_some<Rows>(a + begin * Rows, square, before, before + k - begin, acc);
     }
     for (; k + kLanes <= end; k += kLanes) {
-      fetch_rows(w, k + kRowsAhead, all);
+      fetch_ahead(w, k, all);
       load_square(w, k, K, b);
       const uint32_t* x = a + k * Rows;
 #pragma GCC unroll 16
@@ -237,9 +237,9 @@ void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t all, int64_t
       }
     }
     if (k < end) {
-      fetch_rows(w, k + kRowsAhead, all);
+      fetch_ahead(w, k, all);
       load_square(w, k, K, b);
-      store_square(b, square);
+      store_square(b, square, kLanes);
       accumulate_some<Rows>(a + k * Rows, square, 0, end - k, acc);
     }
 #pragma GCC unroll 16
@@ -263,13 +263,11 @@ MultiplyRows multiply_rows_for(int64_t rows) {
 // are fetched.
 inline void make_columns(const bf16* const* rows, int64_t k, int64_t from, int64_t to, int64_t K,
                          float* made) {
-#pragma GCC unroll 16
-  for (int r = 0; r < kLanes; ++r) __builtin_prefetch(rows[kPanelColumns + r] + 2 * k, 0, 2);
+  fetch_rows(rows + kPanelColumns, k);
   F v[kLanes];
   if (from == 0 && to == kLanes) {
     load_square(rows, k, K, v);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) store(made + i * kPanelColumns, v[i]);
+    store_square(v, made, kPanelColumns);
   } else {
     load_part(rows, k, from, to, K, v);
     for (int64_t i = from; i < to; ++i) store(made + i * kPanelColumns, v[i]);
