@@ -43,8 +43,9 @@ constexpr int kScoreBlocks = 2;
 constexpr bool kOnTiles = false;
 // Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
 constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
-constexpr int kScoreBlocks = 1;
+constexpr int kScoreBlocks = 2;
 #endif
+constexpr int kAlone = kScoreBlocks * kRows;  // most rows of a query that meets the keys alone
 constexpr int kStateStride = kOnTiles ? kRows : 16;  // running max and sum of a block of rows
 constexpr float kInfinity = __builtin_inff();
 
@@ -609,7 +610,7 @@ class Attention {
     const int64_t first_key = first_visible(item_.first_row / p_.group);
     int64_t end_key = end_visible(last);
     if (prefix_ > end_key) end_key = prefix_;
-    const bool one_query = !kOnTiles && n_ <= kRows && item_.first_row / p_.group == last;
+    const bool one_query = !kOnTiles && n_ <= kAlone && item_.first_row / p_.group == last;
     for (int64_t chunk = 0; chunk < end_key; chunk += kChunk) {
       if (chunk >= prefix_ && chunk + kChunk <= first_key) continue;
       const int begin = chunk < prefix_ ? 0 : within(first_key - chunk);
@@ -796,21 +797,38 @@ class Attention {
   // few rows are no work to pack for: K passes through one panel that stays in L1, V is read in
   // place. The same chains of additions as in meet.
   void meet_alone(int64_t chunk, int begin, int end) {
-    Block b = {.row = 0, .rows = static_cast<int>(n_), .begin = begin, .end = end, .s = s_};
+    Block blocks[kAlone / kRows];
+    const int count = static_cast<int>((n_ + kRows - 1) / kRows);
+    for (int i = 0; i < count; ++i) {
+      Block& b = blocks[i];
+      b.row = i * kRows;
+      b.rows = rows_of(b.row);
+      b.begin = begin;
+      b.end = end;
+      b.s = s_ + i * kRows * kScoreStride;
+      for (int r = 0; r < b.rows; ++r) b.see[r] = {begin, end, 0};
+    }
+    const int64_t words = words_of<T>(p_.D);
     for (int key = begin; key < end;) {
       const int panel = key / kPanel * kPanel, to = panel + kPanel < end ? panel + kPanel : end;
       pack_keys<T>(keys_, chunk + panel, key - panel, to - panel, p_.D, k_);
-      scores_of<kInPairs<T>, kRows>(b.rows, q_, k_, words_of<T>(p_.D), key - panel, to - panel,
-                                    b.s + panel);
+      for (int i = 0; i < count; ++i) {
+        const Block& b = blocks[i];
+        scores_of<kInPairs<T>, kRows>(b.rows, q_ + b.row * words, k_, words, key - panel,
+                                      to - panel, b.s + panel);
+      }
       key = to;
     }
-    for (int r = 0; r < b.rows; ++r) b.see[r] = {begin, end, 0};
-    for (int r = 0; r < b.rows; ++r) softmax(b, r);
-    settle(b);
     ValuesInPlace<T> values(keys_, chunk, begin, end);
     values.fetch_keys(keys_, chunk + kChunk, kv_len_);
-    values_of<kInPairs<T>, kRows>(b.rows, b.s, values, p_.D, wide_, first_step<T>(begin),
-                                  end_step<T>(end), b.merge, o_);
+    for (int i = 0; i < count; ++i) {
+      Block& b = blocks[i];
+      for (int r = 0; r < b.rows; ++r) softmax(b, r);
+      settle(b);
+      values_of<kInPairs<T>, kRows>(b.rows, b.s, values, p_.D, wide_, first_step<T>(begin),
+                                    end_step<T>(end), b.merge, o_ + b.row * wide_);
+      values.fetches = false;
+    }
   }
 
   // Scores of row r of a block to weights, rows in ascending order. A row's maximum is found a row
