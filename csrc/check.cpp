@@ -27,6 +27,28 @@ const Checker::Binding* Checker::find(const char* name) const {
   return nullptr;
 }
 
+void Checker::apart(const char* output, const Tensor& out, const char* input,
+                    const Tensor& x) const {
+  struct Rows {
+    int64_t at, row, step, end;  // bytes
+  };
+  const auto rows_of = [](const Tensor& t) -> Rows {
+    const int64_t at = reinterpret_cast<int64_t>(t.data);
+    const int64_t element = static_cast<int64_t>(size_of(t.dtype));
+    const int64_t row = t.size(1) * element, step = t.stride(0) * element;
+    return {at, row, step, at + (t.size(0) - 1) * step + row};
+  };
+  if (out.numel() == 0 || x.numel() == 0) return;
+  const Rows a = rows_of(out), b = rows_of(x);
+  if (a.end <= b.at || b.end <= a.at) return;
+  if (a.step == b.step && a.step > 0) {
+    // Where a row of x begins beside one of out.
+    const int64_t column = ((b.at - a.at) % a.step + a.step) % a.step;
+    if (column >= a.row && column + b.row <= a.step) return;
+  }
+  fail(std::string(output) + " overlaps " + input + ", expected memory of its own");
+}
+
 void Checker::bind(const char* dim, int64_t value, const char* origin) {
   bindings_.push_back({dim, value, origin, std::nullopt});
 }

@@ -27,6 +27,10 @@ class Checker {
   void tensor(const char* name, const Tensor& t, std::initializer_list<DType> dtypes,
               std::initializer_list<const char*> dims);
 
+  // Refuses an output of rows [M, N] that shares memory with an input [M, K] of the op. Rows of one
+  // stride may lie side by side.
+  void apart(const char* output, const Tensor& out, const char* input, const Tensor& x) const;
+
   // Gives a name a value that no tensor binds.
   void bind(const char* dim, int64_t value, const char* origin);
   int64_t operator[](const char* dim) const;

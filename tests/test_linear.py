@@ -1,5 +1,6 @@
 """linear beyond the generated cases: packing, bit-equality of rows, strides, refusals."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ from internvl_rt.ops import (
     WeightRows,
     gated_activation,
     gated_linear,
+    grouped_gated_linear,
+    grouped_linear,
     hold,
     linear,
     pack,
+    pack_experts,
     unpack,
 )
 from internvl_rt.ops.linear import WeightFormat
@@ -236,6 +240,33 @@ def test_out_may_be_strided_and_may_be_the_residual(isa, make):
     torch.testing.assert_close(out, residual + x @ w.T)
     assert bool((wide[:, :9] == 3).all())
     assert bool((wide[:, 42:] == 3).all())
+
+
+def test_out_may_lie_beside_x_but_not_over_it(make):
+    """Rows of one stride that take turns in memory share none of it."""
+    weights, offsets = [make(32, 40), make(32, 40)], torch.tensor([0, 18], dtype=torch.int32)
+    calls = [
+        partial(linear, weight=pack(weights[0])),
+        partial(gated_linear, weight=pack(weights, gated=True)),
+        partial(grouped_linear, weight=pack_experts(weights[:1]), offsets=offsets),
+        partial(grouped_gated_linear, weight=pack_experts([weights], gated=True), offsets=offsets),
+    ]
+    for call in calls:
+        wide, flat = make(18, 80), make(2000)
+        x, beside = wide[:, :40], wide[:, 40:72]
+        expected = call(x.clone())
+        assert torch.equal(call(x, out=beside), expected)
+        x = flat[:720].view(18, 40)
+        assert torch.equal(call(x, out=flat[720 : 720 + 576].view(18, 32)), call(x.clone()))
+        for x, out in (
+            (wide[:, :40], wide[:, :32]),
+            (wide[:, :40], wide[:, 39:71]),
+            (wide[:, 40:], wide[:, 9:41]),
+            (flat[40:].as_strided((18, 40), (80, 1), 40), flat.as_strided((18, 32), (80, 1), 100)),
+            (flat[:720].view(18, 40), flat[719 : 719 + 576].view(18, 32)),
+        ):
+            with pytest.raises(ValueError, match="linear: out overlaps x, expected memory of its"):
+                call(x, out=out)
 
 
 def test_logits_in_fp32_are_not_rounded(isa, make):

@@ -21,6 +21,7 @@ bool gated_linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat fo
   check.bind("I", N / 2, "weight");
   check.tensor("out", out, {x.dtype}, {"M", "I"});
   if (bias) check.tensor("bias", *bias, {x.dtype}, {"N"});
+  check.apart("out", out, "x", x);
   p.bias = bias ? bias->data : nullptr;
   p.out = out.data;
   p.out_m = out.stride(0);

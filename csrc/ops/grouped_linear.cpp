@@ -191,6 +191,7 @@ void grouped_linear(Tensor x, Tensor weight, int64_t E, int64_t N, int64_t K, We
   if (bias) check.tensor("bias", *bias, {dtype}, {"E", "N"});
   check.bind("I", N / 2, "weight");
   check.tensor("out", out, {dtype}, {"M", gate ? "I" : "N"});
+  check.apart("out", out, "x", x);
   const GroupedLinearParams g{.x = x.data,
                               .rows = rows ? static_cast<const int32_t*>(rows->data) : nullptr,
                               .weight = weight.data,

@@ -68,6 +68,7 @@ void linear(Tensor x, Tensor weight, int64_t N, int64_t K, WeightFormat format,
   if (bias) check.tensor("bias", *bias, {x.dtype}, {"N"});
   if (scale) check.tensor("scale", *scale, {x.dtype}, {"N"});
   if (residual) check.tensor("residual", *residual, {out.dtype}, {"M", "N"});
+  check.apart("out", out, "x", x);
   p.bias = bias ? bias->data : nullptr;
   p.residual = residual ? residual->data : nullptr;
   p.scale = scale ? scale->data : nullptr;
