@@ -7,11 +7,12 @@
 // rows of x in L2. One group alone walks several panels at once: weights come from DRAM then, and
 // more streams with prefetch read them faster than one.
 //
-// Rows of W that are not packed are transposed on the way, 16 rows by 16 pairs at a time: in the
-// registers of a group alone, else a piece at a time for all of a chunk's groups. Which changes no
-// bit: sums and their order are the same. 16 rows a multiple of 4 KB apart (K = 2048, 4096, 6144)
-// meet in one set of L1, which holds 8 or 12 lines: their squares end where cache lines do, so that
-// each line is read once (up to 1.7 times as fast).
+// Rows of W that are not packed are transposed on the way, 16 rows by 16 pairs at a time. Few rows
+// of x multiply one such square while the next is made, one group after the other; many find a
+// piece made for all of a chunk's groups. Which changes no bit: sums and their order are the same.
+// 16 rows a multiple of 4 KB apart (K = 2048, 4096, 6144) meet in one set of L1, which holds 8 or
+// 12 lines: their squares end where cache lines do, so that each line is read once (up to 1.7 times
+// as fast).
 #include "kernels/cpu/linear_chunks.h"
 #include "kernels/cpu/linear_epilogue.h"
 #include "kernels/cpu/linear_rows.h"
@@ -35,10 +36,13 @@ constexpr int64_t kPieceLines =
     (kPairs / kLanes + 1) * kPanelColumns;  // of cache, of rows in place
 constexpr int64_t kRowStep = 360;  // 184 KB of x: a piece of a panel is read from memory once
 constexpr int64_t kPanelStep = 8;  // 368 KB of partial sums
-// Below either, the weights pass once, in the order of memory.
+// Below either, the weights pass once, in the order of memory; below the first each group makes the
+// squares of rows in place for itself.
 constexpr int64_t kFewRows = 36;
 constexpr int64_t kFewBytes = 640 << 10;  // of x: all of K stays in L2
-constexpr int64_t kAhead = 2048;          // bytes of a stream that are fetched in advance
+// Bytes of the panels that are walked that are fetched in advance, into L2: lines on their way to
+// L1 hold what its misses need (8 rows, 2 KB ahead into L1: 1.2 times the time).
+constexpr int64_t kAhead = 16384;
 // Pairs of each of 16 rows in place, which are fetched into L2: rows of 1792 bytes share few sets
 // of L1 (12 against 25 GB/s). Not of the next panel: another thread may take that one.
 constexpr int64_t kRowsAhead = 256;
@@ -57,7 +61,7 @@ template <int Rows, int Panels>
 using Sums = F[Rows][Panels * kPanelVectors];
 
 // What a product fetches from memory meanwhile, once for every pair: of panels that lie `step`
-// bytes apart what comes kAhead later.
+// bytes apart what comes kAhead later, in all of them.
 template <int Panels>
 struct FetchPanels {
   int64_t step;
@@ -65,7 +69,7 @@ struct FetchPanels {
   void operator()(const uint32_t* w) {
 #pragma GCC unroll 8
     for (int v = 0; v < Panels * kPanelVectors; ++v) {
-      __builtin_prefetch(beside(vector_of(w, v, step), kAhead));
+      __builtin_prefetch(beside(vector_of(w, v, step), kAhead / Panels), 0, 2);
     }
   }
 };
@@ -154,8 +158,17 @@ Multiply multiply_for(int64_t rows, int64_t panels) {
   return nullptr;
 }
 
+// Rows of a group: even groups, for one of few rows keeps the multipliers waiting.
+inline int64_t group_rows(const LinearParams& p) {
+  const int64_t groups = ceil_div(p.M, kGroup);
+  return groups > 0 ? ceil_div(p.M, groups) : 1;
+}
+
+// Whether the groups meet rows of W in place, one group after the other.
+inline bool in_place(const LinearParams& p) { return p.rows && p.M < kFewRows; }
+
 void plan(LinearParams& p, int threads) {
-  if (p.M <= kGroup) {
+  if (p.M <= kGroup || in_place(p)) {
     const int64_t panels = panel_count(p.N);
     p.row_step = p.M;
     p.row_blocks = 1;
@@ -163,18 +176,21 @@ void plan(LinearParams& p, int threads) {
     p.panel_step = panels >= 8 * step * threads ? step : 1;
     p.panel_blocks = ceil_div(panels, p.panel_step);
   } else {
-    plan_chunks(p, kRowStep, kGroup, kPanelStep, threads);
+    plan_chunks(p, kRowStep, group_rows(p), kPanelStep, threads);
   }
-  p.items = ceil_div(p.M, kGroup);
+  p.items = ceil_div(p.M, group_rows(p));
   p.workspace_size = p.M * pairs_of(p) * 4;
   const int64_t sums = p.row_step * (p.M <= kGroup ? kMostPanels : p.panel_step) * kPanelColumns;
   p.scratch_size = (sums + kPiece) * 4;
 }
 
-// Where the pairs of rows from m on lie, from pair k on: k is a multiple of kPairs, `pairs` the
-// length of its piece.
-inline uint32_t* rows_at(const LinearParams& p, int64_t m, int64_t k, int64_t pairs) {
-  return static_cast<uint32_t*>(p.workspace) + k * p.M + m * pairs;
+// Where the pairs of the group of rows from m on lie, from pair k on, which begins a piece: groups
+// take turns in every piece, or follow each other whole where they meet rows in place.
+inline uint32_t* rows_at(const LinearParams& p, int64_t m, int64_t k) {
+  uint32_t* x = static_cast<uint32_t*>(p.workspace);
+  const int64_t all = pairs_of(p);
+  if (in_place(p)) return x + m * all + k * least(p.M - m, group_rows(p));
+  return x + k * p.M + m * least(kPairs, all - k);
 }
 
 inline void store_square(const F (&v)[kLanes], float* to, int64_t stride) {
@@ -187,65 +203,87 @@ inline void fetch_rows(const bf16* const* rows, int64_t k) {
 #pragma GCC unroll 16
   for (int r = 0; r < kLanes; ++r) __builtin_prefetch(rows[r] + 2 * k, 0, 2);
 }
+
 // What comes kRowsAhead pairs after pair k of `all`: in these rows, or in those that follow.
-inline void fetch_ahead(const bf16* const* rows, int64_t k, int64_t all) {
-  const int64_t at = k + kRowsAhead;
-  fetch_rows(at < all ? rows : rows + kLanes, at < all ? at : at - all);
-}
+struct RowsAhead {
+  const bf16* const* rows;
+  int64_t k;
 
-// acc += a^T * b for pairs [from, to) of a square.
-template <int Rows>
-inline void accumulate_some(const uint32_t* a, const float* square, int64_t from, int64_t to,
-                            F (&acc)[Rows]) {
-  for (int64_t j = from; j < to; ++j, a += Rows) {
-    const Pairs b = as_pairs(load(square + j * kLanes));
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) acc[r] = dot_pairs(set_pairs(a[r]), b, acc[r]);
+  RowsAhead(const bf16* const* w, int64_t now, int64_t all) : rows(w), k(now + kRowsAhead) {
+    if (k < all) return;
+    rows += kLanes;
+    k -= all;
   }
+  void fetch(int row) const { __builtin_prefetch(rows[row] + 2 * k, 0, 2); }
+};
+
+// acc += a^T * b for pair j of a square.
+template <int Rows>
+[[gnu::always_inline]] inline void accumulate_pair(const uint32_t* a, const float* square,
+                                                   int64_t j, F (&acc)[Rows]) {
+  const Pairs b = as_pairs(load(square + j * kLanes));
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) acc[r] = dot_pairs(set_pairs(a[j * Rows + r]), b, acc[r]);
 }
 
-// c[Rows][16] = a^T * w for 16 rows of W in place, of `all` pairs.
+// c[Rows][16] = a^T * w for 16 rows of W in place, of `all` pairs. While a square of 16 pairs is
+// multiplied the next one is made, a step before the products of each pair: behind all of them,
+// which fill the scheduler, it would wait.
 template <int Rows>
 void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t all, int64_t K, float* c) {
-  const int64_t before = pairs_before(w);
-  float square[kLanes * kLanes];  // in which a piece ends and the next begins
-  F b[kLanes];
-  if (before > 0) {
-    load_part(w, -before, before, kLanes, K, b);
-    store_square(b, square, kLanes);
-  }
-  for (int64_t begin = 0; begin == 0 || begin < all; begin += kPairs) {
-    const int64_t end = least(begin + kPairs, all);
-    F acc[Rows];
-#pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) acc[r] = set(0.0f);
-    int64_t k = begin;
-    if (before > 0) {
-      k = least(begin + kLanes - before, end);
-      accumulate_some<Rows>(a + begin * Rows, square, before, before + k - begin, acc);
+  float squares[2][kLanes * kLanes];
+  const auto make = [&](int64_t at, float* to) {
+    const RowsAhead ahead(w, at, all);
+    for (int r = 0; r < kLanes; ++r) ahead.fetch(r);
+    F b[kLanes];
+    if (at < 0) {
+      load_part(w, at, -at, kLanes, K, b);
+    } else {
+      load_square(w, at, K, b);
     }
-    for (; k + kLanes <= end; k += kLanes) {
-      fetch_ahead(w, k, all);
-      load_square(w, k, K, b);
-      const uint32_t* x = a + k * Rows;
+    store_square(b, to, kLanes);
+  };
+  F acc[Rows];
 #pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) {
-#pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) {
-          acc[r] = dot_pairs(set_pairs(x[j * Rows + r]), as_pairs(b[j]), acc[r]);
-        }
-      }
-    }
-    if (k < end) {
-      fetch_ahead(w, k, all);
-      load_square(w, k, K, b);
-      store_square(b, square, kLanes);
-      accumulate_some<Rows>(a + k * Rows, square, 0, end - k, acc);
-    }
+  for (int r = 0; r < Rows; ++r) acc[r] = set(0.0f);
+  // At pair k: where a piece ends, its sums are added.
+  const auto end_piece = [&](int64_t k) {
+    if (k % kPairs != 0 && k != all) return;
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
       float* to = c + r * kPanelColumns;
-      store(to, begin > 0 ? load(to) + acc[r] : acc[r]);
+      store(to, k > kPairs ? load(to) + acc[r] : acc[r]);
+      acc[r] = set(0.0f);
+    }
+  };
+  if (all == 0) return end_piece(0);
+  int64_t k = 0, at = -pairs_before(w);
+  make(at, squares[0]);
+  for (int turn = 0; k < all; at += kLanes, turn ^= 1) {
+    const float* square = squares[turn];
+    float* next = squares[turn ^ 1];
+    const uint32_t* x = a + at * Rows;
+    const int64_t then = at + kLanes;
+    if (k == at && at / kPairs == (then - 1) / kPairs && K - 2 * then >= 2 * kLanes) {
+      const RowsAhead ahead(w, then, all);
+      F t[2][kLanes / 2];
+#pragma GCC unroll 16
+      for (int j = 0; j < kLanes; ++j) {
+        ahead.fetch(j);
+        square_step(j, w, then, t, [&](int i, F v) { store(next + i * kLanes, v); });
+        accumulate_pair<Rows>(x, square, j, acc);
+      }
+      k = then;
+      end_piece(k);
+      continue;
+    }
+    // The first, the last, and squares in which a piece ends.
+    if (then < all) make(then, next);
+    const int64_t end = least(then, all);
+    while (k < end) {
+      const int64_t stop = least(end, (k / kPairs + 1) * kPairs);
+      for (; k < stop; ++k) accumulate_pair<Rows>(x, square, k - at, acc);
+      end_piece(k);
     }
   }
 }
@@ -290,9 +328,9 @@ const uint32_t* piece_of(const LinearParams& p, int64_t panel, int64_t k, int64_
 }
 
 void prepare(const LinearParams& p, int64_t begin, int64_t end) {
-  const int64_t all = pairs_of(p);
+  const int64_t all = pairs_of(p), most = group_rows(p);
   for (int64_t g = begin; g < end; ++g) {
-    const int64_t m = g * kGroup, rows = least(p.M - m, kGroup);
+    const int64_t m = g * most, rows = least(p.M - m, most);
     // The places beyond a group's last row are not stored.
     const bf16* x[kLanes];
     for (int64_t r = 0; r < kLanes; ++r) {
@@ -300,8 +338,7 @@ void prepare(const LinearParams& p, int64_t begin, int64_t end) {
     }
     for (int64_t k = 0; k < all; k += kLanes) {
       const int64_t piece = k / kPairs * kPairs;
-      float* to = reinterpret_cast<float*>(rows_at(p, m, piece, least(kPairs, all - piece)) +
-                                           (k - piece) * rows);
+      float* to = reinterpret_cast<float*>(rows_at(p, m, piece) + (k - piece) * rows);
       F v[kLanes];
       load_square(x, k, p.K, v);
       for (int64_t i = 0; i < kLanes; ++i) store_n(to + i * rows, v[i], rows);
@@ -319,7 +356,7 @@ void one_group(const LinearParams& p, int64_t panel0, int64_t panel1, float* sum
     // At least one piece: the epilogue of a product over nothing.
     for (int64_t k = 0; k == 0 || k < all; k += kPairs) {
       const int64_t pairs = least(kPairs, all - k);
-      multiply_for(p.M, together)(rows_at(p, 0, k, pairs), panel_at<uint32_t>(p, panel, 2 * k),
+      multiply_for(p.M, together)(rows_at(p, 0, k), panel_at<uint32_t>(p, panel, 2 * k),
                                   panel_bytes(p.format, p.K), pairs, sums, stride, k > 0, nullptr);
     }
     for (int64_t i = 0; i < together; ++i) {
@@ -328,14 +365,15 @@ void one_group(const LinearParams& p, int64_t panel0, int64_t panel1, float* sum
   }
 }
 
-// The same with rows of W in place.
-void one_group_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
-  const int64_t all = pairs_of(p);
-  const MultiplyRows run = multiply_rows_for(p.M);
-  const uint32_t* x = rows_at(p, 0, 0, all);
+// The groups meet rows of W in place, which stay in L2 from the first to the last.
+void groups_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, float* sums) {
+  const int64_t all = pairs_of(p), most = group_rows(p);
   for (int64_t panel = panel0; panel < panel1; ++panel) {
     for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
-      run(x, rows_of(p, panel) + j, all, p.K, sums + j);
+      for (int64_t m = 0; m < p.M; m += most) {
+        multiply_rows_for(least(p.M - m, most))(rows_at(p, m, 0), rows_of(p, panel) + j, all, p.K,
+                                                sums + m * kPanelColumns + j);
+      }
     }
     finish(p, sums, kPanelColumns, 0, p.M, panel * kPanelColumns);
   }
@@ -345,7 +383,7 @@ void one_group_in_place(const LinearParams& p, int64_t panel0, int64_t panel1, f
 // there anyway, and take one panel after the other.
 void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64_t panel1,
             uint32_t* made, float* sums) {
-  const int64_t all = pairs_of(p), panels = panel1 - panel0;
+  const int64_t all = pairs_of(p), panels = panel1 - panel0, most = group_rows(p);
   const int64_t pieces = all == 0 ? 1 : ceil_div(all, kPairs);
   const bool few = m1 - m0 < kFewRows || (m1 - m0) * all * 4 < kFewBytes;
   const auto panel_of = [&](int64_t i) { return few ? i / pieces : i % panels; };
@@ -355,10 +393,10 @@ void groups(const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0, int64
     const uint32_t* w = piece_of(p, panel0 + panel, k, pairs, made);
     FetchPiece next{};
     if (p.rows) next = {rows_of(p, panel0 + panel_of(i + 1)), pair_of(i + 1), kPieceLines};
-    for (int64_t m = m0; m < m1; m += kGroup) {
-      const int64_t rows = least(m1 - m, kGroup);
+    for (int64_t m = m0; m < m1; m += most) {
+      const int64_t rows = least(m1 - m, most);
       float* c = sums + (panel * (m1 - m0) + m - m0) * kPanelColumns;
-      multiply_for(rows, 1)(rows_at(p, m, k, pairs), w, 0, pairs, c, kPanelColumns, k > 0,
+      multiply_for(rows, 1)(rows_at(p, m, k), w, 0, pairs, c, kPanelColumns, k > 0,
                             p.rows ? &next : nullptr);
       if (k + pairs >= all) finish(p, c, kPanelColumns, m, rows, (panel0 + panel) * kPanelColumns);
     }
@@ -369,12 +407,12 @@ void compute(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
   uint32_t* made = static_cast<uint32_t*>(scratch);
   float* sums = static_cast<float*>(scratch) + kPiece;
   for_chunks(p, begin, end, [&](int64_t m0, int64_t m1, int64_t panel0, int64_t panel1) {
-    if (p.M > kGroup) {
-      groups(p, m0, m1, panel0, panel1, made, sums);
-    } else if (p.rows) {
-      one_group_in_place(p, panel0, panel1, sums);
-    } else {
+    if (in_place(p)) {
+      groups_in_place(p, panel0, panel1, sums);
+    } else if (p.M <= kGroup) {
       one_group(p, panel0, panel1, sums);
+    } else {
+      groups(p, m0, m1, panel0, panel1, made, sums);
     }
   });
 }

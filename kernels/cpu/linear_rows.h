@@ -27,37 +27,44 @@ inline void load_part(const bf16* const* rows, int64_t k, int64_t from, int64_t 
   transpose(v);
 }
 
-// The same of all 16 pairs from k on. Whole squares are loaded in halves, those of two rows into
-// one vector: so loads take the place of shuffles, which share their units with dot products. Both
-// halves of a row at once: rows a multiple of 4 KB apart share one set of L1, which does not hold
-// 16 lines.
+// Step j of 16 in which put(i, v[i]) gets the same of all 16 pairs from k on; t is kept from step
+// to step. Rows are loaded in halves, those of two rows into one vector: so loads take the place of
+// shuffles, which share their units with dot products. Both halves of a row at once: rows a
+// multiple of 4 KB apart share one set of L1, which does not hold 16 lines.
+template <class Put>
+[[gnu::always_inline]] inline void square_step(int j, const bf16* const* rows, int64_t k,
+                                               F (&t)[2][kLanes / 2], Put&& put) {
+  constexpr int kHalf = kLanes / 2;
+  if (j < 4) {
+#pragma GCC unroll 2
+    for (int r = 2 * j; r < 2 * j + 2; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const auto half = [&](int row) {
+          return _mm256_loadu_ps(reinterpret_cast<const float*>(rows[row] + 2 * k) + i * kHalf);
+        };
+        t[i][r].v = _mm512_insertf32x8(_mm512_castps256_ps512(half(r)), half(kHalf + r), 1);
+      }
+    }
+  } else if (j < kHalf) {
+    // t[i][c]: pairs c and 4 + c of rows 0 to 3, then of rows 8 to 11; t[i][4 + c]: of the others.
+    transpose_blocks(t[j / 2 % 2] + j % 2 * 4);
+  } else {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
+    const int i = j / 4 % 2, c = j % 4;
+    put(i * kHalf + c, F{_mm512_permutex2var_ps(t[i][c].v, low, t[i][4 + c].v)});
+    put(i * kHalf + 4 + c, F{_mm512_permutex2var_ps(t[i][c].v, high, t[i][4 + c].v)});
+  }
+}
+
+// All 16 pairs from k on.
 inline void load_square(const bf16* const* rows, int64_t k, int64_t K, F (&v)[kLanes]) {
   if (K - 2 * k < 2 * kLanes) return load_part(rows, k, 0, kLanes, K, v);
-  constexpr int kHalf = kLanes / 2;
-  F t[2][kHalf];
-#pragma GCC unroll 8
-  for (int r = 0; r < kHalf; ++r) {
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; ++i) {
-      const auto half = [&](int row) {
-        return _mm256_loadu_ps(reinterpret_cast<const float*>(rows[row] + 2 * k) + i * kHalf);
-      };
-      t[i][r].v = _mm512_insertf32x8(_mm512_castps256_ps512(half(r)), half(kHalf + r), 1);
-    }
-  }
-  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(4));
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    transpose_blocks(t[i]);
-    transpose_blocks(t[i] + 4);
-    // [c]: pairs c and 4 + c of rows 0 to 3, then of rows 8 to 11; [4 + c]: those of the others.
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c) {
-      F* to = v + i * kHalf + c;
-      to[0].v = _mm512_permutex2var_ps(t[i][c].v, low, t[i][4 + c].v);
-      to[4].v = _mm512_permutex2var_ps(t[i][c].v, high, t[i][4 + c].v);
-    }
+  F t[2][kLanes / 2];
+#pragma GCC unroll 16
+  for (int j = 0; j < kLanes; ++j) {
+    square_step(j, rows, k, t, [&](int i, F x) { v[i] = x; });
   }
 }
 
