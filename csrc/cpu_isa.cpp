@@ -11,7 +11,7 @@
 namespace ivr {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"portable",    "avx2",         "avx512",
+constexpr const char* kNames[kIsaCount] = {"portable",    "neon",         "avx2", "avx512",
                                            "avx512_bf16", "amx_emulated", "amx"};
 
 #if defined(IVR_X86)
@@ -52,8 +52,11 @@ bool detect(Isa isa) {
     case Isa::amx:
       return avx512 && __builtin_cpu_supports("avx512bf16") &&
              __builtin_cpu_supports("avx512vnni") && has_amx();
+    default:
+      return false;
   }
-  return false;
+#elif defined(IVR_ARM64)
+  return isa == Isa::portable || isa == Isa::neon;  // which every 64-bit Arm CPU has
 #else
   return isa == Isa::portable;
 #endif

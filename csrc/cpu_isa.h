@@ -63,22 +63,24 @@ class CpuKernel<void(Args...)> : public CpuKernelBase {
 
 }  // namespace ivr
 
+// In the order of Isa.
 #if defined(IVR_X86)
-#define IVR_VARIANTS(kernel) {portable::kernel, avx2::kernel, avx512::kernel}
+#define IVR_PLAIN_VARIANTS(kernel) portable::kernel, nullptr, avx2::kernel, avx512::kernel
+#define IVR_MORE_VARIANTS(dot_kernel, amx_kernel) \
+  avx512_bf16::dot_kernel, amx_emulated::amx_kernel, amx::amx_kernel
 #else
-#define IVR_VARIANTS(kernel) {portable::kernel}
+#if defined(IVR_ARM64)
+#define IVR_PLAIN_VARIANTS(kernel) portable::kernel, neon::kernel
+#else
+#define IVR_PLAIN_VARIANTS(kernel) portable::kernel
 #endif
-#if defined(IVR_X86)
-#define IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel)                             \
-  {portable::kernel,         avx2::kernel,   avx512::kernel, avx512_bf16::dot_kernel, \
-   amx_emulated::amx_kernel, amx::amx_kernel}
-#else
-#define IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel) IVR_VARIANTS(kernel)
+#define IVR_MORE_VARIANTS(dot_kernel, amx_kernel)
 #endif
 
 // static auto& kernel = ...: a kernel object with the variants of one entry point.
-#define IVR_CPU_KERNEL_OBJECT(object, label, kernel) \
-  CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(label, IVR_VARIANTS(kernel))
+#define IVR_CPU_KERNEL_OBJECT(object, label, kernel)                    \
+  CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object( \
+      label, {IVR_PLAIN_VARIANTS(kernel)})
 #define IVR_CPU_KERNEL_OBJECT_BF16(object, label, kernel, dot_kernel, amx_kernel) \
   CpuKernel<std::remove_pointer_t<decltype(&portable::kernel)>> object(           \
-      label, IVR_VARIANTS_BF16(kernel, dot_kernel, amx_kernel))
+      label, {IVR_PLAIN_VARIANTS(kernel), IVR_MORE_VARIANTS(dot_kernel, amx_kernel)})

@@ -42,7 +42,8 @@ constexpr int kScoreBlocks = 2;
 #else
 constexpr bool kOnTiles = false;
 // Rows x 2 vectors of accumulators, 2 vectors of K or V and a broadcast fill the register file.
-constexpr int kRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+// NEON multiplies by a lane of a vector: broadcasts take three registers there.
+constexpr int kRows = kLanes == 16 ? 14 : kRegisters == 32 ? 10 : kLanes == 8 ? 6 : 4;
 constexpr int kScoreBlocks = 2;
 #endif
 constexpr int kAlone = kScoreBlocks * kRows;  // most rows of a query that meets the keys alone
@@ -312,9 +313,11 @@ inline void value_tile(const float* p, const Values& values, int64_t d, int64_t 
 
 // Few rows take four vectors at once: more independent chains, fewer broadcasts.
 template <int R>
-constexpr int kVectors = R * 4 <= 28 && kLanes == 16 ? 4
-                         : R * 4 <= 12               ? 4
-                                                     : 2;
+constexpr int kVectors = R * 4 <= (kLanes == 16       ? 28
+                                   : kRegisters == 32 ? 20
+                                                      : 12)
+                             ? 4
+                             : 2;
 
 template <bool Pairwise, int R>
 void scores_of(int rows, const float* q, const float* k, int64_t words, int begin, int end,
@@ -672,14 +675,17 @@ class Attention {
     } else {
       for (int64_t row = 0; row < n_; row += kRows) {
         const int rows = rows_of(row);
-        const T* q[kLanes];
-        for (int r = 0; r < kLanes; ++r) q[r] = r < rows ? query(row + r) : nullptr;
         float* out = q_ + row * words;
-        for (int64_t w = 0; w < words; w += kLanes) {
-          const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
-          F x[kLanes];
-          load_square(q, w, words, x);
-          for (int i = 0; i < n; ++i) store_n(out + (w + i) * rows, x[i], rows);
+        for (int first = 0; first < rows; first += kLanes) {
+          const int some = rows - first < kLanes ? rows - first : kLanes;
+          const T* q[kLanes];
+          for (int r = 0; r < kLanes; ++r) q[r] = r < some ? query(row + first + r) : nullptr;
+          for (int64_t w = 0; w < words; w += kLanes) {
+            const int n = static_cast<int>(words - w < kLanes ? words - w : kLanes);
+            F x[kLanes];
+            load_square(q, w, words, x);
+            for (int i = 0; i < n; ++i) store_n(out + (w + i) * rows + first, x[i], some);
+          }
         }
       }
     }

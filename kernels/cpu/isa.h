@@ -12,19 +12,23 @@ namespace ivr {
 
 enum class Isa : int {
   portable = 0,
-  avx2 = 1,
-  avx512 = 2,
-  avx512_bf16 = 3,
-  amx_emulated = 4,
-  amx = 5
+  neon = 1,
+  avx2 = 2,
+  avx512 = 3,
+  avx512_bf16 = 4,
+  amx_emulated = 5,
+  amx = 6
 };
-constexpr int kIsaCount = 6;
+constexpr int kIsaCount = 7;
 
 }  // namespace ivr
 
 // Declares an entry point in every instruction set's namespace.
 #define IVR_CPU_KERNEL(name, ...) \
   namespace portable {            \
+  void name(__VA_ARGS__);         \
+  }                               \
+  namespace neon {                \
   void name(__VA_ARGS__);         \
   }                               \
   namespace avx2 {                \

@@ -1,12 +1,12 @@
-// linear on the CPU with fused multiply-adds (portable, AVX2, AVX-512).
+// linear on the CPU with fused multiply-adds (portable, AVX2, AVX-512, NEON).
 //
 // A group of up to kGroup rows times two vectors of columns is held in registers (12 x 32 on
-// AVX-512, 6 x 16 on AVX2) while K goes by. x is widened to fp32 and interleaved once per call into
-// the shared workspace (pieces of [groups][k][rows of the group]), so that the inner loop
-// broadcasts from consecutive memory. K is walked in pieces of kDepth, whose sums are added in
-// order: so a chunk's rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows rows, a
-// step walks several panels at once: weights come from DRAM then, and more streams with prefetch
-// read them faster than one (30 % measured).
+// AVX-512, 12 x 8 on NEON, 6 x 16 on AVX2) while K goes by. x is widened to fp32 and interleaved
+// once per call into the shared workspace (pieces of [groups][k][rows of the group]), so that the
+// inner loop broadcasts from consecutive memory. K is walked in pieces of kDepth, whose sums are
+// added in order: so a chunk's rows of x stay in L2 and a piece of a panel in L1. Up to kStreamRows
+// rows, a step walks several panels at once: weights come from DRAM then, and more streams with
+// prefetch read them faster than one (30 % measured).
 //
 // Quantised weights, which meet rows of fp32 here (bf16 ones in linear_codes.cpp), become fp32 in a
 // small buffer before they are used, as bf16 weights do where many rows meet them.
@@ -20,19 +20,17 @@
 namespace ivr {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kGroup = 12;
+constexpr bool kManyRegisters = kRegisters == 32;
+constexpr int kGroup = kManyRegisters ? 12 : 6;
 constexpr int kStreamVectors = 8;
-constexpr int kStreamRows = 3;
-#else
-constexpr int kGroup = 6;
-constexpr int kStreamVectors = 8;
-constexpr int kStreamRows = 1;
-#endif
+constexpr int kStreamRows = kManyRegisters ? 3 : 1;
 constexpr int64_t kStreamAhead = 512;  // bytes, in each of several panels
 constexpr int kPanelVectors = kPanelColumns / kLanes;
 constexpr int64_t kRowBytes = kPanelColumns * 4;  // of a panel: a k of fp32, two of bf16
-constexpr int64_t kPanelAhead = 2048;
+// In one panel alone; on AVX2 into L2, which gives two rows on Zen 4 1.3 times the rate of near and
+// L1.
+constexpr bool kFetchesFar = kLanes == 8;
+constexpr int64_t kPanelAhead = kFetchesFar ? 16384 : 2048;
 // Up to here a group's rows meet a whole panel at once: two vectors are too few for the
 // multipliers.
 constexpr int kFewRows = kLanes == 8 ? 2 : 0;
@@ -117,12 +115,13 @@ struct Ahead {
   template <int Vectors>
   [[gnu::always_inline]] void fetch(int64_t panel) {
     if (!at) return;
+    constexpr bool kNear = Vectors > kPanelVectors || (Vectors == kPanelVectors && !kFetchesFar);
     constexpr int kRow = Vectors < kPanelVectors ? Vectors * kLanes * 4 : kPanelColumns * 4;
 #pragma GCC unroll 4
     for (int i = 0; i * kPanelVectors < Vectors; ++i) {
 #pragma GCC unroll 2
       for (int line = 0; line < kRow; line += 64) {
-        __builtin_prefetch(at + i * panel + line, 0, Vectors >= kPanelVectors ? 3 : 2);
+        __builtin_prefetch(at + i * panel + line, 0, kNear ? 3 : 2);
       }
     }
     at += step;
@@ -157,10 +156,8 @@ template <int Rows, int Vectors>
   for (int64_t k = 0; k < K; k += 2) {
     ahead.fetch<Vectors>(step);
     accumulate<Rows, Vectors>(a, [&](int v) { return load_even(at(w, v)); }, acc);
-#if !defined(__AVX512F__)
     // With 16 registers it is better to load a pair twice than to keep it.
-    asm("" : "+r"(w));
-#endif
+    if constexpr (!kManyRegisters) asm("" : "+r"(w));
     accumulate<Rows, Vectors>(a + Rows, [&](int v) { return load_odd(at(w, v)); }, acc);
     a += 2 * Rows;
     w += 2 * kPanelColumns;

@@ -85,15 +85,7 @@ inline void add(Quad q, const char* x, Sum& sum) {
   sum.low = dot_bytes(sum.low, q.bytes, x + 4);
 }
 
-#else
-
-struct Sum {
-  I all;
-};
-inline Sum start(int32_t x) { return {set_ints(x)}; }
-inline I total(Sum sum) { return sum.all; }
-
-#if defined(__SSE2__)
+#elif defined(__SSE2__) || defined(IVR_NEON)
 
 struct Quad {
   I even, odd;  // pairs of 16 bits
@@ -103,6 +95,15 @@ inline Quad quad_of(I u, int half) {
   constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
   return {(u >> 4 * half) & kMask, (u >> (4 * half + 8)) & kMask};
 }
+
+#if defined(__SSE2__)
+
+struct Sum {
+  I all;
+};
+inline Sum start(int32_t x) { return {set_ints(x)}; }
+inline I total(Sum sum) { return sum.all; }
+
 inline void put_quad(const int32_t* x, char* to) {
   const __m128i words = _mm_packs_epi32(load_four(x), _mm_setzero_si128());
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
@@ -123,6 +124,40 @@ inline void add(Quad q, const char* x, Sum& sum) {
 }
 
 #else
+
+// Two sums of each column: of the first two columns, and of the others.
+struct Sum {
+  I low, high;
+};
+inline Sum start(int32_t x) {
+  const I pairs = {x, 0, x, 0};
+  return {pairs, pairs};
+}
+inline I total(Sum sum) { return vpaddq_s32(sum.low, sum.high); }
+
+inline void put_quad(const int32_t* x, char* to) {
+  const int16_t words[4] = {static_cast<int16_t>(x[0]), static_cast<int16_t>(x[2]),
+                            static_cast<int16_t>(x[1]), static_cast<int16_t>(x[3])};
+  memcpy(to, words, sizeof(words));
+}
+inline void add_words(I codes, const char* x, Sum& sum) {
+  const int16x8_t a = (int16x8_t)codes, b = (int16x8_t)vdupq_n_s32(int_at(x));
+  sum.low = vmlal_s16(sum.low, vget_low_s16(a), vget_low_s16(b));
+  sum.high = vmlal_high_s16(sum.high, a, b);
+}
+inline void add(Quad q, const char* x, Sum& sum) {
+  add_words(q.even, x, sum);
+  add_words(q.odd, x + 4, sum);
+}
+
+#endif
+#else
+
+struct Sum {
+  I all;
+};
+inline Sum start(int32_t x) { return {set_ints(x)}; }
+inline I total(Sum sum) { return sum.all; }
 
 struct Quad {
   I codes[4];
@@ -147,7 +182,6 @@ inline void add(Quad q, const char* x, Sum& sum) {
   }
 }
 
-#endif
 #endif
 
 inline int64_t groups_of(const LinearParams& p) { return ceil_div(p.K, kQuantGroup); }

@@ -11,13 +11,15 @@
 // exact.
 //
 // Only instructions with the same meaning in every 128-bit lane are used: the same text serves SSE2
-// (the x86-64 baseline), AVX2 and AVX-512BW; elsewhere a vector is a struct of 16 bytes.
+// (the x86-64 baseline), AVX2, AVX-512BW and NEON; elsewhere a vector is a struct of 16 bytes.
 #include "kernels/preprocess.h"
 
 #include <cstring>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(IVR_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace ivr {
@@ -113,6 +115,32 @@ inline Vec round_shift(Vec hi, Vec lo) {
 }
 inline Vec narrow(Vec a, Vec b, Vec c, Vec d) {
   return _mm_packus_epi16(_mm_packs_epi32(a, b), _mm_packs_epi32(c, d));
+}
+inline Vec gather_lanes(const uint8_t* const* p, int64_t, int64_t at) { return load(p[0] + at); }
+inline void scatter_lanes(uint8_t* const* p, int64_t, int64_t at, Vec a) { store(p[0] + at, a); }
+
+#elif defined(IVR_NEON)
+
+using Vec = uint8x16_t;
+inline Vec load(const uint8_t* p) { return vld1q_u8(p); }
+inline void store(uint8_t* p, Vec a) { vst1q_u8(p, a); }
+inline Vec zero() { return vdupq_n_u8(0); }
+inline Vec broadcast(int32_t a) { return (Vec)vdupq_n_s32(a); }
+inline Vec low_bytes(Vec a, Vec b) { return vzip1q_u8(a, b); }
+inline Vec high_bytes(Vec a, Vec b) { return vzip2q_u8(a, b); }
+inline Vec multiply_add(Vec sum, Vec a, Vec b) {
+  const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+  const int32x4_t low = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+  return (Vec)((int32x4_t)sum + vpaddq_s32(low, vmull_high_s16(x, y)));
+}
+inline Vec round_shift(Vec hi, Vec lo) {
+  return (Vec)((((int32x4_t)hi << kResampleDigitBits) + (int32x4_t)lo) >> kResampleBits);
+}
+inline Vec narrow(Vec a, Vec b, Vec c, Vec d) {
+  const auto words = [](Vec x, Vec y) {
+    return vcombine_s16(vqmovn_s32((int32x4_t)x), vqmovn_s32((int32x4_t)y));
+  };
+  return vcombine_u8(vqmovun_s16(words(a, b)), vqmovun_s16(words(c, d)));
 }
 inline Vec gather_lanes(const uint8_t* const* p, int64_t, int64_t at) { return load(p[0] + at); }
 inline void scatter_lanes(uint8_t* const* p, int64_t, int64_t at, Vec a) { store(p[0] + at, a); }

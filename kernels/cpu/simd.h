@@ -1,10 +1,11 @@
 // One small vector type per instruction set, so that a kernel is written once and compiled for
 // each.
 //
-// F holds kLanes floats: 4 (portable, compiler vectors), 8 (AVX2) or 16 (AVX-512), I as many
-// integers. Everything is in an anonymous namespace: see isa.h. Loads and stores take float or bf16
-// memory, unaligned; the _n forms touch only the first n elements (0 <= n <= kLanes) and read zeros
-// beyond. load_even and load_odd take those at even or odd places of 2 * kLanes bf16.
+// F holds kLanes floats: 4 (NEON; portable, compiler vectors), 8 (AVX2) or 16 (AVX-512), I as many
+// integers; kRegisters are there for them. Everything is in an anonymous namespace: see isa.h.
+// Loads and stores take float or bf16 memory, unaligned; the _n forms touch only the first n
+// elements (0 <= n <= kLanes) and read zeros beyond. load_even and load_odd take those at even or
+// odd places of 2 * kLanes bf16.
 #pragma once
 
 #include <stdint.h>
@@ -16,6 +17,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(IVR_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace ivr {
@@ -46,6 +49,7 @@ inline void put(bf16* p, float x) { *p = to_bf16(x); }
 #if defined(__AVX512F__)
 
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 struct F {
   __m512 v;
 };
@@ -171,6 +175,7 @@ inline void transpose(F (&x)[kLanes]) {
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 struct F {
   __m256 v;
 };
@@ -284,8 +289,15 @@ inline void transpose(F (&x)[kLanes]) {
 #else
 
 constexpr int kLanes = 4;
+#if defined(IVR_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 typedef float FloatVector __attribute__((vector_size(16)));
 typedef int32_t IntVector __attribute__((vector_size(16)));
+typedef uint32_t BitVector __attribute__((vector_size(16)));
+typedef uint16_t HalfVector __attribute__((vector_size(8)));
 struct F {
   FloatVector v;
 };
@@ -296,12 +308,20 @@ inline F load(const float* p) {
   return a;
 }
 inline F load(const bf16* p) {
-  return {FloatVector{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
+  HalfVector h;
+  memcpy(&h, p, 8);
+  return {(FloatVector)(__builtin_convertvector(h, BitVector) << 16)};
 }
 inline F load_even(const bf16* p) {
-  return {FloatVector{to_float(p[0]), to_float(p[2]), to_float(p[4]), to_float(p[6])}};
+  BitVector u;
+  memcpy(&u, p, 16);
+  return {(FloatVector)(u << 16)};
 }
-inline F load_odd(const bf16* p) { return load_even(p + 1); }
+inline F load_odd(const bf16* p) {
+  BitVector u;
+  memcpy(&u, p, 16);
+  return {(FloatVector)(u & 0xffff0000u)};
+}
 template <class T>
 inline F load_n(const T* p, int64_t n) {
   if (n == kLanes) return load(p);
@@ -311,7 +331,10 @@ inline F load_n(const T* p, int64_t n) {
 }
 inline void store(float* p, F a) { memcpy(p, &a.v, 16); }
 inline void store(bf16* p, F a) {
-  for (int i = 0; i < 4; ++i) p[i] = to_bf16(a.v[i]);
+  const BitVector u = (BitVector)a.v, high = u >> 16;
+  const BitVector rounded = (u + 0x7fff + (high & 1)) >> 16;
+  const HalfVector h = __builtin_convertvector(a.v == a.v ? rounded : high | 0x40, HalfVector);
+  memcpy(p, &h, 8);
 }
 template <class T>
 inline void store_n(T* p, F a, int64_t n) {
@@ -322,8 +345,12 @@ inline F operator+(F a, F b) { return {a.v + b.v}; }
 inline F operator-(F a, F b) { return {a.v - b.v}; }
 inline F operator*(F a, F b) { return {a.v * b.v}; }
 inline F operator/(F a, F b) { return {a.v / b.v}; }
+#if defined(IVR_NEON)
+inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+#else
 // No fused instruction on the baseline: two roundings, the same in every path of this build.
 inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
+#endif
 inline F select_lt(F a, F b, F x, F y) { return {a.v < b.v ? x.v : y.v}; }
 inline F select_bits(uint32_t bits, F x, F y) {
   const IntVector lane = {1, 2, 4, 8};
@@ -382,7 +409,7 @@ inline F to_floats(I a) { return {__builtin_convertvector(a, decltype(F::v))}; }
 
 // Fused where the instruction set has it: scalar tails round like the vector body.
 inline float fma1(float a, float b, float c) {
-#if defined(__FMA__)
+#if defined(__FMA__) || defined(IVR_NEON)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
