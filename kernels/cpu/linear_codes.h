@@ -128,6 +128,7 @@ inline void put_octet(const Words* u, F scale, float* to) {
 // k from `begin` to `end` of one group of a panel; both are multiples of kOctet.
 template <class Code>
 void decode_group(const Code* group, int64_t begin, int64_t end, float* to) {
+  if (begin == 0) __builtin_prefetch(beside(group, kCodesAhead));
   for (int64_t j = 0; j < kPanelColumns; j += kLanes) {
     const F scale = load(scales_of(group) + j);
     for (int64_t k = begin; k < end; k += kOctet) {

@@ -1,10 +1,10 @@
 // linear on matrix tiles of bytes: bf16 rows times the codes of an int8 or int4 weight.
 //
 // Numbers and bits are those of linear_digits.h: sums of a group are exact, whoever adds them. Up
-// to kRows rows are a block there, which is faster than memory. The digits of more rows are tiles,
-// a high and a low one for 16 rows and a group, and meet the two tiles of a panel: codes of int8 as
-// they lie, those of int4 spread to bytes. Sums of a group pass through the vector units while the
-// tiles of the next one are multiplied.
+// to kFewRows rows are a block there, which is faster than memory. The digits of more rows are
+// tiles, a high and a low one for 16 rows and a group, and meet the two tiles of a panel: codes of
+// int8 as they lie, those of int4 spread to bytes. Sums of a group pass through the vector units
+// while the tiles of the next one are multiplied.
 #include "kernels/cpu/amx.h"
 #include "kernels/cpu/linear_digits.h"
 #include "kernels/cpu/linear_tiles.h"
@@ -15,6 +15,9 @@ namespace {
 // Of a single row's codes: the machine of docs/performance.md reads memory at 29 GB/s in one stream
 // and at 37.6 in four.
 constexpr int kStreams = 4;
+
+constexpr int64_t kFewRows = 6;
+constexpr int64_t kGroupCodes = kQuantGroup * kPanelColumns;
 
 // A group of x for 16 rows: digits [high, low][16][64], then the terms of every row.
 constexpr int64_t kGroupBytes = 2 * kTileBytes + kTileRows * kTermBytes;
@@ -31,7 +34,7 @@ inline int64_t chunk_rows(const LinearParams& p) {
 }
 
 void plan(LinearParams& p, int threads) {
-  if (p.M <= kRows) return plan_block<kStreams>(p, threads);
+  if (p.M <= kFewRows) return plan_block<kStreams>(p, threads);
   plan_chunks(p, chunk_rows(p), kTileRows, kChunkPanels, threads);
   p.items = ceil_div(p.M, kTileRows);
   p.workspace_size = p.items * groups_of(p) * kGroupBytes;
@@ -39,7 +42,7 @@ void plan(LinearParams& p, int threads) {
 }
 
 void prepare(const LinearParams& p, int64_t begin, int64_t end) {
-  if (p.M <= kRows) return prepare_blocks(p, begin, end);
+  if (p.M <= kFewRows) return prepare_blocks(p, begin, end);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t m = tile * kTileRows, rows = least(kTileRows, p.M - m);
     for (int64_t g = 0; g < groups_of(p); ++g) {
@@ -103,6 +106,28 @@ void multiply_tiles(Tiles& t, const char* x, Source w, int64_t groups, float* c,
   }
 }
 
+// A panel's codes from group g on as bytes, which int4's nibbles become at `made`.
+template <class Code>
+Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups, char* made) {
+  Source w = packed_at<Code>(p, panel, g);
+  if constexpr (Code::kBits == 8) return w;
+  constexpr int64_t kLine = kPanelColumns * 4;
+  for (int64_t i = 0; i < groups; ++i) {
+    const char* from = w.codes + i * w.codes_group;
+    char* to = made + i * kGroupCodes;
+    for (int64_t j = 0; j < kGroupCodes / 2; j += 4 * kLanes) {
+      __builtin_prefetch(from + j + kAhead<1>, 0, 2);
+      const I u = load_ints(from + j), low = u & 0x0f0f0f0f, high = (u >> 4) & 0x0f0f0f0f;
+      char* quads = to + j / kLine * 2 * kLine + j % kLine;
+      memcpy(quads, &low, sizeof(low));
+      memcpy(quads + kLine, &high, sizeof(high));
+    }
+  }
+  w.codes = made;
+  w.codes_group = kGroupCodes;
+  return w;
+}
+
 // A piece of a panel meets all of a chunk's rows.
 template <class Code>
 void multiply_chunk(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int64_t panel0,
@@ -130,7 +155,7 @@ void multiply_chunk(Tiles& t, const LinearParams& p, int64_t m0, int64_t m1, int
 
 template <class Code>
 void run(const LinearParams& p, int64_t begin, int64_t end, void* scratch) {
-  if (p.M <= kRows) {
+  if (p.M <= kFewRows) {
     return for_chunks(p, begin, end, [&](int64_t, int64_t, int64_t panel0, int64_t panel1) {
       one_block<Code, kStreams>(p, panel0, panel1, static_cast<float*>(scratch));
     });

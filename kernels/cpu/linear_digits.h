@@ -26,17 +26,18 @@ namespace {
 
 constexpr int64_t kPanelVectors = kPanelColumns / kLanes;
 constexpr int64_t kQuads = kQuantGroup / 4;
-constexpr int64_t kPieceGroups = 8;  // a piece of a panel is 16 KB of bytes
-constexpr int64_t kGroupCodes = kQuantGroup * kPanelColumns;
-// Bytes of a stream that are fetched in advance: of one into L2 (on Zen 4 farther, into L1 or with
-// several streams is up to 40 % slower), of several into L1.
-constexpr int64_t kAhead = 1024;
+constexpr int64_t kPieceGroups = 8;  // a piece of a panel is 16 KB of int8
+// Bytes of a stream that are fetched in advance: of one into L2, near where one or two rows meet it
+// (which leaves the most to Zen 4's own prefetchers), of several into L1.
+template <int Rows>
+constexpr int64_t kAhead = Rows <= 2 ? 1024 : 8192;
 constexpr int64_t kAheadOfMany = 512;
 
-// Rows of a block, and the vectors of columns that several rows meet at a time: as many sums as the
-// registers hold. One row meets whole panels.
-constexpr int64_t kRows = 6;
-constexpr int kPass = kLanes == 16 ? 2 : 1;
+// Rows of a block. As many sums as the registers hold: up to half of those rows meet two vectors of
+// columns at a time on AVX-512, one row meets whole panels.
+constexpr int64_t kRows = kLanes == 16 ? 12 : 6;
+template <int Rows>
+constexpr int kPass = kLanes == 16 && Rows <= kRows / 2 ? 2 : 1;
 
 inline int32_t int_at(const void* p) {
   int32_t x;
@@ -210,7 +211,7 @@ inline char* group_at(const LinearParams& p, int64_t m, int64_t rows, int64_t g)
   return static_cast<char*>(p.workspace) + (m * groups_of(p) + g * rows) * kRowBytes;
 }
 
-// Where a panel's codes lie, group after group: packed, or spread to bytes.
+// Where a panel's codes lie, group after group.
 struct Source {
   const char* codes;
   const char* scales;
@@ -224,6 +225,15 @@ struct Source {
   }
 };
 
+template <int Rows, int Vectors>
+inline void fetch_ahead(const char* at) {
+  if constexpr (Vectors <= kPanelVectors) {
+    __builtin_prefetch(at + kAhead<Rows>, 0, 2);
+  } else {
+    __builtin_prefetch(at + kAheadOfMany);
+  }
+}
+
 // *to (+)= the sum of a group, times both scales.
 inline void add_group(I sum, F scale, bool resume, float* to) {
   store(to, fma(to_floats(sum), scale, resume ? load(to) : set(0.0f)));
@@ -236,39 +246,44 @@ template <int kBits, int Rows, int Vectors>
   constexpr int kHalves = 8 / kBits;
   const char* terms = x + Rows * kRowQuads;
   Sum sums[Rows][Vectors];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) sums[r][v] = start(terms_at(terms + r * kTermBytes).less);
   }
   for (int64_t line = 0; line < kQuads / kHalves; ++line) {
-    I u[Vectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < Vectors; ++v) {
-      const char* at = w.codes_of(first + v) + line * kPanelColumns * 4;
-      if constexpr (Vectors <= kPanelVectors) {
-        __builtin_prefetch(at + kAhead, 0, 2);
-      } else {
-        __builtin_prefetch(at + kAheadOfMany);
-      }
-      u[v] = load_ints(at);
-    }
+    const char* codes = w.codes + line * kPanelColumns * 4;
 #pragma GCC unroll 2
     for (int half = 0; half < kHalves; ++half, x += Rows * kQuadBytes) {
       Quad q[Vectors];
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) q[v] = quad_of<kBits>(u[v], half);
-#pragma GCC unroll 6
+      for (int v = 0; v < Vectors; ++v) {
+        const char* at = codes + w.at(first + v, 4);
+        if (half == 0) fetch_ahead<Rows, Vectors>(at);
+        q[v] = quad_of<kBits>(load_ints(at), half);
+      }
+#pragma GCC unroll 12
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) add(q[v], x + kQuadBytes * r, sums[r][v]);
       }
+#if defined(__SSE2__) && !defined(__AVX512F__)
+      // The halves one after the other: gcc mixes them, and has no registers left for sums then.
+      if constexpr (kHalves > 1 && Rows > 1) {
+        for (int r = 0; r < Rows; ++r) asm("" : "+x"(sums[r][0].all), "+r"(x));
+      }
+#endif
     }
+  }
+  // Without their line a line of every group would be waited for: up to twice the time.
+#pragma GCC unroll 8
+  for (int v = 0; v < Vectors; v += kPanelVectors) {
+    fetch_ahead<Rows, Vectors>(w.scales_of(first + v));
   }
 #pragma GCC unroll 8
   for (int v = 0; v < Vectors; ++v) {
     const F scale = load(reinterpret_cast<const bf16*>(w.scales_of(first + v)));
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int r = 0; r < Rows; ++r) {
       add_group(total(sums[r][v]), scale * set(terms_at(terms + r * kTermBytes).scale), resume,
                 c + r * kPanelColumns + (first + v) * kLanes);
@@ -280,7 +295,7 @@ template <int kBits, int Rows, int Vectors>
 template <int kBits, int Rows, int Panels = 1>
 void multiply(const char* x, Source w, int64_t groups, float* c, bool resume) {
   static_assert(Rows == 1 || Panels == 1);
-  constexpr int kVectors = Panels * kPanelVectors, kAtOnce = Rows == 1 ? kVectors : kPass;
+  constexpr int kVectors = Panels * kPanelVectors, kAtOnce = Rows == 1 ? kVectors : kPass<Rows>;
   for (int64_t g = 0; g < groups; ++g) {
 #pragma GCC unroll 1
     for (int v = 0; v < kVectors; v += kAtOnce) {
@@ -374,28 +389,6 @@ Source packed_at(const LinearParams& p, int64_t panel, int64_t g) {
   const int64_t size = panel_bytes(p.format, kQuantGroup);
   return {reinterpret_cast<const char*>(codes_of(group)),
           reinterpret_cast<const char*>(scales_of(group)), size, size, panel_bytes(p.format, p.K)};
-}
-
-// The same for many rows: bytes, which int4's nibbles become at `made`.
-template <class Code>
-Source bytes_at(const LinearParams& p, int64_t panel, int64_t g, int64_t groups, char* made) {
-  Source w = packed_at<Code>(p, panel, g);
-  if constexpr (Code::kBits == 8) return w;
-  constexpr int64_t kLine = kPanelColumns * 4;
-  for (int64_t i = 0; i < groups; ++i) {
-    const char* from = w.codes + i * w.codes_group;
-    char* to = made + i * kGroupCodes;
-    for (int64_t j = 0; j < kGroupCodes / 2; j += 4 * kLanes) {
-      __builtin_prefetch(from + j + kAhead, 0, 2);
-      const I u = load_ints(from + j), low = u & 0x0f0f0f0f, high = (u >> 4) & 0x0f0f0f0f;
-      char* quads = to + j / kLine * 2 * kLine + j % kLine;
-      memcpy(quads, &low, sizeof(low));
-      memcpy(quads + kLine, &high, sizeof(high));
-    }
-  }
-  w.codes = made;
-  w.codes_group = kGroupCodes;
-  return w;
 }
 
 // A block of rows alone meets the codes as they come from memory.
