@@ -82,7 +82,7 @@ def load(
         requests of full context.
     pack: some CPUs read bfloat16 weights in the file, which costs neither time nor memory of its
         own. True rearranges those of the language model all the same: loading takes a second for
-        each GB, and wide models decode up to 1.25 times as fast (docs/performance.md). For the
+        each GB, and wide models decode up to 1.15 times as fast (docs/performance.md). For the
         CPU's own kernels; elsewhere there is nothing to choose.
     Raises OSError for what cannot be read and ValueError for what cannot be run, in one line.
     """
