@@ -312,12 +312,9 @@ inline void value_tile(const float* p, const Values& values, int64_t d, int64_t 
 }
 
 // Few rows take four vectors at once: more independent chains, fewer broadcasts.
+constexpr int kFewRows = kLanes == 16 ? 7 : kRegisters == 32 ? 5 : 3;
 template <int R>
-constexpr int kVectors = R * 4 <= (kLanes == 16       ? 28
-                                   : kRegisters == 32 ? 20
-                                                      : 12)
-                             ? 4
-                             : 2;
+constexpr int kVectors = R <= kFewRows ? 4 : 2;
 
 template <bool Pairwise, int R>
 void scores_of(int rows, const float* q, const float* k, int64_t words, int begin, int end,

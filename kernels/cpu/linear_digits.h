@@ -252,13 +252,12 @@ template <int kBits, int Rows, int Vectors>
     for (int v = 0; v < Vectors; ++v) sums[r][v] = start(terms_at(terms + r * kTermBytes).less);
   }
   for (int64_t line = 0; line < kQuads / kHalves; ++line) {
-    const char* codes = w.codes + line * kPanelColumns * 4;
 #pragma GCC unroll 2
     for (int half = 0; half < kHalves; ++half, x += Rows * kQuadBytes) {
       Quad q[Vectors];
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) {
-        const char* at = codes + w.at(first + v, 4);
+        const char* at = w.codes_of(first + v) + line * kPanelColumns * 4;
         if (half == 0) fetch_ahead<Rows, Vectors>(at);
         q[v] = quad_of<kBits>(load_ints(at), half);
       }
