@@ -48,11 +48,7 @@ inline int64_t even_depth(const LinearParams& p) {
   return p.dtype == DType::bf16 ? (p.K + 1) / 2 * 2 : p.K;
 }
 
-// Rows of a group: even groups, for one of few rows keeps the multipliers waiting.
-inline int64_t group_rows(const LinearParams& p) {
-  const int64_t groups = ceil_div(p.M, kGroup);
-  return groups > 0 ? ceil_div(p.M, groups) : 1;
-}
+inline int64_t group_rows(const LinearParams& p) { return even_rows(p.M, kGroup); }
 
 // Where a group's rows of x stand from k on, which begins a piece: the groups' parts of a piece lie
 // one behind the other.

@@ -18,6 +18,12 @@ const W* panel_at(const LinearParams& p, int64_t panel, int64_t k) {
                 panel * panel_bytes(p.format, p.K) + panel_bytes(p.format, k));
 }
 
+// Of groups of at most `most` rows the even ones: a group of few keeps the multipliers waiting.
+inline int64_t even_rows(int64_t rows, int64_t most) {
+  const int64_t groups = ceil_div(rows, most);
+  return groups > 0 ? ceil_div(rows, groups) : 1;
+}
+
 // Even blocks of at most `rows` rows, whole units of them, by `panels` panels or fewer: where there
 // are few chunks, threads would wait for the last one.
 inline void plan_chunks(LinearParams& p, int64_t rows, int64_t unit, int64_t panels, int threads) {

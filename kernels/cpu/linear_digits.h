@@ -86,7 +86,7 @@ inline void add(Quad q, const char* x, Sum& sum) {
   sum.low = dot_bytes(sum.low, q.bytes, x + 4);
 }
 
-#elif defined(__SSE2__) || defined(IVR_NEON)
+#else
 
 struct Quad {
   I even, odd;  // pairs of 16 bits
@@ -96,35 +96,19 @@ inline Quad quad_of(I u, int half) {
   constexpr int32_t kMask = ((1 << kBits) - 1) * 0x10001;
   return {(u >> 4 * half) & kMask, (u >> (4 * half + 8)) & kMask};
 }
-
-#if defined(__SSE2__)
-
-struct Sum {
-  I all;
-};
-inline Sum start(int32_t x) { return {set_ints(x)}; }
-inline I total(Sum sum) { return sum.all; }
-
 inline void put_quad(const int32_t* x, char* to) {
+#if defined(__SSE2__)
   const __m128i words = _mm_packs_epi32(load_four(x), _mm_setzero_si128());
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to),
                    _mm_shufflelo_epi16(words, _MM_SHUFFLE(3, 1, 2, 0)));
-}
-inline I dot_words(I codes, const char* x) {
-#if defined(__AVX512F__)
-  return (I)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(int_at(x)));
-#elif defined(__AVX2__)
-  return (I)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(int_at(x)));
 #else
-  return (I)_mm_madd_epi16((__m128i)codes, _mm_set1_epi32(int_at(x)));
+  const int16_t words[4] = {static_cast<int16_t>(x[0]), static_cast<int16_t>(x[2]),
+                            static_cast<int16_t>(x[1]), static_cast<int16_t>(x[3])};
+  memcpy(to, words, sizeof(words));
 #endif
 }
-inline void add(Quad q, const char* x, Sum& sum) {
-  sum.all += dot_words(q.even, x);
-  sum.all += dot_words(q.odd, x + 4);
-}
 
-#else
+#if defined(IVR_NEON)
 
 // Two sums of each column: of the first two columns, and of the others.
 struct Sum {
@@ -135,23 +119,12 @@ inline Sum start(int32_t x) {
   return {pairs, pairs};
 }
 inline I total(Sum sum) { return vpaddq_s32(sum.low, sum.high); }
-
-inline void put_quad(const int32_t* x, char* to) {
-  const int16_t words[4] = {static_cast<int16_t>(x[0]), static_cast<int16_t>(x[2]),
-                            static_cast<int16_t>(x[1]), static_cast<int16_t>(x[3])};
-  memcpy(to, words, sizeof(words));
-}
 inline void add_words(I codes, const char* x, Sum& sum) {
   const int16x8_t a = (int16x8_t)codes, b = (int16x8_t)vdupq_n_s32(int_at(x));
   sum.low = vmlal_s16(sum.low, vget_low_s16(a), vget_low_s16(b));
   sum.high = vmlal_high_s16(sum.high, a, b);
 }
-inline void add(Quad q, const char* x, Sum& sum) {
-  add_words(q.even, x, sum);
-  add_words(q.odd, x + 4, sum);
-}
 
-#endif
 #else
 
 struct Sum {
@@ -159,36 +132,33 @@ struct Sum {
 };
 inline Sum start(int32_t x) { return {set_ints(x)}; }
 inline I total(Sum sum) { return sum.all; }
+inline void add_words(I codes, const char* x, Sum& sum) {
+#if defined(__AVX512F__)
+  sum.all += (I)_mm512_madd_epi16((__m512i)codes, _mm512_set1_epi32(int_at(x)));
+#elif defined(__AVX2__)
+  sum.all += (I)_mm256_madd_epi16((__m256i)codes, _mm256_set1_epi32(int_at(x)));
+#elif defined(__SSE2__)
+  sum.all += (I)_mm_madd_epi16((__m128i)codes, _mm_set1_epi32(int_at(x)));
+#else
+  int16_t words[2];
+  memcpy(words, x, sizeof(words));
+  sum.all += (codes & 0xffff) * words[0] + (codes >> 16) * words[1];
+#endif
+}
 
-struct Quad {
-  I codes[4];
-};
-template <int kBits>
-inline Quad quad_of(I u, int half) {
-  Quad q;
-  for (int i = 0; i < 4; ++i) q.codes[i] = (u >> (8 * i + 4 * half)) & ((1 << kBits) - 1);
-  return q;
-}
-inline void put_quad(const int32_t* x, char* to) {
-  for (int i = 0; i < 4; ++i, to += 2) {
-    const int16_t word = static_cast<int16_t>(x[i]);
-    memcpy(to, &word, 2);
-  }
-}
+#endif
+
 inline void add(Quad q, const char* x, Sum& sum) {
-  for (int i = 0; i < 4; ++i, x += 2) {
-    int16_t word;
-    memcpy(&word, x, 2);
-    sum.all += q.codes[i] * word;
-  }
+  add_words(q.even, x, sum);
+  add_words(q.odd, x + 4, sum);
 }
 
 #endif
 
 inline int64_t groups_of(const LinearParams& p) { return ceil_div(p.K, kQuantGroup); }
 
-// Rows of a block, the last one's aside: even where there are few.
-inline int64_t block_rows(const LinearParams& p) { return ceil_div(p.M, ceil_div(p.M, kRows)); }
+// Rows of a block, the last one's aside.
+inline int64_t block_rows(const LinearParams& p) { return even_rows(p.M, kRows); }
 
 // What a group of a row is beside its integers. less: what the codes' offset adds to a sum.
 struct Terms {

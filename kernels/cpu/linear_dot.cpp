@@ -158,11 +158,7 @@ Multiply multiply_for(int64_t rows, int64_t panels) {
   return nullptr;
 }
 
-// Rows of a group: even groups, for one of few rows keeps the multipliers waiting.
-inline int64_t group_rows(const LinearParams& p) {
-  const int64_t groups = ceil_div(p.M, kGroup);
-  return groups > 0 ? ceil_div(p.M, groups) : 1;
-}
+inline int64_t group_rows(const LinearParams& p) { return even_rows(p.M, kGroup); }
 
 // Whether the groups meet rows of W in place, one group after the other.
 inline bool in_place(const LinearParams& p) { return p.rows && p.M < kFewRows; }
@@ -234,7 +230,7 @@ void multiply_rows(const uint32_t* a, const bf16* const* w, int64_t all, int64_t
   float squares[2][kLanes * kLanes];
   const auto make = [&](int64_t at, float* to) {
     const RowsAhead ahead(w, at, all);
-    for (int r = 0; r < kLanes; ++r) ahead.fetch(r);
+    fetch_rows(ahead.rows, ahead.k);
     F b[kLanes];
     if (at < 0) {
       load_part(w, at, -at, kLanes, K, b);
